@@ -1,0 +1,375 @@
+"""The public functions: check the arguments, bring them to (B, L, V), pick a backend, return NamedTuples.
+
+Shapes: `B` sequences, `L` completion length, `N = B*L` rows, `V` vocabulary. A leading shape of (N,) or (B, L) is
+accepted everywhere and comes back. Options are keyword-only; scores are fp32; logarithms are natural.
+"""
+
+import functools
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .reference import CRITERIA, DIVERGENCES, TAILS, TokenScores
+
+log = logging.getLogger("rmsd_kernels")
+
+LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def check_options(
+    *, divergence, beta, temperature, teacher_temperature, vocab_size, width, vocab_topk=None, tail="drop"
+) -> None:
+    """Raises ValueError for an option that no divergence can be computed with."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {divergence!r}")
+    if divergence == "jsd" and not 0.0 < beta < 1.0:
+        raise ValueError(f"beta must lie strictly between 0 and 1, not {beta} (at either end the jsd is always 0)")
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {tail!r}")
+    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
+        if value is not None and not (math.isfinite(value) and value > 0.0):
+            raise ValueError(f"{name} must be a finite number above 0, not {value}")
+    if vocab_size is not None and not 1 <= vocab_size <= width:
+        raise ValueError(f"vocab_size must lie between 1 and the logits' width {width}, not {vocab_size}")
+    if vocab_topk is not None and vocab_topk < 1:
+        raise ValueError(f"vocab_topk must be at least 1 or None, not {vocab_topk}")
+
+
+def check_selection(*, criterion="logprob_gap", num_tokens, threshold, name="num_tokens") -> None:
+    """Raises ValueError for an option that no token can be selected with."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
+    if num_tokens < 1:
+        raise ValueError(f"{name} must be at least 1, not {num_tokens}")
+    if math.isnan(threshold):
+        raise ValueError("threshold must be a number, not NaN")
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raises TypeError unless all are floating tensors of one supported dtype, ValueError unless of one device."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, not {tensor.dtype}")
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name} must have {first_name}'s dtype {first.dtype}, not {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on {first_name}'s device {first.device}, not {tensor.device}")
+
+
+def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    check_floating(student_logits=student_logits, teacher_logits=teacher_logits)
+    if student_logits.ndim not in (2, 3) or student_logits.shape[-1] < 1:
+        raise ValueError(f"student_logits must be (N, V) or (B, L, V), V >= 1, not {tuple(student_logits.shape)}")
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher_logits must have student_logits' shape {tuple(student_logits.shape)}, "
+            f"not {tuple(teacher_logits.shape)}"
+        )
+
+
+def check_ids(sampled_ids: Tensor, shape: torch.Size, device: torch.device, limit: int, mask: Tensor | None = None):
+    """Raises unless `sampled_ids` is an integer tensor of `shape` whose (unmasked) values lie in [0, limit).
+    The values are looked at on the CPU only; elsewhere that would cost a sync, and a bad id gives NaN scores."""
+    if not isinstance(sampled_ids, Tensor) or sampled_ids.dtype not in (torch.int64, torch.int32):
+        kind = sampled_ids.dtype if isinstance(sampled_ids, Tensor) else type(sampled_ids).__name__
+        raise TypeError(f"sampled_ids must be an int64 tensor, not {kind}")
+    if sampled_ids.shape != shape:
+        raise ValueError(f"sampled_ids must be {tuple(shape)}, one id a row, not {tuple(sampled_ids.shape)}")
+    if sampled_ids.device != device:
+        raise ValueError(f"sampled_ids must be on the logits' device {device}, not {sampled_ids.device}")
+    if sampled_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = (sampled_ids < 0) | (sampled_ids >= limit)
+        if mask is not None:
+            outside &= mask
+        if outside.any():
+            raise ValueError(f"sampled_ids must lie in [0, {limit}), not {sampled_ids[outside][0].item()}")
+
+
+def check_mask(mask: Tensor, shape: torch.Size, device: torch.device, name: str = "mask") -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, not {kind}")
+    if mask.shape != shape:
+        raise ValueError(f"{name} must be {tuple(shape)}, not {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"{name} must be on {device} like the scores, not {mask.device}")
+
+
+# ---- backends ------------------------------------------------------------------------------------------------------
+
+
+def why_not(backend: str, tensor: Tensor) -> str | None:
+    """Why `backend` cannot serve `tensor`; None where it can."""
+    if backend == "torch":
+        return None
+    if tensor.dtype == torch.float64:
+        return "its kernels compute in fp32 and the input is float64"
+    try:
+        return ops.implementation(backend).why_not(tensor)
+    except ImportError as error:
+        return str(error)
+
+
+@functools.cache
+def _log_fallback(name: str, reason: str) -> None:
+    log.warning("%s is computed by backend 'torch': %s", name, reason)
+
+
+def resolve_backend(backend: str, tensor: Tensor, name: str) -> str:
+    """`auto` takes triton for CUDA and ROCm tensors and cpu for CPU tensors, and torch where those cannot (logged
+    once). A backend asked for by name that cannot serve raises ValueError."""
+    if backend not in ("auto", "torch", *ops.BACKENDS):
+        raise ValueError(f"backend must be auto, torch, {' or '.join(ops.BACKENDS)}, not {backend!r}")
+    if backend != "auto":
+        if reason := why_not(backend, tensor):
+            raise ValueError(f"backend={backend!r} cannot serve {name}: {reason}")
+        return backend
+    preferred = {"cuda": "triton", "cpu": "cpu"}.get(tensor.device.type, "torch")
+    if reason := why_not(preferred, tensor):
+        _log_fallback(name, reason)
+        return "torch"
+    return preferred
+
+
+def _as_blv(logits: Tensor) -> Tensor:
+    """(N, V) | (B, L, V) -> (B, L, V) with unit stride along V; copies only where a row is not contiguous."""
+    logits = logits.unsqueeze(0) if logits.ndim == 2 else logits
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _as_bl(tensor: Tensor) -> Tensor:
+    return (tensor.unsqueeze(0) if tensor.ndim == 1 else tensor).contiguous()
+
+
+# ---- the functions -------------------------------------------------------------------------------------------------
+
+
+def token_scores(
+    student_logits: Tensor,  # (N, V) | (B, L, V)  fp32 | fp16 | bf16 | fp64
+    teacher_logits: Tensor,  # same
+    sampled_ids: Tensor,  # (N,) | (B, L)  int64
+    *,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> TokenScores:
+    """Log-probabilities of the sampled token, divergence, log-sum-exps and entropies of every row, in one pass.
+
+    Args:
+        student_logits, teacher_logits: row i is the distribution that `sampled_ids[i]` was drawn from (shifted).
+        sampled_ids: the token the student wrote.
+        divergence: "reverse_kl" KL(p||q), "forward_kl" KL(q||p) or "jsd", p the student, q the teacher.
+        beta: the teacher's weight in the jsd's mixture, strictly between 0 and 1.
+        temperature, teacher_temperature: logits are divided by these first; the teacher's defaults to the student's.
+        vocab_size: columns that are real, for a padded vocabulary; the rest is ignored.
+        backend: "auto", "triton", "cpu" or "torch".
+
+    Returns:
+        TokenScores, each of `sampled_ids`' shape, fp32, in nats. A row holding NaN or +inf, or no finite logit, is
+        NaN throughout. Not differentiable; see `token_divergence`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+    """
+    _check_logits(student_logits, teacher_logits)
+    width = student_logits.shape[-1]
+    check_options(
+        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size, width=width,
+    )  # fmt: skip
+    check_ids(sampled_ids, student_logits.shape[:-1], student_logits.device, vocab_size or width)
+    return _scores(
+        student_logits, teacher_logits, sampled_ids, divergence=divergence, beta=beta, temperature=temperature,
+        teacher_temperature=teacher_temperature or temperature, vocab_size=vocab_size or width,
+        backend=resolve_backend(backend, student_logits, "token_scores"),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _scores(student_logits, teacher_logits, sampled_ids, *, backend, logit_scale=1.0, softcap=None, **options):
+    """token_scores after its checks; also serves the linear form, which adds `logit_scale` and `softcap`."""
+    sampled_ids = sampled_ids.long()
+    if backend == "torch":
+        scores = reference.token_scores(
+            student_logits, teacher_logits, sampled_ids, logit_scale=logit_scale, softcap=softcap, **options
+        )
+        return TokenScores(*(score.float() for score in scores))
+    scores = ops.scores(
+        _as_blv(student_logits), _as_blv(teacher_logits), _as_bl(sampled_ids),
+        **options, logit_scale=logit_scale, softcap=softcap or 0.0, backend=backend,
+    )  # fmt: skip
+    return TokenScores(*scores.view(7, *sampled_ids.shape).unbind())
+
+
+def select_tokens(
+    score: Tensor,  # (B, L) floating
+    mask: Tensor,  # (B, L) bool
+    *,
+    num_tokens: int,
+    threshold: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Positions of each row's `num_tokens` largest scores among `mask & (score > threshold)`.
+
+    Returns:
+        (B, num_tokens) int64, best first, -1 where fewer qualify. Ties go to the earlier position; NaN never qualifies.
+    """
+    check_floating(score=score)
+    if score.ndim != 2:
+        raise ValueError(f"score must be (B, L), not {tuple(score.shape)}")
+    check_mask(mask, score.shape, score.device)
+    check_selection(num_tokens=num_tokens, threshold=threshold)
+    backend = resolve_backend(backend, score, "select_tokens")
+    if backend == "torch":
+        return reference.select_tokens(score, mask, num_tokens=num_tokens, threshold=threshold)
+    return ops.select(score.detach().float().contiguous(), mask.contiguous(), num_tokens, threshold, backend)
+
+
+@torch.no_grad()
+def scores_and_candidates(
+    student_logits: Tensor,  # (B, L, V)  fp32 | fp16 | bf16 | fp64
+    teacher_logits: Tensor,  # same
+    sampled_ids: Tensor,  # (B, L) int64
+    mask: Tensor,  # (B, L) bool: positions that may be selected
+    *,
+    num_candidates: int = 20,
+    criterion: str = "logprob_gap",
+    threshold: float = 0.0,
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[TokenScores, Tensor]:
+    """`token_scores`, and each sequence's `num_candidates` positions with the largest criterion above `threshold`.
+
+    Args:
+        criterion: "logprob_gap" |log q(y) - log p(y)|, "divergence", or "entropy_gap" |H(q) - H(p)|.
+        mask: true on tokens the student wrote; ids at other positions are not checked.
+        The rest as in `token_scores`.
+
+    Returns:
+        TokenScores of (B, L), and index (B, num_candidates) int64 as `select_tokens` gives it. A row whose divergence
+        is not finite is never selected.
+    """
+    _check_logits(student_logits, teacher_logits)
+    if student_logits.ndim != 3:
+        raise ValueError(f"student_logits must be (B, L, V), not {tuple(student_logits.shape)}")
+    width = student_logits.shape[-1]
+    check_options(
+        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size, width=width,
+    )  # fmt: skip
+    check_selection(criterion=criterion, num_tokens=num_candidates, threshold=threshold, name="num_candidates")
+    check_mask(mask, student_logits.shape[:-1], student_logits.device)
+    check_ids(sampled_ids, student_logits.shape[:-1], student_logits.device, vocab_size or width, mask)
+    backend = resolve_backend(backend, student_logits, "scores_and_candidates")
+    options = dict(
+        divergence=divergence, beta=beta, temperature=temperature, backend=backend,
+        teacher_temperature=teacher_temperature or temperature, vocab_size=vocab_size or width,
+    )  # fmt: skip
+    if backend == "torch":
+        scores = _scores(student_logits, teacher_logits, sampled_ids, **options)
+        score = reference.criterion_score(scores, criterion)
+        return scores, reference.select_tokens(score, mask, num_tokens=num_candidates, threshold=threshold)
+    scores, index = ops.scores_and_candidates(
+        _as_blv(student_logits), _as_blv(teacher_logits), sampled_ids.long().contiguous(), mask.contiguous(),
+        num_candidates, criterion, threshold, **options, logit_scale=1.0, softcap=0.0,
+    )  # fmt: skip
+    return TokenScores(*scores.unbind()), index
+
+
+def token_divergence(
+    student_logits: Tensor,  # (N, V) | (B, L, V)  fp32 | fp16 | bf16 | fp64
+    teacher_logits: Tensor,  # same
+    *,
+    rows: Tensor | None = None,  # (R,) int64
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    vocab_topk: int | None = None,
+    tail: str = "drop",
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Divergence of every row, differentiable in `student_logits`.
+
+    Args:
+        rows: only these rows of the flattened leading axis, -1 standing for none; each row at most once. The others'
+            logits get exactly zero gradient and are never read.
+        vocab_topk: sum over the student's this many largest logits only (ties to the lower id); None for all.
+        tail: what happens to the rest of the mass: "drop" (the published form: not a KL, may be negative), "bucket"
+            (one more entry holds it) or "renorm" (both renormalised over the k).
+        The rest as in `token_scores`.
+
+    Returns:
+        fp32 of the leading shape, or (R,) with `rows`, 0 where the row is -1; fp64 for fp64 logits. NaN for a row
+        that is no distribution, +inf where the divergence is; such a row gets zero gradient.
+    """
+    _check_logits(student_logits, teacher_logits)
+    width = student_logits.shape[-1]
+    check_options(
+        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size, width=width, vocab_topk=vocab_topk, tail=tail,
+    )  # fmt: skip
+    leading = student_logits.shape[:-1]
+    if rows is not None:
+        check_rows(rows, leading.numel(), student_logits.device)
+    result = divergence_of_rows(
+        student_logits, teacher_logits, rows, divergence=divergence, beta=beta, vocab_topk=vocab_topk, tail=tail,
+        temperature=temperature, teacher_temperature=teacher_temperature or temperature,
+        vocab_size=vocab_size or width, backend=resolve_backend(backend, student_logits, "token_divergence"),
+    )  # fmt: skip
+    return result.view(leading) if rows is None else result
+
+
+def check_rows(rows: Tensor, num_rows: int, device: torch.device) -> None:
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
+        raise TypeError(f"rows must be an int64 tensor, not {getattr(rows, 'dtype', type(rows).__name__)}")
+    if rows.ndim != 1:
+        raise ValueError(f"rows must be (R,), not {tuple(rows.shape)}")
+    if rows.device != device:
+        raise ValueError(f"rows must be on {device}, not {rows.device}")
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = (rows < -1) | (rows >= num_rows)
+        if outside.any():
+            raise ValueError(f"rows must lie in [0, {num_rows}), or be -1, not {rows[outside][0].item()}")
+
+
+def divergence_of_rows(
+    student_logits, teacher_logits, rows, *, vocab_topk, backend, vocab_size, logit_scale=1.0, softcap=None, **options
+):
+    """token_divergence after its checks, on (R,) rows; also serves the linear form."""
+    # A support as wide as the vocabulary is the vocabulary: the same sum without the search.
+    if vocab_topk is not None and vocab_topk >= vocab_size:
+        vocab_topk = None
+    options = dict(options, vocab_size=vocab_size, logit_scale=logit_scale)
+    if backend == "torch":
+        student_logits, teacher_logits = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
+        if rows is not None:
+            if student_logits.shape[0] == 0:
+                return student_logits.sum() + student_logits.new_zeros(rows.shape, dtype=torch.float32)
+            student_logits, teacher_logits = student_logits[rows.clamp_min(0)], teacher_logits[rows.clamp_min(0)]
+        result = reference.token_divergence(
+            student_logits, teacher_logits, vocab_topk=vocab_topk, softcap=softcap, **options
+        )
+        return result if rows is None else torch.where(rows >= 0, result, 0.0)
+    return ops.divergence(
+        _as_blv(student_logits), _as_blv(teacher_logits.detach()), rows,
+        vocab_topk=vocab_topk or 0, softcap=softcap or 0.0, backend=backend, **options,
+    )[0]  # fmt: skip

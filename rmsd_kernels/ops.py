@@ -1,0 +1,195 @@
+"""The kernels as PyTorch operators: schemas, fakes, and the one autograd definition.
+
+Every operator takes logits as (B, L, V) with unit stride along V and any strides along B and L, so that the
+usual `logits[:, :-1]` costs no copy. Options come already checked by functional.py, `vocab_size`
+is always given, and `softcap=0.0` means none. `backend` names an entry of `BACKENDS`.
+
+A backend is a module with the five functions `scores`, `select`, `scores_and_candidates`, `divergence` and
+`divergence_backward`, of the signatures below less `backend`, and `why_not(tensor) -> str | None`, which says why
+it cannot serve a tensor.
+
+`divergence` hands its backward eight fp32 numbers a row (`STATS`), in place of anything of size V.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+BACKENDS = {"triton": "rmsd_kernels.triton", "cpu": "rmsd_kernels.cpu"}
+
+# What divergence() saves for its backward, one row of 8 fp32 numbers a token. With f the divergence's summand and
+# g = df/dp, the gradient by scaled logit j is p_j (g_j - mean_slope) inside the support, p_j (rest_slope - mean_slope)
+# outside it (renorm: 0).
+STATS = (
+    "student_lse",  # over the vocabulary; over the support for tail="renorm"
+    "teacher_lse",
+    "mean_slope",  # sum p g over the support, and over the bucket's entry
+    "rest_slope",  # g of the bucket's entry; 0 for the other tails
+    "kth_logit",  # smallest raw student logit in the support, -inf without vocab_topk
+    "last_tied_id",  # highest id in the support among those whose logit equals kth_logit; V - 1 without vocab_topk
+    "is_finite",  # 1 where the divergence is finite; elsewhere the row's gradient is 0
+    "unused",
+)
+
+
+def implementation(backend: str):
+    return importlib.import_module(BACKENDS[backend])
+
+
+@custom_op("rmsd_kernels::scores", mutates_args=())
+def scores(
+    student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
+    teacher_logits: Tensor,  # (B, L, V), same dtype
+    sampled_ids: Tensor,  # (B, L) int64
+    divergence: str,
+    beta: float,
+    temperature: float,
+    teacher_temperature: float,
+    vocab_size: int,
+    logit_scale: float,
+    softcap: float,
+    backend: str,
+) -> Tensor:  # (7, B, L) fp32, in the order of TokenScores
+    return implementation(backend).scores(
+        student_logits, teacher_logits, sampled_ids, divergence, beta,
+        temperature, teacher_temperature, vocab_size, logit_scale, softcap,
+    )  # fmt: skip
+
+
+@scores.register_fake
+def _(student_logits, teacher_logits, sampled_ids, *options):
+    return student_logits.new_empty((7, *sampled_ids.shape), dtype=torch.float32)
+
+
+@custom_op("rmsd_kernels::select", mutates_args=())
+def select(
+    score: Tensor,  # (B, L) fp32
+    mask: Tensor,  # (B, L) bool
+    num_tokens: int,
+    threshold: float,
+    backend: str,
+) -> Tensor:  # (B, num_tokens) int64
+    return implementation(backend).select(score, mask, num_tokens, threshold)
+
+
+@select.register_fake
+def _(score, mask, num_tokens, threshold, backend):
+    return score.new_empty((score.shape[0], num_tokens), dtype=torch.int64)
+
+
+@custom_op("rmsd_kernels::scores_and_candidates", mutates_args=())
+def scores_and_candidates(
+    student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
+    teacher_logits: Tensor,  # (B, L, V), same dtype
+    sampled_ids: Tensor,  # (B, L) int64
+    mask: Tensor,  # (B, L) bool
+    num_candidates: int,
+    criterion: str,
+    threshold: float,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    teacher_temperature: float,
+    vocab_size: int,
+    logit_scale: float,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # (7, B, L) fp32, (B, num_candidates) int64
+    return implementation(backend).scores_and_candidates(
+        student_logits, teacher_logits, sampled_ids, mask, num_candidates, criterion, threshold, divergence, beta,
+        temperature, teacher_temperature, vocab_size, logit_scale, softcap,
+    )  # fmt: skip
+
+
+@scores_and_candidates.register_fake
+def _(student_logits, teacher_logits, sampled_ids, mask, num_candidates, *options):
+    return (
+        student_logits.new_empty((7, *sampled_ids.shape), dtype=torch.float32),
+        student_logits.new_empty((sampled_ids.shape[0], num_candidates), dtype=torch.int64),
+    )
+
+
+@custom_op("rmsd_kernels::divergence", mutates_args=())
+def divergence(
+    student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
+    teacher_logits: Tensor,  # (B, L, V), same dtype
+    rows: Tensor | None,  # (R,) int64 into B*L, -1 for none; None for every row in order
+    divergence: str,
+    beta: float,
+    vocab_topk: int,  # 0 for the whole vocabulary
+    tail: str,
+    temperature: float,
+    teacher_temperature: float,
+    vocab_size: int,
+    logit_scale: float,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # (R,) fp32, 0 at rows of -1; (R, 8) fp32, see STATS
+    return implementation(backend).divergence(
+        student_logits, teacher_logits, rows, divergence, beta, vocab_topk, tail,
+        temperature, teacher_temperature, vocab_size, logit_scale, softcap,
+    )  # fmt: skip
+
+
+@divergence.register_fake
+def _(student_logits, teacher_logits, rows, *options):
+    num_rows = student_logits.shape[0] * student_logits.shape[1] if rows is None else rows.shape[0]
+    return (
+        student_logits.new_empty((num_rows,), dtype=torch.float32),
+        student_logits.new_empty((num_rows, len(STATS)), dtype=torch.float32),
+    )
+
+
+@custom_op("rmsd_kernels::divergence_backward", mutates_args=())
+def divergence_backward(
+    grad_divergence: Tensor,  # (R,) fp32
+    student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
+    teacher_logits: Tensor,  # (B, L, V), same dtype
+    rows: Tensor | None,  # (R,) int64, distinct but for -1
+    stats: Tensor,  # (R, 8) fp32
+    divergence: str,
+    beta: float,
+    vocab_topk: int,
+    tail: str,
+    temperature: float,
+    teacher_temperature: float,
+    vocab_size: int,
+    logit_scale: float,
+    softcap: float,
+    backend: str,
+) -> Tensor:  # (B, L, V) in the logits' dtype, contiguous; 0 in rows not named
+    return implementation(backend).divergence_backward(
+        grad_divergence, student_logits, teacher_logits, rows, stats, divergence, beta, vocab_topk, tail,
+        temperature, teacher_temperature, vocab_size, logit_scale, softcap,
+    )  # fmt: skip
+
+
+@divergence_backward.register_fake
+def _(grad_divergence, student_logits, *rest):
+    return student_logits.new_empty(student_logits.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    student_logits, teacher_logits, rows, *ctx.options = inputs
+    ctx.save_for_backward(student_logits, teacher_logits, rows, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_divergence, _grad_stats):
+    student_logits, teacher_logits, rows, stats = ctx.saved_tensors
+    grad = divergence_backward(grad_divergence, student_logits, teacher_logits, rows, stats, *ctx.options)
+    return grad, None, None, *(None for _ in ctx.options)
+
+
+divergence.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_double_backward(ctx, grad):
+    raise RuntimeError(
+        "token_divergence has no second derivative in its kernels: differentiate once, or pass backend='torch'"
+    )
+
+
+divergence_backward.register_autograd(_no_double_backward)
