@@ -2,12 +2,13 @@
 
 from .functional import scores_and_candidates, select_tokens, token_divergence, token_scores
 from .linear import linear_token_divergence, linear_token_scores
-from .reference import TokenScores
+from .reference import TokenScores, criterion_score
 
 __version__ = "0.1.0"
 
 __all__ = [
     "TokenScores",
+    "criterion_score",
     "linear_token_divergence",
     "linear_token_scores",
     "scores_and_candidates",

@@ -1,0 +1,56 @@
+"""`RMSDConfig`, the trainer's arguments: transformers' own, and the method's."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .data import TEACHER_TEMPLATE
+
+METHODS = ("rmsd", "opsd")
+
+
+@dataclass
+class RMSDConfig(TrainingArguments):
+    """Every argument of `transformers.TrainingArguments` works; those listed here are added or have another default."""
+
+    method: str = field(
+        default="rmsd",
+        metadata={"help": "rmsd keeps what the judge finds relevant; opsd trains on every token the student wrote."},
+    )
+    num_candidates: int = field(default=20, metadata={"help": "T: candidates a rollout, by the criterion."})
+    num_kept: int = field(default=5, metadata={"help": "S: kept tokens a rollout, at most."})
+    criterion: str = field(default="logprob_gap", metadata={"help": "logprob_gap, divergence or entropy_gap."})
+    threshold: float = field(default=0.0, metadata={"help": "A candidate's criterion must exceed this, in nats."})
+    divergence: str = field(default="reverse_kl", metadata={"help": "reverse_kl, forward_kl or jsd."})
+    beta: float = field(default=0.5, metadata={"help": "The teacher's weight in the jsd's mixture."})
+    vocab_topk: int | None = field(default=500, metadata={"help": "K: student's largest logits in the loss; null: all."})
+    tail: str = field(default="drop", metadata={"help": "drop, bucket or renorm: the mass outside the top k."})
+    temperature: float = field(default=1.0, metadata={"help": "Of both distributions in scores and loss."})
+    backend: str = field(default="auto", metadata={"help": "auto, triton, cpu or torch."})
+    max_completion_length: int = field(default=256, metadata={"help": "Tokens a rollout, at most."})
+    sampling_temperature: float = field(default=1.0, metadata={"help": "Of the rollouts; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the rollouts' sampling."})
+    top_k: int = field(default=0, metadata={"help": "Top-k of the rollouts' sampling; 0 for all."})
+    teacher_template: str = field(
+        default=TEACHER_TEMPLATE,
+        metadata={"help": "The teacher's user message, from {privileged_context} and {prompt}."},
+    )
+    recorded_rollouts: int = field(default=8, metadata={"help": "Rollouts a step written for the report."})
+
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Prompts, and so rollouts, a device a step."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between log entries."})
+    report_to: str | list[str] = field(default="none", metadata={"help": "Integrations to report to."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows keep their columns."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.sampling_temperature < 0:
+            raise ValueError(f"sampling_temperature must be at least 0, not {self.sampling_temperature}")
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1, not {self.max_completion_length}")
+        for name in ("{privileged_context}", "{prompt}"):
+            if name not in self.teacher_template:
+                raise ValueError(f"teacher_template must hold {name}, not {self.teacher_template!r}")

@@ -1,0 +1,105 @@
+"""Rows of `prompt` and `privileged_context`, and the two prompts that the student and the teacher read.
+
+A prompt is a string (one user message) or a list of chat messages. An empty `privileged_context` makes an anchor
+row: the teacher reads the student's own prompt, so that every gap is drift from the initial model.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from datasets import Dataset
+
+Prompt = str | list[dict[str, str]]
+
+TEACHER_TEMPLATE = "{privileged_context}\n\n{prompt}"
+
+
+def load_rows(path: str | Path) -> Dataset:
+    """Reads training rows from a JSONL file.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, the line and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
+                check_row(rows[-1], f"{path}, line {number}")
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    return as_dataset(rows)
+
+
+def as_dataset(rows: Iterable[dict]) -> Dataset:
+    """Rows as a Dataset; each is checked."""
+    rows = list(rows)
+    for number, row in enumerate(rows):
+        check_row(row, f"row {number}")
+    return Dataset.from_list(rows)
+
+
+def check_row(row: dict, where: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be an object with prompt and privileged_context, not {type(row).__name__}")
+    for column in ("prompt", "privileged_context"):
+        if column not in row:
+            raise ValueError(f"{where}: has no {column!r} (it has: {', '.join(map(repr, row)) or 'nothing'})")
+    if not isinstance(row["privileged_context"], str):
+        kind = type(row["privileged_context"]).__name__
+        raise ValueError(f"{where}: privileged_context must be a string, not {kind}")
+    for column in ("prompt", "teacher_prompt"):
+        prompt = row.get(column)
+        if prompt is None and column == "teacher_prompt":
+            continue
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError(f"{where}: {column} is empty")
+        elif not (isinstance(prompt, list) and prompt and all("role" in m and "content" in m for m in prompt)):
+            raise ValueError(f"{where}: {column} must be a string or a list of messages with role and content")
+
+
+def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE) -> Prompt:
+    """The prompt that also holds the privileged context: put around the last user message by `template`, or given
+    whole by the row's own `teacher_prompt`."""
+    if row.get("teacher_prompt"):
+        return row["teacher_prompt"]
+    prompt, context = row["prompt"], row["privileged_context"]
+    if not context.strip():
+        return prompt
+    if isinstance(prompt, str):
+        return template.format(privileged_context=context, prompt=prompt)
+    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
+    told = template.format(privileged_context=context, prompt=prompt[last]["content"])
+    return [*prompt[:last], {**prompt[last], "content": told}, *prompt[last + 1 :]]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text, for a judge or a reader."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def encode(tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt through the tokenizer's chat template, up to where the answer begins. Without a template
+    a string is taken as it stands.
+
+    Raises:
+        ValueError: chat messages but no template, or a prompt of no tokens.
+    """
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    elif isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        raise ValueError("the tokenizer has no chat template: give prompts as strings, or set tokenizer.chat_template")
+    if not ids:
+        raise ValueError(f"the prompt {prompt_text(prompt)!r} has no tokens")
+    return ids

@@ -1,0 +1,102 @@
+"""Was the behaviour learned, does it stay where it belongs, and how far has the model moved?"""
+
+from collections.abc import Sequence
+
+import torch
+
+from rmsd_kernels import linear_token_scores
+
+from .data import encode
+from .modeling import OutputHead, completion_hidden
+from .rollout import Rollouts, eos_ids_of, generate
+from .tasks import Task
+
+
+class Evaluator:
+    """Holds the base model's own answers to the unrelated prompts, against which drift is measured.
+
+    Metrics:
+        <grader>_greedy, <grader>_sampled: share of answers to held-out target prompts that pass each of the task's
+            graders, decoded greedily and sampled (`samples` answers a prompt).
+        specificity: share of greedy answers to unrelated prompts that do not show the behaviour.
+        drift: mean KL(base || student) per token, in nats, over the base model's greedy answers to unrelated prompts.
+    """
+
+    def __init__(
+        self,
+        base,
+        tokenizer,
+        task: Task,
+        *,
+        samples: int = 4,
+        temperature: float = 0.5,
+        max_new_tokens: int = 24,
+        batch_size: int = 16,
+        seed: int = 0,
+    ):
+        self.tokenizer, self.task = tokenizer, task
+        self.samples, self.temperature = samples, temperature
+        self.max_new_tokens, self.batch_size, self.seed = max_new_tokens, batch_size, seed
+        self.pad_id, self.eos_ids = tokenizer.pad_token_id, eos_ids_of(base, tokenizer)
+        self.target_ids = [encode(tokenizer, prompt) for prompt in task.target_prompts]
+        self.unrelated_ids = [encode(tokenizer, prompt) for prompt in task.unrelated_prompts]
+        self.base_head = OutputHead.of(base)
+        self.base_rollouts = list(self._answers(base, self.unrelated_ids))
+
+    @torch.no_grad()
+    def __call__(self, model) -> dict[str, float]:
+        was_training = model.training
+        model.eval()
+        greedy = self._texts(model, self.target_ids)
+        sampled = self._texts(model, self.target_ids * self.samples, self.temperature) if self.samples else []
+        unrelated = self._texts(model, self.unrelated_ids)
+        metrics = {}
+        for name, grader in self.task.graders.items():
+            metrics[f"{name}_greedy"] = _share(map(grader, greedy))
+            if sampled:
+                metrics[f"{name}_sampled"] = _share(map(grader, sampled))
+        metrics["specificity"] = 1.0 - _share(map(self.task.leaks, unrelated))
+        metrics["drift"] = self._drift(model)
+        model.train(was_training)
+        return metrics
+
+    def _answers(self, model, prompt_ids: Sequence[list[int]], temperature: float = 0.0):
+        for start in range(0, len(prompt_ids), self.batch_size):
+            yield generate(
+                model,
+                prompt_ids[start : start + self.batch_size],
+                max_new_tokens=self.max_new_tokens,
+                pad_id=self.pad_id,
+                eos_ids=self.eos_ids,
+                temperature=temperature,
+                seed=self.seed + start,
+            )
+
+    def _texts(self, model, prompt_ids, temperature: float = 0.0) -> list[str]:
+        return [
+            self.tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for rollouts in self._answers(model, prompt_ids, temperature)
+            for ids, mask in zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
+        ]
+
+    def _drift(self, model) -> float:
+        head = OutputHead.of(model)
+        total, tokens = 0.0, 0
+        for base in self.base_rollouts:
+            divergence = self._base_to_student(model, head, base)
+            total += divergence[base.completion_mask].sum().item()
+            tokens += base.completion_mask.sum().item()
+        return total / max(tokens, 1)
+
+    def _base_to_student(self, model, head: OutputHead, base: Rollouts):
+        hidden = completion_hidden(model, base.prompt_ids, base.completion_ids, base.completion_mask, self.pad_id)
+        # KL(base || student): the base model takes the place of `student` in reverse_kl.
+        return linear_token_scores(
+            base.student_hidden, self.base_head.weight, hidden, head.weight, base.completion_ids,
+            student_bias=self.base_head.bias, teacher_bias=head.bias, **head.transform,
+        ).divergence  # fmt: skip
+
+
+def _share(passed) -> float:
+    passed = list(passed)
+    return sum(passed) / len(passed) if passed else 0.0

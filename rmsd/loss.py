@@ -1,0 +1,179 @@
+"""The drop-in losses: logits, or hidden states and head weights, in; a scalar out."""
+
+import torch
+from torch import Tensor, nn
+
+from rmsd_kernels import (
+    TokenScores,
+    criterion_score,
+    linear_token_divergence,
+    linear_token_scores,
+    scores_and_candidates,
+    select_tokens,
+    token_divergence,
+)
+from rmsd_kernels.functional import check_ids, check_mask, check_options, check_selection
+
+
+class RMSDLoss(nn.Module):
+    """Divergence from the teacher on the few tokens that matter.
+
+    Candidates are the `num_candidates` positions with the largest criterion; `keep`, a judge's answer, says which of
+    them bear on the wanted behaviour, and without one the `num_kept` largest are kept. The loss is the mean divergence
+    over a sequence's kept tokens, then the mean over the sequences that kept any; 0 with zero gradients where none did.
+
+    Args:
+        num_candidates, num_kept: T and S of the method.
+        criterion: "logprob_gap", "divergence" or "entropy_gap"; a token must exceed `threshold`.
+        divergence, beta, vocab_topk, tail, temperature, backend: as in `rmsd_kernels.token_divergence`.
+
+    `nonfinite_rows` counts, on the device, the kept rows whose divergence was not finite and which were left out.
+
+    Source: "Bringing Capabilities in Distribution via Relevance-Masked Self-Distillation" (Applied Compute, 2026).
+    """
+
+    def __init__(
+        self,
+        *,
+        num_candidates: int = 20,
+        num_kept: int = 5,
+        criterion: str = "logprob_gap",
+        threshold: float = 0.0,
+        divergence: str = "reverse_kl",
+        beta: float = 0.5,
+        vocab_topk: int | None = 500,
+        tail: str = "drop",
+        temperature: float = 1.0,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        check_selection(criterion=criterion, num_tokens=num_candidates, threshold=threshold, name="num_candidates")
+        check_selection(num_tokens=num_kept, threshold=threshold, name="num_kept")
+        options = dict(divergence=divergence, beta=beta, temperature=temperature)
+        check_options(**options, teacher_temperature=None, vocab_size=None, width=1, vocab_topk=vocab_topk, tail=tail)
+        self.num_candidates, self.num_kept = num_candidates, num_kept
+        self.criterion, self.threshold = criterion, threshold
+        self.score_options = dict(**options, backend=backend)
+        self.divergence_options = dict(**options, backend=backend, vocab_topk=vocab_topk, tail=tail)
+        self.register_buffer("nonfinite_rows", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def candidates(
+        self,
+        student_logits: Tensor,  # (B, L, V)
+        teacher_logits: Tensor,  # (B, L, V)
+        sampled_ids: Tensor,  # (B, L) int64
+        completion_mask: Tensor,  # (B, L) bool
+    ) -> tuple[TokenScores, Tensor]:
+        """TokenScores of (B, L) and the candidates' positions, (B, num_candidates) int64, -1 where fewer qualify."""
+        return self._select(student_logits, teacher_logits, sampled_ids, completion_mask, self.num_candidates)
+
+    def forward(
+        self,
+        student_logits: Tensor,  # (B, L, V), differentiable
+        teacher_logits: Tensor,  # (B, L, V)
+        sampled_ids: Tensor,  # (B, L) int64
+        completion_mask: Tensor,  # (B, L) bool
+        keep: Tensor | None = None,  # (B, L) bool
+        *,
+        num_sequences: Tensor | float | None = None,
+    ) -> Tensor:
+        """Scalar loss, fp32. `num_sequences` replaces the number of this batch's sequences that kept a token: give the
+        number in the whole batch when this is one of several micro-batches or ranks, and add the results."""
+        shape = sampled_ids.shape
+        if keep is None:
+            _, index = self._select(student_logits, teacher_logits, sampled_ids, completion_mask, self.num_kept)
+            rows = _rows_at(index, shape[1])
+        else:
+            check_ids(sampled_ids, student_logits.shape[:2], student_logits.device, student_logits.shape[-1], keep)
+            rows = _rows_where(keep, completion_mask)
+        divergence = token_divergence(student_logits, teacher_logits, rows=rows, **self.divergence_options)
+        return self._mean(divergence, rows, shape, num_sequences)
+
+    def _select(self, student_logits, teacher_logits, sampled_ids, completion_mask, num_tokens):
+        return scores_and_candidates(
+            student_logits, teacher_logits, sampled_ids, completion_mask, num_candidates=num_tokens,
+            criterion=self.criterion, threshold=self.threshold, **self.score_options,
+        )  # fmt: skip
+
+    def _mean(self, divergence: Tensor, rows: Tensor, shape: torch.Size, num_sequences: Tensor | float | None) -> Tensor:
+        """(R,) divergences at (R,) rows of the flattened (B, L) axis -> the loss."""
+        finite = (rows >= 0) & divergence.detach().isfinite()
+        self.nonfinite_rows += ((rows >= 0) & ~finite).sum()
+        # Chosen, not multiplied: 0 * inf is NaN. Rows left out go to a slot of their own behind the last.
+        slots = torch.where(finite, rows, shape.numel())
+        dense = divergence.new_zeros(shape.numel() + 1).scatter(0, slots, torch.where(finite, divergence, 0.0))
+        kept = torch.zeros_like(dense, dtype=torch.bool).scatter(0, slots, finite)
+        dense, counts = dense[:-1].view(shape), kept[:-1].view(shape).sum(1)
+        if num_sequences is None:
+            num_sequences = (counts > 0).sum().clamp_min(1)
+        return (dense.sum(1) / counts.clamp_min(1)).sum() / num_sequences
+
+
+class LinearRMSDLoss(RMSDLoss):
+    """`RMSDLoss` from hidden states and head weights: the logits of all tokens never exist together, and only the
+    kept rows reach the head's backward. Takes the same options."""
+
+    def candidates(
+        self,
+        student_hidden: Tensor,  # (B, L, H)
+        student_weight: Tensor,  # (V, H)
+        teacher_hidden: Tensor,  # (B, L, H')
+        teacher_weight: Tensor,  # (V, H')
+        sampled_ids: Tensor,  # (B, L) int64
+        completion_mask: Tensor,  # (B, L) bool
+        **head,
+    ) -> tuple[TokenScores, Tensor]:
+        """As RMSDLoss.candidates; `head` may hold student_bias, teacher_bias, logit_scale, softcap, workspace_mb."""
+        heads = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+        return self._select_linear(heads, sampled_ids, completion_mask, self.num_candidates, head)
+
+    def forward(
+        self,
+        student_hidden: Tensor,  # (B, L, H), differentiable
+        student_weight: Tensor,  # (V, H), differentiable
+        teacher_hidden: Tensor,  # (B, L, H')
+        teacher_weight: Tensor,  # (V, H')
+        sampled_ids: Tensor,  # (B, L) int64
+        completion_mask: Tensor,  # (B, L) bool
+        keep: Tensor | None = None,  # (B, L) bool
+        *,
+        num_sequences: Tensor | float | None = None,
+        **head,
+    ) -> Tensor:
+        """As RMSDLoss.forward; `head` may hold student_bias, teacher_bias, logit_scale, softcap, workspace_mb."""
+        heads = (student_hidden, student_weight, teacher_hidden, teacher_weight)
+        shape = sampled_ids.shape
+        if keep is None:
+            _, index = self._select_linear(heads, sampled_ids, completion_mask, self.num_kept, head)
+            rows = _rows_at(index, shape[1])
+        else:
+            check_ids(sampled_ids, student_hidden.shape[:2], student_hidden.device, student_weight.shape[0], keep)
+            rows = _rows_where(keep, completion_mask)
+        divergence = linear_token_divergence(*heads, rows=rows, **head, **self.divergence_options)
+        return self._mean(divergence, rows, shape, num_sequences)
+
+    def _select_linear(self, heads, sampled_ids, completion_mask, num_tokens, head):
+        check_mask(completion_mask, sampled_ids.shape, sampled_ids.device, "completion_mask")
+        scores = linear_token_scores(*heads, sampled_ids.where(completion_mask, 0), **head, **self.score_options)
+        score = criterion_score(scores, self.criterion)
+        return scores, select_tokens(score, completion_mask, num_tokens=num_tokens, threshold=self.threshold)
+
+
+def _rows_at(index: Tensor, length: int) -> Tensor:
+    """(B, S) positions, -1 for none -> (B*S,) rows of the flattened (B, L) axis, -1 for none."""
+    first = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * length
+    return torch.where(index >= 0, index + first, -1).flatten()
+
+
+def _rows_where(keep: Tensor, completion_mask: Tensor) -> Tensor:
+    """(B, L) bool -> (R,) rows of the flattened axis, -1 for none.
+
+    A judge answers on the host, so `keep` may stay on the CPU: then R is the number kept. On a GPU R is B*L, since
+    counting would sync; rows of -1 are skipped there by the kernels."""
+    check_mask(completion_mask, keep.shape, completion_mask.device, "completion_mask")
+    check_mask(keep, completion_mask.shape, keep.device, "keep")
+    if keep.device.type == "cpu":
+        rows = keep.flatten().nonzero().squeeze(1).to(completion_mask.device, non_blocking=True)
+    else:
+        rows = torch.where(keep.flatten(), torch.arange(keep.numel(), device=keep.device), -1)
+    return torch.where(completion_mask.flatten()[rows.clamp_min(0)], rows, -1) if rows.numel() else rows

@@ -1,0 +1,62 @@
+"""What a run leaves for its reader: metrics.jsonl and rollouts.jsonl, one JSON object a line."""
+
+import json
+import math
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+
+class RunRecord(TrainerCallback):
+    """Writes every log entry and the rollouts it is given. On resume, lines of steps after the checkpoint are dropped:
+    those steps are about to be made again."""
+
+    def __init__(self, output_dir: str | Path, resume: bool = False):
+        self.directory = Path(output_dir)
+        self.resume = resume
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            path = self.directory / name
+            lines = read_lines(path) if self.resume else []
+            kept = [line for line in lines if line["step"] <= state.global_step]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        is_eval = any(name.startswith("eval_") for name in logs)
+        line = {"kind": "eval" if is_eval else "train", "step": state.global_step}
+        line |= {
+            name.removeprefix("eval_"): value for name, value in logs.items() if isinstance(value, int | float)
+        }
+        self._append("metrics.jsonl", line)
+
+    def rollouts(self, lines: list[dict]) -> None:
+        for line in lines:
+            self._append("rollouts.jsonl", line)
+
+    def _append(self, name: str, line: dict) -> None:
+        with (self.directory / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Every whole line of a JSONL file; a torn last one, left by a kill, is not."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def finite(values) -> list[float | None]:
+    """JSON has no infinity: None stands for what is not finite."""
+    return [round(value, 5) if math.isfinite(value) else None for value in values]

@@ -1,0 +1,73 @@
+"""The student's answers, with the hidden state that each token was drawn from recorded as it samples."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .modeling import captured_hidden
+
+
+@dataclass
+class Rollouts:
+    """B answers. `completion_mask` is true on tokens the student wrote, its end-of-sequence token included."""
+
+    prompt_ids: list[list[int]]  # B prompts as the student reads them
+    completion_ids: Tensor  # (B, L) int64
+    completion_mask: Tensor  # (B, L) bool
+    student_hidden: Tensor | None = None  # (B, L, H): row i gave the distribution of completion_ids[i]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompt_ids: list[list[int]],
+    *,
+    max_new_tokens: int,
+    pad_id: int,
+    eos_ids: list[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+) -> Rollouts:
+    """One answer a prompt. `temperature=0` is greedy. With `seed`, the answers follow from it alone: the global random
+    state is neither read nor moved, so a resumed run writes what the interrupted one would have."""
+    width = max(map(len, prompt_ids))
+    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=model.device)
+    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=model.device)
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=seed is not None), captured_hidden(model) as captured:
+        if seed is not None:
+            torch.manual_seed(seed)
+        sequences = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_id,
+            eos_token_id=eos_ids,
+            **(sampling or dict(do_sample=False)),
+        )
+    model.train(was_training)
+    completion_ids = sequences[:, width:]
+    ended = torch.isin(completion_ids, torch.tensor(eos_ids, device=completion_ids.device)).cumsum(1)
+    just_ended = torch.isin(completion_ids, torch.tensor(eos_ids, device=completion_ids.device)) & (ended == 1)
+    return Rollouts(
+        prompt_ids=prompt_ids,
+        completion_ids=completion_ids,
+        completion_mask=(ended == 0) | just_ended,
+        student_hidden=torch.stack([hidden[:, -1] for hidden in captured], 1),
+    )
+
+
+def eos_ids_of(model, tokenizer) -> list[int]:
+    """Every id that ends an answer: the generation config's, or the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if ids is not None else tokenizer.eos_token_id
+    return list(ids) if isinstance(ids, list | tuple) else [ids]
