@@ -1,0 +1,193 @@
+"""Divergence of chosen rows, over the whole vocabulary or the student's top k, and what its backward needs."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, log2_scales, row_strides, tile_options
+from .tiles import ALL, FLOOR, INF, INSIDE, LN2, OUTSIDE, row_pointer
+from .topk import kth_largest
+from .visits import log_sum_exp, log_to_mixture, normalised_visit, online_visit
+
+NUM_STATS = tl.constexpr(8)
+
+
+@triton.jit
+def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
+    """The term, p g and g of one more vocabulary entry of log-masses log_p and log_q (log2), in log2 units."""
+    p, q = tl.exp2(log_p), tl.exp2(log_q)
+    if DIVERGENCE == "reverse_kl":
+        # -inf less -inf is the entry of an empty rest: its mass and term are 0.
+        slope = tl.where(log_p > FLOOR, log_p - log_q, 0.0)
+        term = tl.where(slope < INF, p * slope, INF)
+        return term, term, slope
+    elif DIVERGENCE == "forward_kl":
+        distance = tl.where(log_q > FLOOR, log_q - log_p, 0.0)
+        return tl.where(distance < INF, q * distance, INF), -q, -tl.exp2(distance)
+    else:
+        to_p, to_q = log_to_mixture(log_p, log_q, beta)
+        slope = (1.0 - beta) * to_p
+        return tl.fma(beta * q, to_q, p * slope), p * slope, slope
+
+
+@triton.jit(
+    do_not_specialize=[
+        "student_stride_b", "student_stride_l", "teacher_stride_b", "teacher_stride_l", "num_rows", "length", "size",
+        "vocab_topk",
+    ],
+    do_not_specialize_on_alignment=[
+        "student_logits_ptr", "teacher_logits_ptr", "rows_ptr", "divergence_ptr", "stats_ptr",
+    ],
+)  # fmt: skip
+def divergence_kernel(
+    student_logits_ptr,  # (B, L, V) fp32 | fp16 | bf16
+    teacher_logits_ptr,  # (B, L, V)
+    rows_ptr,  # (R,) int64, with HAS_ROWS
+    divergence_ptr,  # (R,) fp32
+    stats_ptr,  # (R, 8) fp32, ops.STATS
+    student_stride_b: tl.int64,
+    student_stride_l: tl.int64,
+    teacher_stride_b: tl.int64,
+    teacher_stride_l: tl.int64,
+    num_rows: tl.int64,
+    length: tl.int32,
+    size: tl.int32,
+    vocab_topk: tl.int32,
+    inner_scale: tl.float32,
+    student_scale: tl.float32,
+    teacher_scale: tl.float32,
+    beta: tl.float32,
+    DIVERGENCE: tl.constexpr,
+    TAIL: tl.constexpr,  # "all" without vocab_topk
+    HAS_ROWS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PAIRED: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    item = tl.program_id(0).to(tl.int64)
+    row = item
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + item)
+    if (row < 0) | (row >= num_rows):
+        # -1 is no row and gives 0; any other index that is not a row gives NaN, and no read either.
+        tl.store(divergence_ptr + item, tl.where(row == -1, 0.0, float("nan")))
+        tl.store(stats_ptr + item * NUM_STATS + tl.arange(0, NUM_STATS), tl.zeros([NUM_STATS], tl.float32))
+        return
+    student_ptr = row_pointer(student_logits_ptr, row, length, student_stride_b, student_stride_l, ALIGNED)
+    teacher_ptr = row_pointer(teacher_logits_ptr, row, length, teacher_stride_b, teacher_stride_l, ALIGNED)
+
+    # Over the whole vocabulary a KL is done in this one visit. `forward` swaps the roles: KL(first || second).
+    FORWARD: tl.constexpr = DIVERGENCE == "forward_kl"
+    HAS_CROSS: tl.constexpr = DIVERGENCE != "jsd"
+    if FORWARD:
+        teacher_m, student_m, teacher_z, student_z, _, _, cross, gap = online_visit(
+            teacher_ptr, student_ptr, size, inner_scale, teacher_scale, student_scale, 0.0, 0,
+            HAS_SOFTCAP, False, TAIL == "all", False, ALL, UNROLL, LANES, VEC, PAIRED,
+        )  # fmt: skip
+    else:
+        student_m, teacher_m, student_z, teacher_z, _, _, cross, gap = online_visit(
+            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, 0.0, 0,
+            HAS_SOFTCAP, False, HAS_CROSS and TAIL == "all", True, ALL, UNROLL, LANES, VEC, PAIRED,
+        )  # fmt: skip
+    valid = (student_z > 0.0) & (teacher_z > 0.0)
+
+    kth_logit, last_tied_id = -INF, size - 1
+    if TAIL != "all":
+        kth_logit, last_tied_id = kth_largest(
+            student_ptr, size, vocab_topk, student_logits_ptr.dtype.element_ty, UNROLL, LANES, VEC, PAIRED
+        )
+    if TAIL == "renorm":
+        if FORWARD:
+            teacher_m, student_m, teacher_z, student_z, _, _, cross, gap = online_visit(
+                teacher_ptr, student_ptr, size, inner_scale, teacher_scale, student_scale, kth_logit, last_tied_id,
+                HAS_SOFTCAP, False, True, False, INSIDE, UNROLL, LANES, VEC, PAIRED,
+            )  # fmt: skip
+        else:
+            student_m, teacher_m, student_z, teacher_z, _, _, cross, gap = online_visit(
+                student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, kth_logit, last_tied_id,
+                HAS_SOFTCAP, False, HAS_CROSS, True, INSIDE, UNROLL, LANES, VEC, PAIRED,
+            )  # fmt: skip
+    student_log_z, teacher_log_z = tl.log2(student_z), tl.log2(teacher_z)
+
+    rest_slope, rest_distance = 0.0, 0.0
+    if HAS_CROSS and (TAIL == "all" or TAIL == "renorm"):
+        if FORWARD:
+            divergence = (cross / teacher_z) * LN2 + tl.log(student_z / teacher_z)
+            divergence = tl.where(teacher_z > 0.0, divergence, 0.0)  # renorm, no teacher mass in the support
+            mean_slope = tl.where(teacher_z > 0.0, -1.0, 0.0)
+        else:
+            divergence = (cross / student_z) * LN2 + tl.log(teacher_z / student_z)
+            mean_slope = divergence
+        divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence)
+    else:
+        PART: tl.constexpr = ALL if TAIL == "all" else INSIDE
+        total, slope, mass, gap = normalised_visit(
+            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale,
+            student_m, teacher_m, student_log_z, teacher_log_z, beta, kth_logit, last_tied_id,
+            DIVERGENCE, HAS_SOFTCAP, PART, UNROLL, LANES, VEC, PAIRED,
+        )  # fmt: skip
+        total = tl.where((gap > -1.5 * FLOOR) | (teacher_z == 0.0), INF, total)
+        if DIVERGENCE == "reverse_kl":
+            slope = total
+        if TAIL == "bucket":
+            rest_student_m, rest_teacher_m, rest_student_z, rest_teacher_z, _, _, _, _ = online_visit(
+                student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, kth_logit, last_tied_id,
+                HAS_SOFTCAP, False, False, True, OUTSIDE, UNROLL, LANES, VEC, PAIRED,
+            )  # fmt: skip
+            rest_log_p = (rest_student_m - student_m) + (tl.log2(rest_student_z) - student_log_z)
+            rest_log_q = (rest_teacher_m - teacher_m) + (tl.log2(rest_teacher_z) - teacher_log_z)
+            rest_term, rest_weighted, rest_slope = bucket_entry(rest_log_p, rest_log_q, beta, DIVERGENCE)
+            total += rest_term
+            slope += rest_weighted
+            rest_distance = rest_log_p - rest_log_q
+        divergence = total * LN2
+        if FORWARD:
+            # g = -q / p needs no unit; p g = -q.
+            mean_slope = -mass
+            if TAIL == "bucket":
+                mean_slope += rest_weighted
+        else:
+            mean_slope = slope * LN2
+            rest_slope = rest_slope * LN2
+            if DIVERGENCE == "reverse_kl" and TAIL == "drop":
+                # g = log(p / q) + 1. The 1 drops out of g - mean_slope only where the masses summed are all of them.
+                mean_slope += mass
+
+    divergence = tl.where(valid, divergence, float("nan"))
+    is_finite = tl.abs(divergence) < INF
+    tl.store(divergence_ptr + item, divergence)
+    stats_ptr += item * NUM_STATS
+    tl.store(stats_ptr, log_sum_exp(student_m, student_z))
+    tl.store(stats_ptr + 1, log_sum_exp(teacher_m, teacher_z))
+    tl.store(stats_ptr + 2, mean_slope)
+    tl.store(stats_ptr + 3, rest_slope)
+    tl.store(stats_ptr + 4, kth_logit)
+    tl.store(stats_ptr + 5, last_tied_id.to(tl.float32))
+    tl.store(stats_ptr + 6, is_finite.to(tl.float32))
+    tl.store(stats_ptr + 7, rest_distance * LN2)
+
+
+def divergence(
+    student_logits: Tensor, teacher_logits: Tensor, rows: Tensor | None, divergence: str, beta: float,
+    vocab_topk: int, tail: str, temperature: float, teacher_temperature: float, vocab_size: int, logit_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    num_rows = student_logits.shape[0] * student_logits.shape[1]
+    result = torch.empty(num_rows if rows is None else len(rows), dtype=torch.float32, device=student_logits.device)
+    stats = torch.empty((len(result), NUM_STATS.value), dtype=torch.float32, device=student_logits.device)
+    if len(result):
+        launch(
+            divergence_kernel, len(result), student_logits,
+            student_logits_ptr=student_logits, teacher_logits_ptr=teacher_logits,
+            rows_ptr=None if rows is None else rows.contiguous(), divergence_ptr=result, stats_ptr=stats,
+            **row_strides(student_logits, teacher_logits),
+            num_rows=num_rows, length=max(student_logits.shape[1], 1), size=vocab_size, vocab_topk=vocab_topk,
+            **log2_scales(temperature, teacher_temperature, logit_scale, softcap)._asdict(), beta=beta,
+            DIVERGENCE=divergence, TAIL=tail if vocab_topk else "all", HAS_ROWS=rows is not None,
+            HAS_SOFTCAP=softcap != 0.0, **tile_options(student_logits, teacher_logits),
+        )  # fmt: skip
+    return result, stats

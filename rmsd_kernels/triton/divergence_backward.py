@@ -1,0 +1,169 @@
+"""Gradient of chosen rows' divergence by the student's logits, written in their dtype; other rows stay zero.
+
+By the scaled logit of entry j, with g and c = mean_slope as in ops.STATS:
+
+    in the support   p_j (g_j - c)
+    outside it       p_j (rest_slope - c), where rest_slope is 0 for "drop"; 0 for "renorm"
+
+    g_j:  reverse_kl  log(p_j / q_j), + 1 for "drop"      forward_kl  -q_j / p_j      jsd  (1 - beta) log(p_j / m_j)
+
+Everything a row needs is in its stats, so a row is cut into as many programs as it has chunks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, row_strides, scales, tile_options
+from .tiles import FLOOR, LN2, LOG2E, block_ids, in_support, load_tile, row_pointer, softcapped
+from .visits import log_to_mixture
+
+CHUNK_TILES = 2  # 16,384 logits a program: 10 programs a row at V = 152k, so that a few kept rows fill the processors
+
+
+@triton.jit
+def gradient(
+    raw_student, raw_teacher, ids, student_lse, teacher_lse, mean_slope, rest_slope, rest_distance, kth_logit,
+    last_tied_id, upstream, inner_scale, student_scale, teacher_scale, raw_scale, beta,
+    DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    student = softcapped(raw_student, inner_scale, HAS_SOFTCAP)
+    teacher = softcapped(raw_teacher, inner_scale, HAS_SOFTCAP)
+    # Nats here: the log-sum-exps come rounded to fp32, and a product with log2(e) would round them again.
+    log_p = tl.maximum(tl.fma(student, student_scale, -student_lse), FLOOR)
+    log_q = tl.maximum(tl.fma(teacher, teacher_scale, -teacher_lse), FLOOR)
+    p = tl.exp2(log_p * LOG2E)
+    if DIVERGENCE == "reverse_kl":
+        slope = log_p - log_q
+        if TAIL == "drop":
+            slope += 1.0
+        inside = p * (slope - mean_slope)
+    elif DIVERGENCE == "forward_kl":
+        inside = -tl.exp2(log_q * LOG2E) - p * mean_slope
+    else:
+        to_p, _ = log_to_mixture(log_p * LOG2E, log_q * LOG2E, beta)
+        inside = p * ((1.0 - beta) * to_p * LN2 - mean_slope)
+    grad = inside
+    if TAIL != "all":
+        if TAIL == "renorm":
+            outside = p * 0.0
+        elif TAIL == "bucket" and DIVERGENCE == "forward_kl":
+            # p rest_slope = -p Q / P of the rest, whose ratio alone may overflow.
+            outside = -tl.exp2((log_p - rest_distance) * LOG2E) - p * mean_slope
+        else:
+            outside = p * (rest_slope - mean_slope)
+        grad = tl.where(in_support(raw_student, ids, kth_logit, last_tied_id), inside, outside)
+    grad *= upstream * raw_scale
+    if HAS_SOFTCAP:
+        grad *= tl.where(student > -1.0, 1.0 - student * student, 0.0)
+    return grad
+
+
+@triton.jit(
+    do_not_specialize=[
+        "student_stride_b", "student_stride_l", "teacher_stride_b", "teacher_stride_l", "grad_stride", "num_rows",
+        "length", "size", "num_chunks",
+    ],
+    do_not_specialize_on_alignment=[
+        "grad_divergence_ptr", "student_logits_ptr", "teacher_logits_ptr", "rows_ptr", "stats_ptr", "grad_logits_ptr",
+    ],
+)  # fmt: skip
+def divergence_backward_kernel(
+    grad_divergence_ptr,  # (R,) fp32
+    student_logits_ptr,  # (B, L, V) fp32 | fp16 | bf16
+    teacher_logits_ptr,  # (B, L, V)
+    rows_ptr,  # (R,) int64, with HAS_ROWS
+    stats_ptr,  # (R, 8) fp32
+    grad_logits_ptr,  # (B * L, V), contiguous
+    student_stride_b: tl.int64,
+    student_stride_l: tl.int64,
+    teacher_stride_b: tl.int64,
+    teacher_stride_l: tl.int64,
+    grad_stride: tl.int64,
+    num_rows: tl.int64,
+    length: tl.int32,
+    size: tl.int32,
+    num_chunks: tl.int32,
+    inner_scale: tl.float32,
+    student_scale: tl.float32,
+    teacher_scale: tl.float32,
+    raw_scale: tl.float32,
+    beta: tl.float32,
+    DIVERGENCE: tl.constexpr,
+    TAIL: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PAIRED: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+):
+    TILE: tl.constexpr = UNROLL * LANES * VEC
+    item = tl.program_id(0).to(tl.int64) // num_chunks
+    chunk = (tl.program_id(0) % num_chunks) * CHUNK_TILES * TILE
+    row = item
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + item)
+    stats_ptr += item * 8
+    if (row < 0) | (row >= num_rows) | (tl.load(stats_ptr + 6) == 0.0):
+        return  # its gradient is zero already
+    student_ptr = row_pointer(student_logits_ptr, row, length, student_stride_b, student_stride_l, ALIGNED)
+    teacher_ptr = row_pointer(teacher_logits_ptr, row, length, teacher_stride_b, teacher_stride_l, ALIGNED)
+    grad_ptr = grad_logits_ptr + row * grad_stride
+    grad_ptr = tl.multiple_of(grad_ptr, 16) if ALIGNED else grad_ptr
+
+    upstream = tl.load(grad_divergence_ptr + item)
+    student_lse, teacher_lse = tl.load(stats_ptr), tl.load(stats_ptr + 1)
+    mean_slope, rest_slope, rest_distance = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3), tl.load(stats_ptr + 7)
+    kth_logit, last_tied_id = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5).to(tl.int32)
+    for start in range(chunk, tl.minimum(chunk + CHUNK_TILES * TILE, size), TILE):
+        if start + TILE <= size:
+            student_tile = load_tile(student_ptr, start, size, UNROLL, LANES, VEC, False, False)
+            teacher_tile = load_tile(teacher_ptr, start, size, UNROLL, LANES, VEC, False, False)
+            for block in tl.static_range(UNROLL):
+                ids = block_ids(start, block, LANES, VEC, False)
+                grad = gradient(
+                    student_tile[block], teacher_tile[block], ids, student_lse, teacher_lse, mean_slope, rest_slope,
+                    rest_distance, kth_logit, last_tied_id, upstream, inner_scale, student_scale, teacher_scale,
+                    raw_scale, beta, DIVERGENCE, TAIL, HAS_SOFTCAP,
+                )  # fmt: skip
+                tl.store(grad_ptr + ids, grad.to(grad_logits_ptr.dtype.element_ty))
+        else:
+            student_tile = load_tile(student_ptr, start, size, UNROLL, LANES, VEC, False, True)
+            teacher_tile = load_tile(teacher_ptr, start, size, UNROLL, LANES, VEC, False, True)
+            for block in tl.static_range(UNROLL):
+                ids = block_ids(start, block, LANES, VEC, False)
+                grad = gradient(
+                    student_tile[block], teacher_tile[block], ids, student_lse, teacher_lse, mean_slope, rest_slope,
+                    rest_distance, kth_logit, last_tied_id, upstream, inner_scale, student_scale, teacher_scale,
+                    raw_scale, beta, DIVERGENCE, TAIL, HAS_SOFTCAP,
+                )  # fmt: skip
+                tl.store(grad_ptr + ids, grad.to(grad_logits_ptr.dtype.element_ty), mask=ids < size)
+
+
+def divergence_backward(
+    grad_divergence: Tensor, student_logits: Tensor, teacher_logits: Tensor, rows: Tensor | None, stats: Tensor,
+    divergence: str, beta: float, vocab_topk: int, tail: str, temperature: float, teacher_temperature: float,
+    vocab_size: int, logit_scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
+    grad_logits = torch.zeros(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
+    num_sequences, length, width = student_logits.shape
+    if stats.shape[0] and grad_logits.numel():
+        tile = tile_options(student_logits, teacher_logits, grad_logits)
+        logits_a_program = CHUNK_TILES * tile["UNROLL"] * tile["LANES"] * tile["VEC"]
+        num_chunks = triton.cdiv(vocab_size, logits_a_program)
+        launch(
+            divergence_backward_kernel, stats.shape[0] * num_chunks, student_logits,
+            grad_divergence_ptr=grad_divergence.contiguous(), student_logits_ptr=student_logits,
+            teacher_logits_ptr=teacher_logits, rows_ptr=None if rows is None else rows.contiguous(), stats_ptr=stats,
+            grad_logits_ptr=grad_logits, **row_strides(student_logits, teacher_logits), grad_stride=width,
+            num_rows=num_sequences * length, length=length, size=vocab_size, num_chunks=num_chunks,
+            **scales(temperature, teacher_temperature, logit_scale, softcap)._asdict(),
+            raw_scale=logit_scale / temperature, beta=beta,
+            DIVERGENCE=divergence, TAIL=tail if vocab_topk else "all", HAS_ROWS=rows is not None,
+            HAS_SOFTCAP=softcap != 0.0, **tile, CHUNK_TILES=CHUNK_TILES,
+        )  # fmt: skip
+    return grad_logits

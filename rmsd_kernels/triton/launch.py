@@ -1,0 +1,97 @@
+"""What every launcher here shares: whether this backend can serve, the tile of a dtype, and a launch's common arguments."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+
+class Tile(NamedTuple):
+    """A row is read UNROLL x LANES x VEC logits at a time; see tiles.py."""
+
+    unroll: int
+    lanes: int  # threads of a program
+    vec: int  # logits of one load
+
+
+# Keyed by dtype alone: nothing is tuned or compiled anew for another V, N or L. 32 logits a lane between two rescales
+# keep the rescale's exponentials at 0.06 a pair; 64 a lane need 167 registers, which leaves one program a processor.
+TILES = {
+    torch.float32: Tile(unroll=8, lanes=256, vec=4),
+    torch.float16: Tile(unroll=4, lanes=256, vec=8),
+    torch.bfloat16: Tile(unroll=4, lanes=256, vec=8),
+}
+BLOCK_L = 1024  # positions of a sequence looked at together when candidates are selected
+
+
+INTERPRETED = knobs.runtime.interpret  # decided with the kernels' decorators, when this package is imported
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why these kernels cannot serve `tensor`; None where they can."""
+    if tensor.dtype not in TILES:
+        return f"its kernels compute in fp32 and the input is {str(tensor.dtype).removeprefix('torch.')}"
+    if INTERPRETED:
+        return None if tensor.device.type == "cpu" else "TRITON_INTERPRET=1 serves CPU tensors only"
+    if tensor.device.type != "cuda":
+        return f"it needs a CUDA or ROCm tensor, not {tensor.device.type} (or TRITON_INTERPRET=1)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or above"
+    return None
+
+
+@functools.cache
+def _lanes_per_warp(_device: torch.device) -> int:
+    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+
+
+class Scales(NamedTuple):
+    """Factors that bring a stored logit to a scaled one: scale * logit, or scale * tanh(inner_scale * logit)."""
+
+    inner_scale: float
+    student_scale: float  # nats
+    teacher_scale: float
+
+
+def scales(temperature: float, teacher_temperature: float, logit_scale: float, softcap: float) -> Scales:
+    outer = softcap or logit_scale
+    return Scales(logit_scale / softcap if softcap else 1.0, outer / temperature, outer / teacher_temperature)
+
+
+def log2_scales(*options: float) -> Scales:
+    """The same in log2 units, in which an exponential is one instruction."""
+    inner_scale, student_scale, teacher_scale = scales(*options)
+    return Scales(inner_scale, student_scale / math.log(2.0), teacher_scale / math.log(2.0))
+
+
+def row_strides(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, int]:
+    return dict(
+        student_stride_b=student_logits.stride(0), student_stride_l=student_logits.stride(1),
+        teacher_stride_b=teacher_logits.stride(0), teacher_stride_l=teacher_logits.stride(1),
+    )  # fmt: skip
+
+
+def tile_options(*logits: Tensor) -> dict:
+    """The constexpr arguments that describe how these tensors' rows are read."""
+    tile = TILES[logits[0].dtype]
+    size = logits[0].element_size()
+    aligned = all(
+        tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in tensor.stride()[:2])
+        for tensor in logits
+    )  # fmt: skip
+    paired = aligned and logits[0].dtype == torch.bfloat16
+    return dict(ALIGNED=aligned, PAIRED=paired, UNROLL=tile.unroll, LANES=tile.lanes, VEC=tile.vec)
+
+
+def launch(kernel, programs: int, tensor: Tensor, **arguments) -> None:
+    """`programs` on axis 0, which alone may exceed 65,535. One stage: nothing is staged through shared memory."""
+    # In the interpreter numpy would warn of every infinity that the kernels handle.
+    with np.errstate(all="ignore") if INTERPRETED else torch.cuda.device_of(tensor):
+        num_warps = max(1, arguments.get("LANES", 256) // _lanes_per_warp(tensor.device))
+        # Fused multiply-adds are half of the loop; Triton 3.10 turns them off unless asked.
+        kernel[(programs,)](**arguments, num_warps=num_warps, num_stages=1, enable_fp_fusion=True)

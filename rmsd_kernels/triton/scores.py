@@ -1,0 +1,163 @@
+"""TokenScores of every row in one visit, and, in the same launch, each sequence's candidates."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .candidates import select_sequence
+from .launch import BLOCK_L, launch, log2_scales, row_strides, tile_options
+from .tiles import ALL, FLOOR, INF, LN2, row_pointer, softcapped
+from .visits import log_sum_exp, normalised_visit, online_visit
+
+_RUNTIME_SIZES = ["length", "size", "num_candidates"]  # a new L or V compiles nothing
+_POINTERS = [
+    "student_logits_ptr", "teacher_logits_ptr", "sampled_ids_ptr", "mask_ptr", "scores_ptr", "index_ptr",
+    "finished_ptr",
+]  # fmt: skip
+_STRIDES = ["student_stride_b", "student_stride_l", "teacher_stride_b", "teacher_stride_l"]
+
+
+@triton.jit
+def sampled_logprob(row_ptr, sampled_id, in_vocab, m, z, inner_scale, scale, HAS_SOFTCAP: tl.constexpr):
+    """One scalar load, in place of a comparison for every logit of the row."""
+    raw = tl.load(row_ptr + sampled_id, mask=in_vocab, other=0.0).to(tl.float32)
+    return tl.fma(softcapped(raw, inner_scale, HAS_SOFTCAP), scale, -m) * LN2 - tl.log(z)
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES + _STRIDES, do_not_specialize_on_alignment=_POINTERS)
+def scores_kernel(
+    student_logits_ptr,  # (B, L, V) fp32 | fp16 | bf16
+    teacher_logits_ptr,  # (B, L, V)
+    sampled_ids_ptr,  # (B, L) int64
+    mask_ptr,  # (B, L) bool, with HAS_SELECTION
+    scores_ptr,  # (7, B, L) fp32
+    index_ptr,  # (B, num_candidates) int64, with HAS_SELECTION
+    finished_ptr,  # (B,) int32 zeros, with HAS_SELECTION
+    student_stride_b: tl.int64,
+    student_stride_l: tl.int64,
+    teacher_stride_b: tl.int64,
+    teacher_stride_l: tl.int64,
+    length: tl.int32,
+    size: tl.int32,
+    num_candidates: tl.int32,
+    inner_scale: tl.float32,
+    student_scale: tl.float32,
+    teacher_scale: tl.float32,
+    beta: tl.float32,
+    threshold: tl.float32,
+    DIVERGENCE: tl.constexpr,
+    CRITERION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SELECTION: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PAIRED: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    plane = tl.num_programs(0).to(tl.int64)
+    student_ptr = row_pointer(student_logits_ptr, row, length, student_stride_b, student_stride_l, ALIGNED)
+    teacher_ptr = row_pointer(teacher_logits_ptr, row, length, teacher_stride_b, teacher_stride_l, ALIGNED)
+
+    # One visit sums 2^u (u - v) of a first row u against a second v: KL(first || second).
+    if DIVERGENCE == "forward_kl":
+        (
+            teacher_m, student_m, teacher_z, student_z, teacher_e, student_e, cross, gap
+        ) = online_visit(
+            teacher_ptr, student_ptr, size, inner_scale, teacher_scale, student_scale, 0.0, 0,
+            HAS_SOFTCAP, True, True, False, ALL, UNROLL, LANES, VEC, PAIRED,
+        )  # fmt: skip
+        divergence = (cross / teacher_z) * LN2 + tl.log(student_z / teacher_z)
+        divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence)
+    else:
+        (
+            student_m, teacher_m, student_z, teacher_z, student_e, teacher_e, cross, gap
+        ) = online_visit(
+            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, 0.0, 0,
+            HAS_SOFTCAP, True, DIVERGENCE == "reverse_kl", True, ALL, UNROLL, LANES, VEC, PAIRED,
+        )  # fmt: skip
+        divergence = (cross / student_z) * LN2 + tl.log(teacher_z / student_z)
+        divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence)
+    if DIVERGENCE == "jsd":
+        # The mixture needs both log-sum-exps first, so the rows are visited again, in L2.
+        total, _, _, _ = normalised_visit(
+            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale,
+            student_m, teacher_m, tl.log2(student_z), tl.log2(teacher_z), beta, 0.0, 0,
+            DIVERGENCE, HAS_SOFTCAP, ALL, UNROLL, LANES, VEC, PAIRED,
+        )  # fmt: skip
+        divergence = total * LN2
+
+    sampled_id = tl.load(sampled_ids_ptr + row)
+    in_vocab = (sampled_id >= 0) & (sampled_id < size)
+    student_logprob = sampled_logprob(
+        student_ptr, sampled_id, in_vocab, student_m, student_z, inner_scale, student_scale, HAS_SOFTCAP
+    )
+    teacher_logprob = sampled_logprob(
+        teacher_ptr, sampled_id, in_vocab, teacher_m, teacher_z, inner_scale, teacher_scale, HAS_SOFTCAP
+    )
+    # NaN and +inf made z NaN, and a row without a finite logit left it 0.
+    valid = in_vocab & (student_z > 0.0) & (teacher_z > 0.0)
+    nan = float("nan")
+    out_ptr = scores_ptr + row
+    tl.store(out_ptr, tl.where(valid, student_logprob, nan))
+    tl.store(out_ptr + plane, tl.where(valid, teacher_logprob, nan))
+    tl.store(out_ptr + 2 * plane, tl.where(valid, divergence, nan))
+    tl.store(out_ptr + 3 * plane, tl.where(valid, log_sum_exp(student_m, student_z), nan))
+    tl.store(out_ptr + 4 * plane, tl.where(valid, log_sum_exp(teacher_m, teacher_z), nan))
+    tl.store(out_ptr + 5 * plane, tl.where(valid, tl.log(student_z) - (student_e / student_z) * LN2, nan))
+    tl.store(out_ptr + 6 * plane, tl.where(valid, tl.log(teacher_z) - (teacher_e / teacher_z) * LN2, nan))
+
+    if HAS_SELECTION:
+        # docs/gpu.md, "Why the memory ordering is right".
+        sequence = row // length
+        tl.debug_barrier()
+        finished = tl.atomic_add(finished_ptr + sequence, 1, sem="acq_rel", scope="gpu")
+        if finished == length - 1:
+            select_sequence(
+                scores_ptr, mask_ptr, index_ptr, sequence, length, plane, num_candidates, threshold,
+                CRITERION, BLOCK_L,
+            )  # fmt: skip
+
+
+def _launch(
+    student_logits, teacher_logits, sampled_ids, mask, index, finished, num_candidates, criterion, threshold,
+    divergence, beta, temperature, teacher_temperature, vocab_size, logit_scale, softcap,
+) -> Tensor:  # fmt: skip
+    num_sequences, length = sampled_ids.shape
+    scores = torch.empty((7, num_sequences, length), dtype=torch.float32, device=student_logits.device)
+    if scores.numel():
+        launch(
+            scores_kernel, num_sequences * length, student_logits,
+            student_logits_ptr=student_logits, teacher_logits_ptr=teacher_logits,
+            sampled_ids_ptr=sampled_ids.contiguous(), mask_ptr=mask, scores_ptr=scores, index_ptr=index,
+            finished_ptr=finished, **row_strides(student_logits, teacher_logits),
+            length=length, size=vocab_size, num_candidates=num_candidates,
+            **log2_scales(temperature, teacher_temperature, logit_scale, softcap)._asdict(),
+            beta=beta, threshold=threshold, DIVERGENCE=divergence, CRITERION=criterion,
+            HAS_SOFTCAP=softcap != 0.0, HAS_SELECTION=index is not None,
+            **tile_options(student_logits, teacher_logits), BLOCK_L=BLOCK_L,
+        )  # fmt: skip
+    return scores
+
+
+def scores(student_logits: Tensor, teacher_logits: Tensor, sampled_ids: Tensor, *options) -> Tensor:
+    return _launch(student_logits, teacher_logits, sampled_ids, None, None, None, 0, "", 0.0, *options)
+
+
+def scores_and_candidates(
+    student_logits: Tensor, teacher_logits: Tensor, sampled_ids: Tensor, mask: Tensor, num_candidates: int,
+    criterion: str, threshold: float, *options,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    num_sequences, length = sampled_ids.shape
+    # A sequence of length 0 has no program to write its -1. Otherwise the counters' zeros are all the launch needs.
+    index = torch.full((num_sequences, num_candidates), -1, dtype=torch.int64, device=student_logits.device) \
+        if not length else torch.empty((num_sequences, num_candidates), dtype=torch.int64, device=student_logits.device)
+    finished = torch.zeros(num_sequences, dtype=torch.int32, device=student_logits.device)
+    scores = _launch(
+        student_logits, teacher_logits, sampled_ids, mask.contiguous(), index, finished, num_candidates, criterion,
+        threshold, *options,
+    )  # fmt: skip
+    return scores, index

@@ -1,0 +1,126 @@
+"""Tile maths shared by every kernel here: how a row is cut and loaded, what a logit becomes, which ids a top-k holds.
+
+A row is read in tiles of UNROLL x LANES x VEC logits: VEC neighbours are one 16-byte load of one thread, LANES is the
+number of threads, UNROLL such loads are in flight at once. A tile is a tuple of (LANES, width) blocks, so that sums
+over the tile are chains of fused multiply-adds within one thread: reducing one (UNROLL, LANES, VEC) block instead
+costs 1.1 instructions more a pair of logits, as its products are summed by a tree.
+
+Logits are held in log2 units, u = log2(e) * logit / temperature, so that each exponential is one fused multiply-add
+and one MUFU instruction.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+
+# Stands for -inf in log2 units where -inf itself would make 0 * -inf: far below any logit, and twice it is finite.
+# A logit below -6.9e29 therefore counts as -inf.
+FLOOR = tl.constexpr(-1e30)
+
+# Which part of the vocabulary a sum takes: all of it, the student's top k, or the rest.
+ALL = tl.constexpr(0)
+INSIDE = tl.constexpr(1)
+OUTSIDE = tl.constexpr(2)
+
+
+@triton.jit
+def block_ids(start, block: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr):
+    """(LANES, width) int32: vocabulary ids of a tile's block."""
+    lane, element = tl.arange(0, LANES)[:, None] * VEC, tl.arange(0, VEC // 2 if PAIRED else VEC)[None, :]
+    if PAIRED:  # even ids and odd ids of a load are two blocks
+        return start + (block // 2 * LANES * VEC + block % 2) + lane + 2 * element
+    else:
+        return start + block * LANES * VEC + lane + element
+
+
+@triton.jit
+def load_tile(
+    row_ptr, start, size,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The tile's logits as stored, in fp32; past the end of the row -inf, which adds nothing anywhere.
+
+    PAIRED takes two bf16 as one 32-bit word: a shift and a mask widen them, where the element-wise widening compiles
+    to three instructions a pair (19.9 -> 18.8 a pair of logits in the scores).
+    """
+    tile = ()
+    if PAIRED:
+        words_ptr = tl.multiple_of((row_ptr + start).to(tl.pointer_type(tl.int32)), 16)
+        pair = tl.arange(0, LANES)[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
+        for load in tl.static_range(UNROLL):
+            words = tl.load(words_ptr + load * (LANES * VEC // 2) + pair)
+            even, odd = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+            tile += (even, odd)
+    else:
+        for load in tl.static_range(UNROLL):
+            ids = block_ids(start, load, LANES, VEC, False)
+            if MASKED:
+                raw = tl.load(row_ptr + ids, mask=ids < size, other=-INF)
+            else:
+                raw = tl.load(row_ptr + ids)
+            tile += (raw.to(tl.float32),)
+    return tile
+
+
+@triton.jit
+def row_pointer(logits_ptr, row, length, stride_b, stride_l, ALIGNED: tl.constexpr):
+    """Where row `row` of the flattened (B, L) starts; 64-bit, as B * L * V may exceed 2^31."""
+    row_ptr = logits_ptr + (row // length) * stride_b + (row % length) * stride_l
+    # A stated alignment instead of Triton's own guess from the arguments: two variants a kernel, whatever the shapes.
+    return tl.multiple_of(row_ptr, 16) if ALIGNED else row_ptr
+
+
+@triton.jit
+def tanh(y):
+    """To 1.3e-7 of its value everywhere; the hardware's approximation is good to 5e-4 only."""
+    w = y * y
+    near = tl.fma(w, -0.005691985599696636, 0.020626291632652283)
+    near = tl.fma(tl.fma(near, w, -0.05373531952500343), w, 0.13331381976604462)
+    near = tl.fma(tl.fma(near, w, -0.3333328068256378) * w, y, y)  # |y| < 0.625, where 1 - z below would cancel
+    z = tl.exp2(tl.abs(y) * (-2.0 * LOG2E))
+    far = (1.0 - z) / (1.0 + z)
+    return tl.where(tl.abs(y) < 0.625, near, tl.where(y < 0, -far, far))
+
+
+@triton.jit
+def softcapped(raw, inner_scale, HAS_SOFTCAP: tl.constexpr):
+    """tanh(logit_scale * raw / softcap), whose factor softcap the caller's scale holds; a banned token stays banned."""
+    if HAS_SOFTCAP:
+        return tl.where(raw == -INF, raw, tanh(raw * inner_scale))
+    else:
+        return raw
+
+
+@triton.jit
+def in_support(raw_student, ids, kth_logit, last_tied_id):
+    """The student's top k: above the k-th largest raw logit, or tied with it and not past the last id that fits."""
+    return (raw_student > kth_logit) | ((raw_student == kth_logit) & (ids <= last_tied_id))
+
+
+@triton.jit
+def load_pair(
+    first_ptr, second_ptr, start, size, inner_scale, kth_logit, last_tied_id,
+    HAS_SOFTCAP: tl.constexpr, STUDENT_FIRST: tl.constexpr, PART: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Both rows' tiles after softcap, -inf in both outside the wanted part of the vocabulary."""
+    first = load_tile(first_ptr, start, size, UNROLL, LANES, VEC, PAIRED, MASKED)
+    second = load_tile(second_ptr, start, size, UNROLL, LANES, VEC, PAIRED, MASKED)
+    if PART == ALL and not HAS_SOFTCAP:
+        return first, second
+    else:
+        first_kept, second_kept = (), ()
+        for block in tl.static_range(len(first)):
+            a, b = first[block], second[block]
+            if PART != ALL:
+                ids = block_ids(start, block, LANES, VEC, PAIRED)
+                wanted = in_support(a if STUDENT_FIRST else b, ids, kth_logit, last_tied_id)
+                if PART == OUTSIDE:
+                    wanted = wanted == 0
+                a, b = tl.where(wanted, a, -INF), tl.where(wanted, b, -INF)
+            first_kept += (softcapped(a, inner_scale, HAS_SOFTCAP),)
+            second_kept += (softcapped(b, inner_scale, HAS_SOFTCAP),)
+        return first_kept, second_kept

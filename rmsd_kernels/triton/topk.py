@@ -1,0 +1,131 @@
+"""Which of a row's raw logits are its k largest, exactly: a search over the values a logit can have, not a sort.
+
+Floats keep their order as integers once the negatives' bits are flipped, so the k-th largest is found by counting, four
+intervals a visit: 8 visits for 16-bit logits whatever V and k, at most 16 for fp32, where it usually stops near 10
+as soon as some value parts the row at exactly k. The row is in L2 by then (600 kB at V = 152k in fp32). Logits are
+compared as floats, so -0.0 ties with 0.0.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import block_ids, load_tile
+
+
+@triton.jit
+def key_to_logit(key, LOGIT: tl.constexpr):
+    """The fp32 value of the `key`-th float of dtype LOGIT, counted from -1 for -0.0 and 0 for 0.0."""
+    if LOGIT == tl.float32:
+        bits = key.to(tl.int32)
+        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    else:
+        bits = key.to(tl.int16)
+        return (bits ^ ((bits >> 15) & 0x7FFF).to(tl.int16)).to(LOGIT, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def count_tile(counts, tile, low, middle, high):
+    low_count, middle_count, high_count = counts
+    for block in tl.static_range(len(tile)):
+        low_count += tl.sum((tile[block] >= low).to(tl.int32), axis=1)
+        middle_count += tl.sum((tile[block] >= middle).to(tl.int32), axis=1)
+        high_count += tl.sum((tile[block] >= high).to(tl.int32), axis=1)
+    return low_count, middle_count, high_count
+
+
+@triton.jit
+def count_row(
+    row_ptr, size, low, middle, high,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """How many logits reach each of three values."""
+    TILE: tl.constexpr = UNROLL * LANES * VEC
+    zeros = tl.zeros([LANES], tl.int32)
+    counts = (zeros, zeros, zeros)
+    whole = size // TILE * TILE
+    for start in range(0, whole, TILE):
+        counts = count_tile(counts, load_tile(row_ptr, start, size, UNROLL, LANES, VEC, PAIRED, False), low, middle, high)
+    if whole < size:
+        counts = count_tile(counts, load_tile(row_ptr, whole, size, UNROLL, LANES, VEC, False, True), low, middle, high)
+    low_count, middle_count, high_count = counts
+    return tl.sum(low_count, axis=0), tl.sum(middle_count, axis=0), tl.sum(high_count, axis=0)
+
+
+@triton.jit
+def count_tied(tile, value, start, last_id, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr):
+    count = tl.zeros([LANES], tl.int32)
+    for block in tl.static_range(len(tile)):
+        ids = block_ids(start, block, LANES, VEC, PAIRED)
+        count += tl.sum(((tile[block] == value) & (ids <= last_id)).to(tl.int32), axis=1)
+    return tl.sum(count, axis=0)
+
+
+@triton.jit
+def nth_tied_id(
+    row_ptr, size, value, nth,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """The id of the nth (from 1) logit equal to `value`: one visit finds its tile, a bisection its place there."""
+    TILE: tl.constexpr = UNROLL * LANES * VEC
+    whole = size // TILE * TILE
+    before, left, home = nth * 0, nth, whole  # in the last, ragged tile unless found earlier
+    for start in range(0, whole, TILE):
+        tile = load_tile(row_ptr, start, size, UNROLL, LANES, VEC, PAIRED, False)
+        tied = count_tied(tile, value, start, size, LANES, VEC, PAIRED)
+        if before < nth:
+            if before + tied >= nth:
+                home = start
+            else:
+                left = nth - before - tied
+        before += tied
+    tile = load_tile(row_ptr, home, size, UNROLL, LANES, VEC, False, True)
+    low, high = home - 1, home + TILE - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if count_tied(tile, value, home, middle, LANES, VEC, False) >= left:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@triton.jit
+def kth_largest(
+    row_ptr, size, vocab_topk, LOGIT: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """(kth_logit, last_tied_id), which `in_support` turns into the k largest, ties to the lower id; 1 <= k < size.
+
+    Where exactly k logits reach some value, that value is returned, and every id: it parts the row as the k-th
+    largest itself would.
+    """
+    if LOGIT == tl.float32:
+        high = tl.full([], 0x7F800000, tl.int64)  # the key of +inf
+    elif LOGIT == tl.bfloat16:
+        high = tl.full([], 0x7F80, tl.int64)
+    else:
+        high = tl.full([], 0x7C00, tl.int64)
+    low = -high - 1  # of -inf
+    above = tl.full([], 0, tl.int32)  # how many reach `high`: fewer than k; at least k reach `low`
+    last_tied_id = size - 1
+    searching = low < high
+    while searching:
+        step = high - low
+        first, second, third = low + step // 4, low + step // 2, low + step * 3 // 4
+        first_count, second_count, third_count = count_row(
+            row_ptr, size, key_to_logit(first, LOGIT), key_to_logit(second, LOGIT), key_to_logit(third, LOGIT),
+            UNROLL, LANES, VEC, PAIRED,
+        )  # fmt: skip
+        if third_count >= vocab_topk:
+            low, reached = third, third_count
+        elif second_count >= vocab_topk:
+            low, high, above, reached = second, third, third_count, second_count
+        elif first_count >= vocab_topk:
+            low, high, above, reached = first, second, second_count, first_count
+        else:
+            high, above, reached = first, first_count, vocab_topk + 1
+        searching = (high - low > 1) & (reached != vocab_topk)
+    kth_logit = key_to_logit(low, LOGIT)
+    if high - low == 1:
+        last_tied_id = nth_tied_id(row_ptr, size, kth_logit, vocab_topk - above, UNROLL, LANES, VEC, PAIRED)
+    return kth_logit, last_tied_id
