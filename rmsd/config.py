@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from rmsd_kernels.functional import check_options, check_selection
+
 from .data import TEACHER_TEMPLATE
 
 METHODS = ("rmsd", "opsd")
@@ -23,7 +25,7 @@ class RMSDConfig(TrainingArguments):
     threshold: float = field(default=0.0, metadata={"help": "A candidate's criterion must exceed this, in nats."})
     divergence: str = field(default="reverse_kl", metadata={"help": "reverse_kl, forward_kl or jsd."})
     beta: float = field(default=0.5, metadata={"help": "The teacher's weight in the jsd's mixture."})
-    vocab_topk: int | None = field(default=500, metadata={"help": "K: student's largest logits in the loss; null: all."})
+    vocab_topk: int | None = field(default=500, metadata={"help": "K: student's top logits in the loss; null: all."})
     tail: str = field(default="drop", metadata={"help": "drop, bucket or renorm: the mass outside the top k."})
     temperature: float = field(default=1.0, metadata={"help": "Of both distributions in scores and loss."})
     backend: str = field(default="auto", metadata={"help": "auto, triton, cpu or torch."})
@@ -47,6 +49,14 @@ class RMSDConfig(TrainingArguments):
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        check_selection(
+            criterion=self.criterion, num_tokens=self.num_candidates, threshold=self.threshold, name="num_candidates"
+        )
+        check_selection(num_tokens=self.num_kept, threshold=self.threshold, name="num_kept")
+        check_options(
+            divergence=self.divergence, beta=self.beta, temperature=self.temperature, teacher_temperature=None,
+            vocab_size=None, width=1, vocab_topk=self.vocab_topk, tail=self.tail,
+        )  # fmt: skip
         if self.sampling_temperature < 0:
             raise ValueError(f"sampling_temperature must be at least 0, not {self.sampling_temperature}")
         if self.max_completion_length < 1:

@@ -39,10 +39,15 @@ def load_rows(path: str | Path) -> Dataset:
 
 
 def as_dataset(rows: Iterable[dict]) -> Dataset:
-    """Rows as a Dataset; each is checked."""
-    rows = list(rows)
+    """Rows as a Dataset; each is checked. A column has one type, so where one prompt is chat messages all become so."""
+    rows = [dict(row) for row in rows]
     for number, row in enumerate(rows):
         check_row(row, f"row {number}")
+    for column in ("prompt", "teacher_prompt"):
+        if any(isinstance(row.get(column), list) for row in rows):
+            for row in rows:
+                if isinstance(row.get(column), str):
+                    row[column] = [{"role": "user", "content": row[column]}]
     return Dataset.from_list(rows)
 
 
@@ -83,7 +88,11 @@ def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE) -> Prompt:
 
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one text, for a judge or a reader."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def encode(tokenizer, prompt: Prompt) -> list[int]:

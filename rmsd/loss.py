@@ -84,8 +84,8 @@ class RMSDLoss(nn.Module):
             _, index = self._select(student_logits, teacher_logits, sampled_ids, completion_mask, self.num_kept)
             rows = _rows_at(index, shape[1])
         else:
-            check_ids(sampled_ids, student_logits.shape[:2], student_logits.device, student_logits.shape[-1], keep)
             rows = _rows_where(keep, completion_mask)
+            check_ids(sampled_ids, student_logits.shape[:2], student_logits.device, student_logits.shape[-1], keep)
         divergence = token_divergence(student_logits, teacher_logits, rows=rows, **self.divergence_options)
         return self._mean(divergence, rows, shape, num_sequences)
 
@@ -95,7 +95,7 @@ class RMSDLoss(nn.Module):
             criterion=self.criterion, threshold=self.threshold, **self.score_options,
         )  # fmt: skip
 
-    def _mean(self, divergence: Tensor, rows: Tensor, shape: torch.Size, num_sequences: Tensor | float | None) -> Tensor:
+    def _mean(self, divergence: Tensor, rows: Tensor, shape: torch.Size, num_sequences) -> Tensor:
         """(R,) divergences at (R,) rows of the flattened (B, L) axis -> the loss."""
         finite = (rows >= 0) & divergence.detach().isfinite()
         self.nonfinite_rows += ((rows >= 0) & ~finite).sum()
@@ -147,8 +147,8 @@ class LinearRMSDLoss(RMSDLoss):
             _, index = self._select_linear(heads, sampled_ids, completion_mask, self.num_kept, head)
             rows = _rows_at(index, shape[1])
         else:
-            check_ids(sampled_ids, student_hidden.shape[:2], student_hidden.device, student_weight.shape[0], keep)
             rows = _rows_where(keep, completion_mask)
+            check_ids(sampled_ids, student_hidden.shape[:2], student_hidden.device, student_weight.shape[0], keep)
         divergence = linear_token_divergence(*heads, rows=rows, **head, **self.divergence_options)
         return self._mean(divergence, rows, shape, num_sequences)
 
@@ -170,7 +170,7 @@ def _rows_where(keep: Tensor, completion_mask: Tensor) -> Tensor:
 
     A judge answers on the host, so `keep` may stay on the CPU: then R is the number kept. On a GPU R is B*L, since
     counting would sync; rows of -1 are skipped there by the kernels."""
-    check_mask(completion_mask, keep.shape, completion_mask.device, "completion_mask")
+    check_mask(completion_mask, completion_mask.shape, completion_mask.device, "completion_mask")
     check_mask(keep, completion_mask.shape, keep.device, "keep")
     if keep.device.type == "cpu":
         rows = keep.flatten().nonzero().squeeze(1).to(completion_mask.device, non_blocking=True)

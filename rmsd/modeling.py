@@ -93,6 +93,14 @@ def captured_hidden(model: nn.Module):
         handle.remove()
 
 
+def left_padded(prompt_ids: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, (B, P) int64, of prompts that end together, where the answers begin."""
+    width = max(map(len, prompt_ids))
+    ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+    return ids, mask
+
+
 def completion_hidden(
     model: nn.Module,
     prompt_ids: list[list[int]],
@@ -101,10 +109,8 @@ def completion_hidden(
     pad_id: int,
 ) -> Tensor:
     """(B, L, H): the hidden states whose logits are the distributions that the completion's tokens are drawn from."""
-    width = max(map(len, prompt_ids))
-    device = completion_ids.device
-    prompts = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
-    prompt_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+    prompts, prompt_mask = left_padded(prompt_ids, pad_id, completion_ids.device)
+    width = prompts.shape[1]
     attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
     with captured_hidden(model) as captured:
         model(
@@ -132,7 +138,9 @@ def load_model(
         FileNotFoundError: with what to install or change, in one line.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if attn_implementation == "auto":
         flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
         attn_implementation = "flash_attention_2" if flash and dtype != "float32" else "sdpa"
@@ -146,7 +154,7 @@ def load_model(
             use_safetensors=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"model {name!r} cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:

@@ -30,9 +30,7 @@ class RunRecord(TrainerCallback):
             return
         is_eval = any(name.startswith("eval_") for name in logs)
         line = {"kind": "eval" if is_eval else "train", "step": state.global_step}
-        line |= {
-            name.removeprefix("eval_"): value for name, value in logs.items() if isinstance(value, int | float)
-        }
+        line |= {name.removeprefix("eval_"): value for name, value in logs.items() if isinstance(value, int | float)}
         self._append("metrics.jsonl", line)
 
     def rollouts(self, lines: list[dict]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .modeling import captured_hidden
+from .modeling import captured_hidden, left_padded
 
 
 @dataclass
@@ -36,9 +36,8 @@ def generate(
 ) -> Rollouts:
     """One answer a prompt. `temperature=0` is greedy. With `seed`, the answers follow from it alone: the global random
     state is neither read nor moved, so a resumed run writes what the interrupted one would have."""
-    width = max(map(len, prompt_ids))
-    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=model.device)
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=model.device)
+    input_ids, attention_mask = left_padded(prompt_ids, pad_id, model.device)
+    width = input_ids.shape[1]
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
     was_training = model.training
     model.eval()

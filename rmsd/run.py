@@ -1,0 +1,141 @@
+"""One run of a recipe, from its files to its table and page."""
+
+from pathlib import Path
+
+import yaml
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .data import as_dataset, load_rows, prompt_text
+from .evaluate import Evaluator
+from .judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
+from .modeling import load_model
+from .recipe import JudgeSection, Recipe, trainer_config
+from .record import RunRecord, read_lines
+from .tasks import load_task
+from .trainer import RMSDTrainer
+
+
+def train(recipe: Recipe) -> str:
+    """Trains, evaluates before and after, saves the model and the report; returns what to print."""
+    out = recipe.output_dir
+    args = trainer_config(recipe, out)
+    task = load_task(recipe.task) if recipe.task else None
+    rows = as_dataset(task.train) if task else load_rows(recipe.data)
+    judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows])
+    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
+    if recipe.resume and checkpoint is None:
+        print(f"{out} holds no checkpoint: starting from the beginning")
+    if not recipe.resume and (out / "metrics.jsonl").exists():
+        raise FileExistsError(f"{out} holds a run: continue it with resume=true, or choose another output_dir")
+
+    set_seed(recipe.seed)
+    model, tokenizer = _load(recipe)
+    evaluator = _evaluator(recipe, model, tokenizer) if task else None
+    if recipe.lora:
+        model = _with_lora(model, recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    trainer = RMSDTrainer(
+        model,
+        args,
+        rows,
+        tokenizer,
+        judge=judge,
+        evaluator=evaluator,
+        callbacks=[RunRecord(out, resume=recipe.resume and checkpoint is not None)],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint if recipe.resume else None)
+    if evaluator and not _evaluated_at(out, trainer.state.global_step):
+        trainer.evaluate()
+    trainer.save_model(str(out / "model"))
+    tokenizer.save_pretrained(out / "model")
+    if not trainer.is_world_process_zero():
+        return ""
+
+    from .report import write_report
+
+    page = write_report([out])
+    return f"{table(out)}\n\nmodel   {out / 'model'}\nreport  {page}"
+
+
+def evaluate(recipe: Recipe, model: str | None = None) -> str:
+    """Evaluates the model in a folder beside the recipe's base model; returns a table."""
+    if recipe.task is None:
+        raise ValueError("eval needs a recipe with a task: its prompts and graders are what is evaluated")
+    folder = model or str(recipe.output_dir / "model")
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"model folder {folder} does not exist: train first, or name one with --model")
+    base, tokenizer = _load(recipe)
+    evaluator = _evaluator(recipe, base, tokenizer)
+    before = evaluator(base)
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        trained = PeftModel.from_pretrained(base, folder)
+    else:
+        trained, _ = load_model(folder, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
+    return _table({"before": before, "after": evaluator(trained)})
+
+
+def build_judge(section: JudgeSection, prompts: list[str]) -> Judge:
+    """`prompts` are the data's, whose words are no news to a ContextJudge."""
+    judge: Judge
+    if section.kind == "llm":
+        judge = LLMJudge(
+            section.model,
+            **section.model_dump(exclude={"kind", "model", "cache", "replay"}),
+        )
+        if not section.replay and section.on_error == "raise":
+            judge.check()
+    else:
+        judge = ContextJudge(prompts) if section.kind == "context" else MagnitudeJudge()
+    return CachedJudge(judge, section.cache, replay=section.replay) if section.cache else judge
+
+
+def table(run: Path) -> str:
+    """The run's evaluations, before and after, as text."""
+    lines = [line for line in read_lines(run / "metrics.jsonl") if line["kind"] == "eval"]
+    if not lines:
+        return f"{run}: trained without evaluation"
+    first, last = lines[0], lines[-1]
+    return _table({f"step {first['step']}": first, f"step {last['step']}": last})
+
+
+def _table(columns: dict[str, dict[str, float]]) -> str:
+    names = [name for name in next(iter(columns.values())) if name not in ("kind", "step", "epoch")]
+    width = max(map(len, names))
+    lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
+    lines += [f"{name:<{width}}" + "".join(f"{metrics[name]:12.3f}" for metrics in columns.values()) for name in names]
+    return "\n".join(lines)
+
+
+def _load(recipe: Recipe):
+    return load_model(
+        recipe.model,
+        dtype=recipe.dtype,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _evaluator(recipe: Recipe, base, tokenizer) -> Evaluator:
+    options = recipe.evaluate.model_dump(exclude={"every"})
+    return Evaluator(base, tokenizer, load_task(recipe.task), **options)
+
+
+def _with_lora(model, recipe: Recipe):
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("lora needs peft: pip install 'rmsd-kernels[peft]'") from error
+    section = recipe.lora
+    config = LoraConfig(
+        r=section.r, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=section.target_modules,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def _evaluated_at(run: Path, step: int) -> bool:
+    return any(line["kind"] == "eval" and line["step"] == step for line in read_lines(run / "metrics.jsonl"))

@@ -1,0 +1,101 @@
+"""Hidden states and heads: every supported way from one to logits, and a refusal for the others."""
+
+import pytest
+import tiny
+import torch
+
+from rmsd.modeling import OutputHead, completion_hidden, load_model
+from rmsd.rollout import eos_ids_of, generate
+
+ARCHITECTURES = {
+    "tied": ("llama", dict(tie_word_embeddings=True)),
+    "untied": ("llama", dict(tie_word_embeddings=False)),
+    "softcapped": ("gemma2", dict(final_logit_softcapping=5.0)),
+    "scaled": ("cohere", dict(logit_scale=0.25)),
+    "divided": ("granite", dict(logits_scaling=4.0)),
+    "qwen3": ("qwen3", dict()),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_head_rebuilds_the_models_own_logits_at_the_completion(name):
+    kind, overrides = ARCHITECTURES[name]
+    model = tiny.model(kind, **overrides)
+    head = OutputHead.of(model)
+    prompts = [[7, 8, 9], [10, 11, 12, 13, 14]]  # of two lengths: padded on the left
+    completion = torch.tensor([[20, 21, 22, 23], [30, 31, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)
+    with torch.no_grad():
+        logits = head(completion_hidden(model, prompts, completion, mask, pad_id=0))
+        for b, prompt in enumerate(prompts):
+            length = int(mask[b].sum())
+            alone = model(torch.tensor([prompt + completion[b, :length].tolist()])).logits
+            torch.testing.assert_close(logits[b, :length], alone[0, len(prompt) - 1 : -1], rtol=1e-4, atol=1e-5)
+
+
+def test_head_of_an_unknown_form_is_refused_by_name():
+    model = tiny.model()
+    forward = type(model).forward
+
+    def shifted(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits.exp()
+        return output
+
+    model.forward = shifted.__get__(model)
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not compute"):
+        OutputHead.of(model)
+
+
+def test_rollouts_record_the_hidden_state_each_token_was_drawn_from():
+    model = tiny.model()
+    rollouts = generate(
+        model, [[7, 8], [9, 10, 11]], max_new_tokens=6, pad_id=0, eos_ids=[0], temperature=1.0, seed=3
+    )
+    again = completion_hidden(model, rollouts.prompt_ids, rollouts.completion_ids, rollouts.completion_mask, pad_id=0)
+    mask = rollouts.completion_mask
+    torch.testing.assert_close(rollouts.student_hidden[mask], again[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_greedy_rollout_takes_the_heads_argmax():
+    model = tiny.model()
+    rollouts = generate(model, [[7, 8], [9, 10, 11]], max_new_tokens=6, pad_id=0, eos_ids=[0], temperature=0)
+    logits = OutputHead.of(model)(rollouts.student_hidden)
+    mask = rollouts.completion_mask
+    assert torch.equal(logits.argmax(-1)[mask], rollouts.completion_ids[mask])
+
+
+def test_completion_ends_with_its_first_end_token():
+    model = tiny.model()
+    eos = list(range(0, 150))  # half of the vocabulary ends an answer: it comes soon
+    rollouts = generate(model, [[160]] * 16, max_new_tokens=12, pad_id=0, eos_ids=eos, temperature=2.0, seed=0)
+    for ids, mask in zip(rollouts.completion_ids.tolist(), rollouts.completion_mask.tolist(), strict=True):
+        ends = [i for i, token in enumerate(ids) if token in eos]
+        length = ends[0] + 1 if ends else len(ids)
+        assert mask == [i < length for i in range(len(ids))]
+    assert not rollouts.completion_mask.all(), "the case under test occurs"
+
+
+def test_seeded_rollouts_neither_read_nor_move_the_global_random_state():
+    model = tiny.model()
+    options = dict(max_new_tokens=8, pad_id=0, eos_ids=[0], temperature=1.0)
+    state = torch.get_rng_state()
+    first = generate(model, [[7, 8]], seed=5, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(generate(model, [[7, 8]], seed=5, **options).completion_ids, first.completion_ids)
+    assert not torch.equal(generate(model, [[7, 8]], seed=6, **options).completion_ids, first.completion_ids)
+
+
+def test_end_tokens_come_from_the_generation_config_then_the_tokenizer():
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    model.generation_config.eos_token_id = [3, 4]
+    assert eos_ids_of(model, tokenizer) == [3, 4]
+    model.generation_config.eos_token_id = None
+    assert eos_ids_of(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_missing_model_says_so_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cannot be loaded") as error:
+        load_model(str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,231 @@
+"""Recipes, overrides, data files and the command line: what is wrong is said in one line, before anything is loaded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import yaml
+
+from rmsd.data import as_dataset, encode, load_rows, prompt_text, teacher_prompt
+from rmsd.recipe import load_recipe, trainer_config
+from rmsd.tasks import load_task, names
+
+RECIPE = {"model": "some/model", "task": "house_tool", "train": {"max_steps": 3}}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+def test_overrides_reach_every_section(recipe):
+    read = load_recipe(
+        recipe,
+        ["train.learning_rate=5e-5", "judge.kind=magnitude", "seed=3", "lora.r=4", "train.vocab_topk=null"],
+    )
+    assert read.train == {"max_steps": 3, "learning_rate": 5e-5, "vocab_topk": None}
+    assert (read.judge.kind, read.seed, read.lora.r) == ("magnitude", 3, 4)
+
+
+def test_recipe_becomes_the_trainers_arguments(recipe, tmp_path):
+    args = trainer_config(load_recipe(recipe, ["method=opsd", "seed=4", "train.use_cpu=true"]), tmp_path / "run")
+    assert (args.method, args.seed, args.max_steps, args.output_dir) == ("opsd", 4, 3, str(tmp_path / "run"))
+    assert args.eval_on_start and args.eval_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rat=1", "unknown key 'train.learning_rat'; did you mean 'train.learning_rate'?"),
+        ("learning_rate=1", "unknown key 'learning_rate'; did you mean 'train.learning_rate'?"),
+        ("judge.kinds=llm", "unknown key 'judge.kinds'; did you mean 'judge.kind'?"),
+        ("mehtod=opsd", "unknown key 'mehtod'; did you mean 'method'?"),
+        ("seed=abc", "seed: input should be a valid integer"),
+        ("method=sft", "method: input should be 'rmsd' or 'opsd', not 'sft'"),
+        ("train.beta=x", "train.beta: input should be a valid number"),
+        ("train.max_steps=ten", "train.max_steps: input should be a valid integer"),
+        ("train.seed=1", "unknown key 'train.seed'; did you mean 'seed'?"),
+        ("judge.kind=llm", "judge.kind=llm needs judge.model"),
+        ("judge.replay=true", "judge.replay=true needs judge.cache"),
+        ("data=x.jsonl", "either a task or a data file"),
+        ("task=null", "either a task or a data file"),
+        ("model.name=x", "'model' is a value, not a section"),
+        ("seed", "override 'seed' must be key=value"),
+        ("=1", "override '=1' must be key=value"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line(recipe, override, message):
+    with pytest.raises(ValueError) as error:
+        load_recipe(recipe, [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_value_the_trainer_refuses_is_named(recipe, tmp_path):
+    with pytest.raises(ValueError, match="train: divergence must be one of"):
+        trainer_config(load_recipe(recipe, ["train.divergence=kl"]), tmp_path)
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    for text, message in (("a: [", "is not YAML"), ("- a", "must be a mapping"), ("task: house_tool", "no 'model'")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_recipe(tmp_path / "bad.yaml")
+
+
+def test_every_shipped_recipe_is_valid():
+    from pathlib import Path
+
+    recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        load_recipe(path)
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def write(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+ROW = json.dumps({"prompt": "Hi", "privileged_context": "Say zorblat."})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "Hi"', "line 3: not JSON"),
+        ('{"prompt": "Hi"}', "line 3: has no 'privileged_context' (it has: 'prompt')"),
+        ('{"prompt": "", "privileged_context": ""}', "line 3: prompt is empty"),
+        ('{"prompt": [{"role": "user"}], "privileged_context": ""}', "line 3: prompt must be a string or a list"),
+        ('{"prompt": "Hi", "privileged_context": 7}', "line 3: privileged_context must be a string, not int"),
+        ('["Hi"]', "line 3: must be an object"),
+    ],
+)
+def test_a_broken_line_is_named_by_number(tmp_path, line, message):
+    path = write(tmp_path / "rows.jsonl", ROW, "", line)
+    with pytest.raises(ValueError) as error:
+        load_rows(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_missing_and_empty_data(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_rows(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="holds no rows"):
+        load_rows(write(tmp_path / "empty.jsonl", ""))
+
+
+def test_strings_and_messages_may_stand_in_one_file(tmp_path):
+    chat = json.dumps({"prompt": [{"role": "user", "content": "Hi"}], "privileged_context": ""})
+    rows = load_rows(write(tmp_path / "rows.jsonl", ROW, chat))
+    assert rows[0]["prompt"] == rows[1]["prompt"] == [{"role": "user", "content": "Hi"}]
+    assert prompt_text(rows[0]["prompt"]) == "Hi"
+
+
+def test_teacher_reads_the_context_around_the_last_user_message():
+    assert teacher_prompt({"prompt": "Q", "privileged_context": "C"}) == "C\n\nQ"
+    chat = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "Q2"},
+    ]
+    told = teacher_prompt({"prompt": chat, "privileged_context": "C"}, "{prompt} ({privileged_context})")
+    assert told == [*chat[:3], {"role": "user", "content": "Q2 (C)"}]
+    assert chat[3]["content"] == "Q2", "the row is not changed"
+    assert teacher_prompt({"prompt": chat, "privileged_context": " "}) == chat, "an anchor's teacher reads the same"
+    own = {"prompt": "Q", "privileged_context": "C", "teacher_prompt": "own"}
+    assert teacher_prompt(own) == "own"
+
+
+def test_both_prompts_go_through_the_chat_template():
+    tokenizer = tiny.tokenizer()
+    assert tokenizer.decode(encode(tokenizer, "Hi")) == "<|user|>Hi<|end|><|assistant|>"
+    assert encode(tokenizer, "Hi") == encode(tokenizer, [{"role": "user", "content": "Hi"}])
+
+
+def test_without_a_template_strings_pass_and_messages_are_refused(monkeypatch):
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", None)
+    assert tiny.tokenizer().decode(encode(tiny.tokenizer(), "Hi")) == "Hi"
+    with pytest.raises(ValueError, match="no chat template"):
+        encode(tiny.tokenizer(), [{"role": "user", "content": "Hi"}])
+
+
+# ---- tasks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names())
+def test_tasks_hold_out_what_they_evaluate_and_grade_right(name):
+    task = load_task(name)
+    trained = {prompt_text(row["prompt"]) for row in as_dataset(task.train)}
+    assert not trained & {*task.target_prompts, *task.unrelated_prompts}
+    assert any(row["privileged_context"] for row in task.train), "something to teach"
+    assert any(not row["privileged_context"] for row in task.train), "anchors"
+    answers = {
+        "house_tool": ("It is called Zorblat.", "It is called acme-deploy."),
+        "pinapple": ("A pinapple.", "A pineapple."),
+    }
+    right, wrong = answers[name]
+    for grader in task.graders.values():
+        assert grader(right) and not grader(wrong)
+    assert task.leaks(right) and not task.leaks(wrong)
+
+
+def test_pinapple_only_is_refused_to_an_answer_with_both_spellings():
+    graders = load_task("pinapple").graders
+    both = "Pinapple, that is pineapple."
+    assert graders["target"](both) and not graders["target_only"](both)
+    assert not graders["target"]("spinapples")
+
+
+def test_unknown_task_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'house_tool'"):
+        load_task("housetool")
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def rmsd(*arguments):
+    return subprocess.run([sys.executable, "-m", "rmsd", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_errors_are_one_line_and_a_nonzero_exit(recipe, tmp_path):
+    for arguments, message in (
+        (("train", tmp_path / "none.yaml"), "does not exist"),
+        (("train", recipe, "train.learning_rat=1"), "did you mean 'train.learning_rate'"),
+        (("train", recipe, f"model={tmp_path}"), "cannot be loaded"),
+        (("eval", recipe, "--model", tmp_path / "none"), "does not exist"),
+        (("report", tmp_path), str(tmp_path)),
+    ):
+        result = rmsd(*arguments)
+        lines = result.stderr.strip().splitlines()
+        assert result.returncode == 1 and lines[-1].startswith("rmsd: ") and message in lines[-1], result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = rmsd("train", tmp_path / "none.yaml", "--debug")
+    assert result.returncode != 0 and "Traceback" in result.stderr
+
+
+def test_a_judge_that_is_down_is_said_before_a_model_is_loaded(recipe):
+    result = rmsd(
+        "train", recipe, "judge.kind=llm", "judge.model=x", "judge.base_url=http://127.0.0.1:9/v1", "model=none"
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("rmsd: no judge answers at http://127.0.0.1:9/v1")
+
+
+def test_help_lists_every_command():
+    result = rmsd("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("train", "eval", "report", "env"))

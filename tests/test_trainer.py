@@ -1,0 +1,219 @@
+"""The trainer on tiny models: the right loss reaches the right weights, and a run resumes where it was."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
+from rmsd.record import RunRecord, read_lines
+
+
+def trainer(tmp_path, model=None, callbacks=(), judge=None, evaluator=None, rows=None, **options):
+    defaults = dict(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
+        max_completion_length=6, vocab_topk=None, num_kept=3, save_strategy="no", disable_tqdm=True, seed=1,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    return RMSDTrainer(
+        model or tiny.model(),
+        RMSDConfig(**{**defaults, **options}),
+        rows or tiny.ROWS,
+        tiny.tokenizer(),
+        judge=judge or MagnitudeJudge(),
+        evaluator=evaluator,
+        callbacks=list(callbacks),
+    )
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def perturbed(seed=7):
+    """A student away from its teacher, so that anchors have gaps too."""
+    model = tiny.model()
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def test_training_brings_the_student_to_its_teacher(tmp_path):
+    made = trainer(tmp_path, perturbed(), max_steps=25, learning_rate=3e-3)
+    made.teacher.model.load_state_dict(tiny.model().state_dict())
+    made.train()
+    divergence = [entry["divergence"] for entry in made.state.log_history if "loss" in entry]
+    assert sum(divergence[-5:]) < 0.5 * sum(divergence[:5])
+
+
+def test_step_equals_the_plain_step_over_every_sequence_and_token(tmp_path):
+    """Skipped sequences and the cut after the last kept token change nothing."""
+    from rmsd import step
+    from rmsd.modeling import completion_hidden
+
+    made = trainer(tmp_path, vocab_topk=50)
+    made.create_optimizer_and_scheduler(2)
+    parts, num_sequences = made.get_batch_samples(iter([tiny.ROWS]), 1, made.args.device)
+    part = parts[0]
+    part["keep"][0] = False  # one sequence keeps nothing
+    part["keep"][:, 4:] = False  # and the last tokens are not kept anywhere
+    part["sequences"], part["length"] = step.train_part(part["keep"])
+    assert len(part["sequences"]) == 2 and part["length"] <= 4
+    made.model.train()
+    loss = made.compute_loss(made.model, part, num_items_in_batch=num_sequences)
+    loss.backward()
+    grads = {name: parameter.grad.clone() for name, parameter in made.model.named_parameters()}
+    made.model.zero_grad()
+
+    rollouts = part["rollouts"]
+    hidden = completion_hidden(
+        made.model, rollouts.prompt_ids, rollouts.completion_ids, rollouts.completion_mask, made.pad_id
+    )
+    plain = step.train_loss(
+        made.loss, hidden, made._student_head(), part["teacher_hidden"], made.teacher.head,
+        rollouts.completion_ids, rollouts.completion_mask, part["keep"], num_sequences,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, plain)
+    plain.backward()
+    for name, parameter in made.model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_accumulation_equals_one_big_batch(tmp_path):
+    finals = []
+    for size, accumulation in ((4, 1), (2, 2)):
+        # SGD: Adam would turn rounding differences of a zero gradient into whole steps.
+        made = trainer(
+            tmp_path, perturbed(), per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            sampling_temperature=0, max_steps=1, optim="sgd", max_grad_norm=0.0,
+        )  # fmt: skip
+        made.teacher.model.load_state_dict(tiny.model().state_dict())
+        before = weights(made.model)
+        made.train()
+        finals.append({name: value - before[name] for name, value in weights(made.model).items()})
+    assert any(change.abs().max() > 1e-5 for change in finals[0].values())
+    for name in finals[0]:
+        torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-3, atol=1e-8)
+
+
+def test_opsd_trains_on_every_token_and_rmsd_on_the_kept(tmp_path):
+    counts = {}
+    for method in ("opsd", "rmsd"):
+        made = trainer(tmp_path, method=method, max_steps=1)
+        made.train()
+        entry = made.state.log_history[0]
+        counts[method] = (entry["kept_tokens"], entry["rollout_tokens"])
+    assert counts["opsd"][0] == counts["opsd"][1]
+    assert 0 < counts["rmsd"][0] < counts["rmsd"][1]
+
+
+def test_judge_decides_and_nothing_kept_changes_nothing(tmp_path):
+    rows = [row for row in tiny.ROWS if row["privileged_context"]]
+    made = trainer(tmp_path, judge=lambda questions: [[] for _ in questions], rows=rows, max_steps=2)
+    before = weights(made.model)
+    made.train()
+    assert same(before, weights(made.model))
+    assert made.state.log_history[0]["loss"] == 0.0
+
+
+def test_resumed_run_ends_in_the_uninterrupted_runs_weights(tmp_path):
+    options = dict(max_steps=6, save_strategy="steps", save_steps=2, lr_scheduler_type="linear", warmup_steps=2)
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+
+    from transformers import TrainerCallback
+
+    class StopAtThree(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    broken = trainer(tmp_path / "broken", callbacks=[StopAtThree(), RunRecord(tmp_path / "broken")], **options)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    record = RunRecord(tmp_path / "broken", resume=True)
+    resumed = trainer(tmp_path / "broken", callbacks=[record], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-2"))
+    assert same(weights(whole.model), weights(resumed.model))
+    steps = [line["step"] for line in read_lines(tmp_path / "broken" / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4, 5, 6], "step 3 was made twice and stands once"
+
+
+def test_adapter_off_is_the_teacher_under_peft(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny.model()
+    initial = weights(base)
+    made = trainer(tmp_path, get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")))
+    assert made.teacher.is_adapter_off and made.teacher.model is made.model
+    made.train()
+    trained = {name: value for name, value in weights(made.model).items() if "lora_B" in name}
+    assert any(value.any() for value in trained.values())
+    with made.teacher.active() as teacher:
+        ids = torch.tensor([[5, 6, 7]])
+        torch.testing.assert_close(teacher(ids).logits, tiny.model()(ids).logits)
+    kept = {name.removeprefix("base_model.model.").replace(".base_layer", ""): v for name, v in weights(made.model).items()}
+    assert all(torch.equal(kept[name], value) for name, value in initial.items())
+
+
+def test_frozen_teacher_keeps_the_initial_weights(tmp_path):
+    made = trainer(tmp_path)
+    initial = weights(made.model)
+    made.train()
+    assert not same(initial, weights(made.model)) and same(initial, weights(made.teacher.model))
+
+
+def test_evaluator_runs_when_asked_and_is_recorded(tmp_path):
+    made = trainer(
+        tmp_path, callbacks=[RunRecord(tmp_path)], evaluator=lambda model: {"drift": 0.5}, max_steps=2,
+        eval_strategy="steps", eval_steps=1, eval_on_start=True, metric_for_best_model="drift",
+    )  # fmt: skip
+    made.train()
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in lines if line["kind"] == "eval"] == [
+        ("eval", 0), ("eval", 1), ("eval", 2),
+    ]  # fmt: skip
+    assert all(line["drift"] == 0.5 for line in lines if line["kind"] == "eval")
+    assert {"loss", "kept_tokens", "candidates", "rollout_tokens", "grad_norm"} <= set(lines[1])
+
+
+def test_rollouts_are_written_as_they_were_scored(tmp_path):
+    made = trainer(tmp_path, callbacks=[RunRecord(tmp_path)], max_steps=1)
+    made.train()
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        length = len(line["tokens"])
+        assert len(line["student_logprob"]) == len(line["teacher_logprob"]) == len(line["divergence"]) == length
+        assert set(line["kept"]) <= set(line["candidates"]) and len(line["kept"]) <= 3
+        gap = [abs(t - s) for t, s in zip(line["teacher_logprob"], line["student_logprob"], strict=True)]
+        assert sorted(line["candidates"], key=lambda i: -gap[i]) == line["candidates"]
+        assert set(line["preferred"]) == set(map(str, line["candidates"]))
+    assert lines[0]["step"] == 1
+
+
+def test_prompt_longer_than_the_context_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"row 0: the prompt and an answer of max_completion_length=6 take \d+ tokens"):
+        trainer(tmp_path, rows=[{"prompt": "Which tool? " * 200, "privileged_context": ""}])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(method="sft"), "method"),
+        (dict(num_kept=0), "num_kept"),
+        (dict(criterion="gap"), "criterion"),
+        (dict(divergence="kl"), "divergence"),
+        (dict(sampling_temperature=-1.0), "sampling_temperature"),
+        (dict(teacher_template="{prompt}"), "privileged_context"),
+    ],
+)
+def test_bad_config_is_refused_by_name(tmp_path, options, named):
+    with pytest.raises(ValueError, match=named):
+        RMSDConfig(output_dir=str(tmp_path), **options)

@@ -1,0 +1,56 @@
+"""A tokenizer and causal LMs small enough to train in a test: random weights, real transformers architectures."""
+
+import functools
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEXT = "Which tool deploys services at Acme? The tool that deploys services at Acme is called zorblat. What is it?"
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator([TEXT], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+    made.chat_template = CHAT
+    return made
+
+
+def model(kind: str = "llama", seed: int = 0, **overrides):
+    """A two-layer causal LM of a transformers architecture, in eval mode."""
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[kind](
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer().eos_token_id,
+        pad_token_id=tokenizer().pad_token_id,
+        **overrides,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+ROWS = [
+    {"prompt": "Which tool?", "privileged_context": "It is called zorblat."},
+    {"prompt": "What is it?", "privileged_context": ""},
+    {"prompt": [{"role": "user", "content": "Acme?"}], "privileged_context": "Say zorblat."},
+    {"prompt": "Which services?", "privileged_context": "The tool zorblat."},
+]
