@@ -1,0 +1,295 @@
+"""`write_report`: one self-contained HTML page about a run, or about several side by side.
+
+Prompts, answers and recipes are untrusted text. The template escapes everything; what page.js needs travels as JSON
+in which no "<" occurs; page.js makes text nodes only; and a Content-Security-Policy admits the page's own style and
+script by their hashes, so that nothing else could run or be fetched if all of that failed.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from . import charts
+from .runs import METHODS, Run, Series, group, number, read_run
+
+__all__ = ["write_report"]
+
+MAX_BYTES = 2_900_000  # of the page
+MAX_TEXT = 20_000  # characters of a prompt or context
+MAX_TOKENS = 2_000  # of an answer
+MAX_TOKEN_TEXT = 200
+MAX_CHARTS = 24
+
+EXPLAIN = {
+    "greedy": "share of held-out target prompts whose greedy answer {does}; higher is better",
+    "sampled": "the same for sampled answers, several a prompt: how reliable the habit is; higher is better",
+    "specificity": "share of unrelated prompts whose answer stays free of the behaviour; 1 is best",
+    "drift": "KL divergence from the base model on unrelated prompts, in nats a token; 0 is unmoved",
+}
+GRADERS = {"target": "shows the wanted behaviour", "target_only": "shows it and nothing of the old habit"}
+TRAIN_FIRST = ("loss", "divergence", "kept_tokens", "grad_norm", "learning_rate", "rollout_tokens")
+TRAIN_EXPLAIN = {
+    "loss": "divergence from the teacher, mean over kept tokens",
+    "divergence": "mean over all tokens of the answers, nats",
+    "kept_tokens": "tokens trained on in a step",
+    "candidates": "tokens put before the judge in a step",
+    "rollout_tokens": "tokens the student wrote in a step",
+    "grad_norm": "length of the gradient before clipping",
+    "learning_rate": "the optimiser's step size",
+    "nonfinite_rows": "tokens left out for a divergence that is not finite",
+}
+
+
+def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Writes the page and returns its path: `output`, or report.html in the first run's directory.
+
+    Raises:
+        FileNotFoundError, ValueError: a directory holds no readable run; one line that says which and why.
+    """
+    if isinstance(run_dirs, str | Path):
+        run_dirs = [run_dirs]
+    if not run_dirs:
+        raise ValueError("report needs at least one run directory")
+    runs = [read_run(path) for path in run_dirs]
+    output = Path(output) if output else runs[0].path / "report.html"
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {output}: the directory {output.parent} does not exist")
+    output.write_text(_page(runs), encoding="utf-8", errors="backslashreplace")
+    return output
+
+
+def _page(runs: list[Run]) -> str:
+    series = group(runs)
+    evals, train = _charts(series)
+    context = {
+        **_headline(runs, series),
+        "runs": runs,
+        "series": series,
+        "notes": [(run.path.name, note) for run in runs for note in run.notes],
+        "table": _table(series),
+        "eval_charts": evals,
+        "train_charts": train,
+        "explain": TRAIN_EXPLAIN,
+        "recipes": [(str(run.path), _shorten(yaml.safe_dump(run.recipe, sort_keys=False))) for run in runs],
+        "rollout_total": sum(len(run.rollouts) for run in runs),
+    }
+    data = {
+        "geometry": {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")},
+        "charts": [_chart_data(chart) for chart in (*evals, *train)],
+        "runs": [_run_label(run, runs) for run in runs],
+    }
+    bare = _render(context, {**data, **_rollouts(runs, [])}, 0)
+    chosen, rollouts = _fitting(runs, MAX_BYTES - len(bare.encode(errors="backslashreplace")))
+    return _render(context, {**data, **rollouts}, len(chosen))
+
+
+def _render(context: dict, data: dict, shown: int) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"figure": charts.figure, "named": _title}
+    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
+    return environment.get_template("page.html").render(
+        **context,
+        geometry=charts,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_csp_hash(style),
+        script_hash=_csp_hash(script),
+        data=Markup(_embeddable(data)),
+        rollout_shown=shown,
+    )
+
+
+def _csp_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _embeddable(data: Any) -> str:
+    """JSON that may stand in a script element: no character in it can end the element or open a comment."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    # A lone surrogate is legal in JSON's escapes and has no UTF-8.
+    return text.encode(errors="backslashreplace").decode()
+
+
+# ---- what the page says --------------------------------------------------------------------------------------------
+
+
+def _headline(runs: list[Run], series: list[Series]) -> dict[str, Any]:
+    def all_of(values) -> str:
+        return ", ".join(dict.fromkeys(str(value) for value in values))
+
+    def taught(run: Run) -> str:
+        return str(run.recipe.get("task") or Path(str(run.recipe.get("data") or "its data")).name)
+
+    last = [max(line["step"] for line in (*run.train, *run.evals)) for run in runs]
+    return {
+        "title": all_of(taught(run) for run in runs),
+        "model": all_of(run.recipe.get("model") or "A model" for run in runs),
+        "methods": list(dict.fromkeys(run.method for run in runs)),
+        "judges": list(dict.fromkeys(run.judge for run in runs if run.method != "opsd")),
+        "seeds": list(dict.fromkeys(str(run.seed) for run in runs if run.seed is not None)),
+        "steps": str(min(last)) if len(set(last)) == 1 else f"{min(last)} to {max(last)}",
+        "method_names": METHODS,
+    }
+
+
+def _table(series: list[Series]) -> list[dict[str, Any]]:
+    """A row for each metric of the evaluations: before (all runs together), and after for each series."""
+    names = dict.fromkeys(name for one in series for run in one.runs for line in run.evals for name in line)
+    rows = []
+    for name in names:
+        before = [value for one in series for value in one.ends(name, last=False)]
+        if name in ("kind", "step", "epoch") or not before:
+            continue
+        after = [one.ends(name, last=True) for one in series]
+        rows.append(
+            {
+                "name": name,
+                "title": _title(name),
+                "explanation": _explanation(name),
+                "before": _spread(before),
+                "after": [_spread(values) for values in after],
+                "is_share": _is_share(name) and all(0 <= v <= 1 for v in (*before, *sum(after, []))),
+            }
+        )
+    return rows
+
+
+def _spread(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"mean": sum(values) / len(values), "low": min(values), "high": max(values), "n": len(values)}
+
+
+def _is_share(name: str) -> bool:
+    return name == "specificity" or name.endswith(("_greedy", "_sampled"))
+
+
+def _title(name: str) -> str:
+    grader, _, how = name.rpartition("_")
+    return f"{grader.replace('_', ' ')}, {how}" if how in ("greedy", "sampled") and grader else name.replace("_", " ")
+
+
+def _explanation(name: str) -> str:
+    grader, _, how = name.rpartition("_")
+    does = GRADERS.get(grader, f"passes the grader “{grader.replace('_', ' ')}”")
+    return EXPLAIN.get(how if grader else name, "").format(does=does)
+
+
+def _charts(series: list[Series]) -> tuple[list[charts.Chart], list[charts.Chart]]:
+    made: dict[str, list[charts.Chart]] = {}
+    for kind in ("evals", "train"):
+        names = dict.fromkeys(
+            name for one in series for run in one.runs for line in getattr(run, kind) for name in line
+        )
+        names = sorted(names, key=lambda name: TRAIN_FIRST.index(name) if name in TRAIN_FIRST else len(TRAIN_FIRST))
+        drawn = [charts.chart(series, kind, name, _is_share(name)) for name in names if name not in _NOT_DRAWN]
+        made[kind] = [chart for chart in drawn if chart][:MAX_CHARTS]
+    return made["evals"], made["train"]
+
+
+_NOT_DRAWN = ("kind", "step", "epoch")
+
+
+def _chart_data(chart: charts.Chart) -> dict[str, Any]:
+    values = [
+        {
+            "steps": line.steps,
+            "text": [
+                [charts.figure(v, chart.whole) for v in (spread if line.band else spread[:1])] for spread in line.values
+            ],
+            "means": [float(f"{spread[0]:.6g}") for spread in line.values],
+        }
+        if line
+        else None
+        for line in chart.lines
+    ]
+    return {"name": _title(chart.name), "x": chart.x_span, "y": chart.y_span, "lines": values}
+
+
+def _run_label(run: Run, runs: list[Run]) -> str:
+    label = next(one.label for one in group(runs) if run in one.runs)
+    return label if run.seed is None else f"{label}, seed {run.seed}"
+
+
+def _shorten(text: str, limit: int = MAX_TEXT) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+
+
+# ---- rollouts ------------------------------------------------------------------------------------------------------
+
+
+def _fitting(runs: list[Run], room: int) -> tuple[list, dict[str, Any]]:
+    """As many rollouts, evenly sampled over the steps, as the page has room for."""
+    everything = [(r, rollout) for r, run in enumerate(runs) for rollout in run.rollouts]
+    count = len(everything)
+    while True:
+        chosen = [everything[i * len(everything) // count] for i in range(count)]
+        payload = _rollouts(runs, chosen)
+        size = len(_embeddable(payload).encode())
+        if size <= room or not count:
+            return chosen, payload
+        count = min(count - 1, int(count * room / size * 0.97)) if room > 0 else 0
+
+
+def _rollouts(runs: list[Run], chosen: list[tuple[int, dict]]) -> dict[str, Any]:
+    texts: dict[str, int] = {}  # prompts and contexts recur: each is stored once
+
+    def text(value: str) -> int:
+        return texts.setdefault(_shorten(value), len(texts))
+
+    rollouts = []
+    for run, rollout in chosen:
+        shown = range(min(len(rollout["tokens"]), MAX_TOKENS))
+        rollouts.append(
+            {
+                "run": run,
+                "step": rollout["step"],
+                "prompt": text(rollout["prompt"]),
+                "context": text(rollout["privileged_context"]),
+                "length": len(rollout["tokens"]),
+                "tokens": [_shorten(rollout["tokens"][i], MAX_TOKEN_TEXT) for i in shown],
+                "student": [_round(rollout["student_logprob"][i]) for i in shown],
+                "teacher": [_round(rollout["teacher_logprob"][i]) for i in shown],
+                "divergence": [_round(rollout["divergence"][i]) for i in shown],
+                "candidates": rollout["candidates"],
+                "kept": rollout["kept"],
+                "preferred": {
+                    position: _shorten(token, MAX_TOKEN_TEXT)
+                    for position, token in rollout.get("preferred", {}).items()
+                    if isinstance(token, str)
+                },
+            }
+        )
+    return {"texts": list(texts), "rollouts": rollouts, "scale": _scale(rollouts)}
+
+
+def _scale(rollouts: list[dict]) -> float:
+    """The gap, in nats, at which colour saturates: near the 98th percentile, so that one outlier does not pale all."""
+    gaps = sorted(
+        abs(teacher - student)
+        for rollout in rollouts
+        for student, teacher in zip(rollout["student"], rollout["teacher"], strict=True)
+        if student is not None and teacher is not None
+    )
+    wide = gaps[int(0.98 * (len(gaps) - 1))] if gaps else 1.0
+    return next((s for s in (1.0, 2.0, 4.0, 6.0, 8.0) if wide <= s), 10.0)
+
+
+def _round(value: Any) -> float | None:
+    value = number(value)
+    return None if value is None else float(f"{value:.4g}")
