@@ -26,7 +26,7 @@ def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
         distance = tl.where(log_q > FLOOR, log_q - log_p, 0.0)
         return tl.where(distance < INF, q * distance, INF), -q, -tl.exp2(distance)
     else:
-        to_p, to_q = log_to_mixture(log_p, log_q, beta)
+        to_p, to_q = log_to_mixture(log_p, log_q, p, q, beta)
         slope = (1.0 - beta) * to_p
         return tl.fma(beta * q, to_q, p * slope), p * slope, slope
 

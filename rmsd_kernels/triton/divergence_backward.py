@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, row_strides, scales, tile_options
+from .launch import INTERPRETED, launch, row_strides, scales, tile_options
 from .tiles import FLOOR, LN2, LOG2E, block_ids, in_support, load_tile, row_pointer, softcapped
 from .visits import log_to_mixture
 
@@ -24,10 +24,11 @@ CHUNK_TILES = 2  # 16,384 logits a program: 10 programs a row at V = 152k, so th
 
 @triton.jit
 def gradient(
-    raw_student, raw_teacher, ids, student_lse, teacher_lse, mean_slope, rest_slope, rest_distance, kth_logit,
-    last_tied_id, upstream, inner_scale, student_scale, teacher_scale, raw_scale, beta,
+    raw_student, raw_teacher, ids, row_stats, scalars,
     DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
+    student_lse, teacher_lse, mean_slope, rest_slope, rest_distance, kth_logit, last_tied_id = row_stats
+    upstream, inner_scale, student_scale, teacher_scale, raw_scale, beta = scalars
     student = softcapped(raw_student, inner_scale, HAS_SOFTCAP)
     teacher = softcapped(raw_teacher, inner_scale, HAS_SOFTCAP)
     # Nats here: the log-sum-exps come rounded to fp32, and a product with log2(e) would round them again.
@@ -38,13 +39,12 @@ def gradient(
         slope = log_p - log_q
         if TAIL == "drop":
             slope += 1.0
-        inside = p * (slope - mean_slope)
+        grad = p * (slope - mean_slope)
     elif DIVERGENCE == "forward_kl":
-        inside = -tl.exp2(log_q * LOG2E) - p * mean_slope
+        grad = -tl.exp2(log_q * LOG2E) - p * mean_slope
     else:
-        to_p, _ = log_to_mixture(log_p * LOG2E, log_q * LOG2E, beta)
-        inside = p * ((1.0 - beta) * to_p * LN2 - mean_slope)
-    grad = inside
+        to_p, _ = log_to_mixture(log_p * LOG2E, log_q * LOG2E, p, tl.exp2(log_q * LOG2E), beta)
+        grad = p * ((1.0 - beta) * to_p * LN2 - mean_slope)
     if TAIL != "all":
         if TAIL == "renorm":
             outside = p * 0.0
@@ -53,11 +53,30 @@ def gradient(
             outside = -tl.exp2((log_p - rest_distance) * LOG2E) - p * mean_slope
         else:
             outside = p * (rest_slope - mean_slope)
-        grad = tl.where(in_support(raw_student, ids, kth_logit, last_tied_id), inside, outside)
+        grad = tl.where(in_support(raw_student, ids, kth_logit, last_tied_id), grad, outside)
     grad *= upstream * raw_scale
     if HAS_SOFTCAP:
         grad *= tl.where(student > -1.0, 1.0 - student * student, 0.0)
     return grad
+
+
+@triton.jit
+def gradient_tile(
+    student_ptr, teacher_ptr, grad_ptr, start, size, row_stats, scalars,
+    DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    # Not as pairs of bf16: the gradients' 16-byte stores need neighbours in one block.
+    student = load_tile(student_ptr, start, size, UNROLL, LANES, VEC, False, MASKED)
+    teacher = load_tile(teacher_ptr, start, size, UNROLL, LANES, VEC, False, MASKED)
+    for block in tl.static_range(UNROLL):
+        ids = block_ids(start, block, LANES, VEC, False)
+        grad = gradient(student[block], teacher[block], ids, row_stats, scalars, DIVERGENCE, TAIL, HAS_SOFTCAP)
+        grad = grad.to(grad_ptr.dtype.element_ty)
+        if MASKED:
+            tl.store(grad_ptr + ids, grad, mask=ids < size)
+        else:
+            tl.store(grad_ptr + ids, grad)
 
 
 @triton.jit(
@@ -119,29 +138,19 @@ def divergence_backward_kernel(
     student_lse, teacher_lse = tl.load(stats_ptr), tl.load(stats_ptr + 1)
     mean_slope, rest_slope, rest_distance = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3), tl.load(stats_ptr + 7)
     kth_logit, last_tied_id = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5).to(tl.int32)
-    for start in range(chunk, tl.minimum(chunk + CHUNK_TILES * TILE, size), TILE):
-        if start + TILE <= size:
-            student_tile = load_tile(student_ptr, start, size, UNROLL, LANES, VEC, False, False)
-            teacher_tile = load_tile(teacher_ptr, start, size, UNROLL, LANES, VEC, False, False)
-            for block in tl.static_range(UNROLL):
-                ids = block_ids(start, block, LANES, VEC, False)
-                grad = gradient(
-                    student_tile[block], teacher_tile[block], ids, student_lse, teacher_lse, mean_slope, rest_slope,
-                    rest_distance, kth_logit, last_tied_id, upstream, inner_scale, student_scale, teacher_scale,
-                    raw_scale, beta, DIVERGENCE, TAIL, HAS_SOFTCAP,
-                )  # fmt: skip
-                tl.store(grad_ptr + ids, grad.to(grad_logits_ptr.dtype.element_ty))
-        else:
-            student_tile = load_tile(student_ptr, start, size, UNROLL, LANES, VEC, False, True)
-            teacher_tile = load_tile(teacher_ptr, start, size, UNROLL, LANES, VEC, False, True)
-            for block in tl.static_range(UNROLL):
-                ids = block_ids(start, block, LANES, VEC, False)
-                grad = gradient(
-                    student_tile[block], teacher_tile[block], ids, student_lse, teacher_lse, mean_slope, rest_slope,
-                    rest_distance, kth_logit, last_tied_id, upstream, inner_scale, student_scale, teacher_scale,
-                    raw_scale, beta, DIVERGENCE, TAIL, HAS_SOFTCAP,
-                )  # fmt: skip
-                tl.store(grad_ptr + ids, grad.to(grad_logits_ptr.dtype.element_ty), mask=ids < size)
+    row_stats = (student_lse, teacher_lse, mean_slope, rest_slope, rest_distance, kth_logit, last_tied_id)
+    scalars = (upstream, inner_scale, student_scale, teacher_scale, raw_scale, beta)
+    end, whole = tl.minimum(chunk + CHUNK_TILES * TILE, size), size // TILE * TILE
+    for start in range(chunk, tl.minimum(end, whole), TILE):
+        gradient_tile(
+            student_ptr, teacher_ptr, grad_ptr, start, size, row_stats, scalars,
+            DIVERGENCE, TAIL, HAS_SOFTCAP, UNROLL, LANES, VEC, False,
+        )  # fmt: skip
+    if end > whole:
+        gradient_tile(
+            student_ptr, teacher_ptr, grad_ptr, whole, size, row_stats, scalars,
+            DIVERGENCE, TAIL, HAS_SOFTCAP, UNROLL, LANES, VEC, True,
+        )  # fmt: skip
 
 
 def divergence_backward(
@@ -149,7 +158,9 @@ def divergence_backward(
     divergence: str, beta: float, vocab_topk: int, tail: str, temperature: float, teacher_temperature: float,
     vocab_size: int, logit_scale: float, softcap: float,
 ) -> Tensor:  # fmt: skip
-    grad_logits = torch.zeros(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
+    # The interpreter would cut fp32 off to bf16 where every GPU rounds: there, torch rounds.
+    dtype = torch.float32 if INTERPRETED else student_logits.dtype
+    grad_logits = torch.zeros(student_logits.shape, dtype=dtype, device=student_logits.device)
     num_sequences, length, width = student_logits.shape
     if stats.shape[0] and grad_logits.numel():
         tile = tile_options(student_logits, teacher_logits, grad_logits)
@@ -166,4 +177,4 @@ def divergence_backward(
             DIVERGENCE=divergence, TAIL=tail if vocab_topk else "all", HAS_ROWS=rows is not None,
             HAS_SOFTCAP=softcap != 0.0, **tile, CHUNK_TILES=CHUNK_TILES,
         )  # fmt: skip
-    return grad_logits
+    return grad_logits.to(student_logits.dtype)

@@ -1,4 +1,4 @@
-"""What every launcher here shares: whether this backend can serve, the tile of a dtype, and a launch's common arguments."""
+"""What every launcher here shares: whether this backend can serve, a dtype's tile, and the arguments common to all."""
 
 import functools
 import math
@@ -78,13 +78,19 @@ def row_strides(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, int
 
 def tile_options(*logits: Tensor) -> dict:
     """The constexpr arguments that describe how these tensors' rows are read."""
-    tile = TILES[logits[0].dtype]
     size = logits[0].element_size()
     aligned = all(
         tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in tensor.stride()[:2])
         for tensor in logits
     )  # fmt: skip
-    paired = aligned and logits[0].dtype == torch.bfloat16
+    return constexprs_of_tile(logits[0].dtype, aligned)
+
+
+def constexprs_of_tile(dtype: torch.dtype, aligned: bool) -> dict:
+    tile = TILES[dtype]
+    if not aligned:  # neighbouring logits go to neighbouring threads, one a load, and a lane's sums stay in its thread
+        tile = Tile(tile.unroll * tile.vec, tile.lanes, 1)
+    paired = aligned and dtype == torch.bfloat16
     return dict(ALIGNED=aligned, PAIRED=paired, UNROLL=tile.unroll, LANES=tile.lanes, VEC=tile.vec)
 
 

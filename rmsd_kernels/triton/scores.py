@@ -153,8 +153,11 @@ def scores_and_candidates(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_sequences, length = sampled_ids.shape
     # A sequence of length 0 has no program to write its -1. Otherwise the counters' zeros are all the launch needs.
-    index = torch.full((num_sequences, num_candidates), -1, dtype=torch.int64, device=student_logits.device) \
-        if not length else torch.empty((num_sequences, num_candidates), dtype=torch.int64, device=student_logits.device)
+    index = (
+        torch.full((num_sequences, num_candidates), -1, dtype=torch.int64, device=student_logits.device)
+        if not length
+        else torch.empty((num_sequences, num_candidates), dtype=torch.int64, device=student_logits.device)
+    )
     finished = torch.zeros(num_sequences, dtype=torch.int32, device=student_logits.device)
     scores = _launch(
         student_logits, teacher_logits, sampled_ids, mask.contiguous(), index, finished, num_candidates, criterion,

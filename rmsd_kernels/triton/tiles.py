@@ -48,19 +48,16 @@ def load_tile(
     """
     tile = ()
     if PAIRED:
-        words_ptr = tl.multiple_of((row_ptr + start).to(tl.pointer_type(tl.int32)), 16)
+        words_ptr = tl.multiple_of(row_ptr.to(tl.pointer_type(tl.int32)), 16)
         pair = tl.arange(0, LANES)[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
         for load in tl.static_range(UNROLL):
-            words = tl.load(words_ptr + load * (LANES * VEC // 2) + pair)
+            words = tl.load(words_ptr + (start // 2 + load * (LANES * VEC // 2) + pair))
             even, odd = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
             tile += (even, odd)
     else:
         for load in tl.static_range(UNROLL):
             ids = block_ids(start, load, LANES, VEC, False)
-            if MASKED:
-                raw = tl.load(row_ptr + ids, mask=ids < size, other=-INF)
-            else:
-                raw = tl.load(row_ptr + ids)
+            raw = tl.load(row_ptr + ids, mask=ids < size, other=-INF) if MASKED else tl.load(row_ptr + ids)
             tile += (raw.to(tl.float32),)
     return tile
 

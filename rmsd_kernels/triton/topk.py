@@ -15,7 +15,7 @@ from .tiles import block_ids, load_tile
 @triton.jit
 def key_to_logit(key, LOGIT: tl.constexpr):
     """The fp32 value of the `key`-th float of dtype LOGIT, counted from -1 for -0.0 and 0 for 0.0."""
-    if LOGIT == tl.float32:
+    if LOGIT.is_fp32():
         bits = key.to(tl.int32)
         return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     else:
@@ -25,12 +25,18 @@ def key_to_logit(key, LOGIT: tl.constexpr):
 
 @triton.jit
 def count_tile(counts, tile, low, middle, high):
-    low_count, middle_count, high_count = counts
+    low_counts = tl.zeros(tile[0].shape, tl.int32)
+    middle_counts, high_counts = low_counts, low_counts
     for block in tl.static_range(len(tile)):
-        low_count += tl.sum((tile[block] >= low).to(tl.int32), axis=1)
-        middle_count += tl.sum((tile[block] >= middle).to(tl.int32), axis=1)
-        high_count += tl.sum((tile[block] >= high).to(tl.int32), axis=1)
-    return low_count, middle_count, high_count
+        low_counts += (tile[block] >= low).to(tl.int32)
+        middle_counts += (tile[block] >= middle).to(tl.int32)
+        high_counts += (tile[block] >= high).to(tl.int32)
+    low_count, middle_count, high_count = counts
+    return (
+        low_count + tl.sum(low_counts, axis=1),
+        middle_count + tl.sum(middle_counts, axis=1),
+        high_count + tl.sum(high_counts, axis=1),
+    )
 
 
 @triton.jit
@@ -44,9 +50,11 @@ def count_row(
     counts = (zeros, zeros, zeros)
     whole = size // TILE * TILE
     for start in range(0, whole, TILE):
-        counts = count_tile(counts, load_tile(row_ptr, start, size, UNROLL, LANES, VEC, PAIRED, False), low, middle, high)
+        tile = load_tile(row_ptr, start, size, UNROLL, LANES, VEC, PAIRED, False)
+        counts = count_tile(counts, tile, low, middle, high)
     if whole < size:
-        counts = count_tile(counts, load_tile(row_ptr, whole, size, UNROLL, LANES, VEC, False, True), low, middle, high)
+        tile = load_tile(row_ptr, whole, size, UNROLL, LANES, VEC, False, True)
+        counts = count_tile(counts, tile, low, middle, high)
     low_count, middle_count, high_count = counts
     return tl.sum(low_count, axis=0), tl.sum(middle_count, axis=0), tl.sum(high_count, axis=0)
 
@@ -99,9 +107,9 @@ def kth_largest(
     Where exactly k logits reach some value, that value is returned, and every id: it parts the row as the k-th
     largest itself would.
     """
-    if LOGIT == tl.float32:
+    if LOGIT.is_fp32():
         high = tl.full([], 0x7F800000, tl.int64)  # the key of +inf
-    elif LOGIT == tl.bfloat16:
+    elif LOGIT.is_bf16():
         high = tl.full([], 0x7F80, tl.int64)
     else:
         high = tl.full([], 0x7C00, tl.int64)

@@ -94,11 +94,10 @@ def log_sum_exp(m, z):
 
 
 @triton.jit
-def log_to_mixture(log_p, log_q, beta):
+def log_to_mixture(log_p, log_q, p, q, beta):
     """log2(p / m) and log2(q / m), m = beta q + (1 - beta) p; where both are 0, finite numbers that 0 can multiply."""
-    log_p, log_q = tl.maximum(log_p, FLOOR), tl.maximum(log_q, FLOOR)
-    log_m = tl.maximum(tl.log2(tl.fma(tl.exp2(log_q), beta, tl.exp2(log_p) * (1.0 - beta))), FLOOR)
-    return log_p - log_m, log_q - log_m
+    log_m = tl.maximum(tl.log2(tl.fma(q, beta, p * (1.0 - beta))), FLOOR)
+    return tl.maximum(log_p, FLOOR) - log_m, tl.maximum(log_q, FLOOR) - log_m
 
 
 @triton.jit
@@ -106,17 +105,19 @@ def normalised_tile(
     state, student, teacher, student_scale, teacher_scale, student_m, teacher_m, student_log_z, teacher_log_z, beta,
     DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
+    """Adds one tile to every lane's sums; see `normalised_visit`. jsd has no gap: its terms are always finite."""
     total, slope, mass, gap = state
+    totals = tl.zeros(student[0].shape, tl.float32)
+    slopes, masses, gaps = totals, totals, totals + 2 * FLOOR
     for block in tl.static_range(len(student)):
+        # Less the maximum first and log z after: their sum would be rounded, by 5e-4 at logits of 1e4.
         log_p = tl.fma(student[block], student_scale, -student_m) - student_log_z
         log_q = tl.fma(teacher[block], teacher_scale, -teacher_m) - teacher_log_z
         if DIVERGENCE == "jsd":
             p, q = tl.exp2(log_p), tl.exp2(log_q)
-            to_p, to_q = log_to_mixture(log_p, log_q, beta)
-            slopes = (1.0 - beta) * (p * to_p)
-            slope += tl.sum(slopes, axis=1)
-            total += tl.sum(tl.fma(beta * q, to_q, slopes), axis=1)
-            mass += tl.sum(p + q, axis=1)
+            to_p, to_q = log_to_mixture(log_p, log_q, p, q, beta)
+            slopes = tl.fma(p, to_p, slopes)
+            totals = tl.fma(q, to_q, totals)
         else:
             if DIVERGENCE == "reverse_kl":
                 log_a, log_b = log_p, log_q
@@ -124,9 +125,15 @@ def normalised_tile(
                 log_a, log_b = log_q, log_p
             weight = tl.exp2(log_a)
             distance = tl.maximum(log_a, FLOOR) - tl.maximum(log_b, 2 * FLOOR)
-            total += tl.sum(weight * distance, axis=1)
-            mass += tl.sum(weight, axis=1)
-            gap = tl.maximum(gap, tl.max(distance, axis=1))
+            totals = tl.fma(weight, distance, totals)
+            masses += weight
+            gaps = tl.maximum(gaps, distance)
+    total += tl.sum(totals, axis=1)
+    if DIVERGENCE == "jsd":
+        slope += tl.sum(slopes, axis=1)
+    else:
+        mass += tl.sum(masses, axis=1)
+        gap = tl.maximum(gap, tl.max(gaps, axis=1))
     return total, slope, mass, gap
 
 
@@ -137,8 +144,8 @@ def normalised_visit(
     DIVERGENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PART: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """The divergence's terms over a part of the vocabulary, from L2 as the rows were just read. Four scalars: the sum
-    of the terms, of p g (jsd), both in log2 units, the mass of the weighing distribution, and `online_tile`'s gap."""
+    """The divergence over a part of the vocabulary, from L2 as the rows were just read. Four scalars, in log2 units:
+    the sum of its terms; for jsd the sum of p g; for a KL the mass that weighs it and `online_tile`'s gap."""
     TILE: tl.constexpr = UNROLL * LANES * VEC
     zeros = tl.zeros([LANES], tl.float32)
     state = (zeros, zeros, zeros, zeros + 2 * FLOOR)
@@ -162,4 +169,8 @@ def normalised_visit(
             student_log_z, teacher_log_z, beta, DIVERGENCE,
         )  # fmt: skip
     total, slope, mass, gap = state
-    return tl.sum(total, axis=0), tl.sum(slope, axis=0), tl.sum(mass, axis=0), tl.max(gap, axis=0)
+    total, slope = tl.sum(total, axis=0), tl.sum(slope, axis=0)
+    if DIVERGENCE == "jsd":
+        slope *= 1.0 - beta
+        total = tl.fma(total, beta, slope)
+    return total, slope, tl.sum(mass, axis=0), tl.max(gap, axis=0)
