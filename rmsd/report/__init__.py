@@ -7,6 +7,7 @@ script by their hashes, so that nothing else could run or be fetched if all of t
 
 import base64
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ __all__ = ["write_report"]
 MAX_BYTES = 2_900_000  # of the page
 MAX_TEXT = 20_000  # characters of a prompt or context
 MAX_TOKENS = 2_000  # of an answer
-MAX_TOKEN_TEXT = 200
+MAX_TOKEN_TEXT = 100
 MAX_CHARTS = 24
 
 EXPLAIN = {
@@ -163,7 +164,7 @@ def _table(series: list[Series]) -> list[dict[str, Any]]:
                 "explanation": _explanation(name),
                 "before": _spread(before),
                 "after": [_spread(values) for values in after],
-                "is_share": _is_share(name) and all(0 <= v <= 1 for v in (*before, *sum(after, []))),
+                "is_share": _is_share(name) and all(0 <= v <= 1 for v in (*before, *itertools.chain(*after))),
             }
         )
     return rows
@@ -238,7 +239,7 @@ def _fitting(runs: list[Run], room: int) -> tuple[list, dict[str, Any]]:
     everything = [(r, rollout) for r, run in enumerate(runs) for rollout in run.rollouts]
     count = len(everything)
     while True:
-        chosen = [everything[i * len(everything) // count] for i in range(count)]
+        chosen = [everything[round(i * (len(everything) - 1) / max(count - 1, 1))] for i in range(count)]
         payload = _rollouts(runs, chosen)
         size = len(_embeddable(payload).encode())
         if size <= room or not count:

@@ -44,7 +44,7 @@ def chart(series: Sequence[Series], kind: str, name: str, unit_interval: bool) -
     steps = [point[0] for point in points]
     x_ticks = nice_ticks(min(steps), max(steps), 5, whole=True)
     x_span = (min(steps), max(max(steps), min(steps) + 1))
-    if unit_interval and all(0 <= low and high <= 1 for _, _, low, high in points):
+    if unit_interval and all(low >= 0 and high <= 1 for _, _, low, high in points):
         y_ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
     else:
         least, greatest = min(point[2] for point in points), max(point[3] for point in points)
@@ -99,7 +99,7 @@ def scientific(value: float, digits: int) -> str:
 def figure(value: float | None, whole: bool = False) -> str:
     """A metric's value for the reader; `whole` for counts and the means of counts."""
     if value is None:
-        return "–"
+        return "\N{EN DASH}"
     if value != 0 and (abs(value) < 5e-4 or abs(value) >= 1e6):
         return scientific(value, 2)
     if whole and value == int(value):

@@ -64,7 +64,7 @@
         if (active) draw("circle", { class: `mark s${index % 6}`, cx: x(step), cy: y(line.means[i]), r: 4 });
         const [mean, low, high] = line.text[i];
         const key = chart.lines.length > 1 ? [element("i", `key s${index % 6}`)] : [];
-        const spread = low === undefined || low === high ? [] : [` ${low} to ${high}`];
+        const spread = low === undefined ? [] : [` ${low} to ${high}`];
         readout.append(element("span", "", ...key, element("b", "", mean), ...spread));
       });
     }
@@ -162,7 +162,8 @@
       const node = token(text, i, candidates.has(i), kept.has(i));
       return text.endsWith("\n") ? [node, element("br")] : [node, element("wbr")];
     }));
-    if (shown.tokens.length) select(Math.min(kept.size ? shown.kept[0] : shown.candidates[0] ?? 0, shown.tokens.length - 1));
+    const first = shown.candidates.find((i) => kept.has(i)) ?? shown.candidates[0] ?? 0;
+    if (shown.tokens.length) select(Math.min(first, shown.tokens.length - 1));
     else $("detail").replaceChildren(element("p", "role", "An empty answer."));
   }
 
@@ -219,7 +220,7 @@
       ["log p, teacher", nats(shown.teacher[i])],
       ["gap, nats", gap === null ? "not finite" : signed(gap)],
       ["divergence", nats(shown.divergence[i])],
-      ["position", `${i} of ${shown.length}`],
+      ["token", `${i + 1} of ${shown.length}`],
     ];
     $("detail").replaceChildren(
       element("div", "token", ...visible(shown.tokens[i])),

@@ -1,0 +1,344 @@
+"""The report's page as text: its numbers, its grouping of runs, what it escapes, how large it gets, how it refuses."""
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from fake_run import CONTEXT, TOKENS, make_run, rollout, write_lines
+
+from rmsd.report import write_report
+from rmsd.report.charts import HEIGHT, WIDTH, chart, figure, nice_ticks
+from rmsd.report.runs import group, read_run
+
+HOSTILE = [
+    "</script><script>window.hacked=1</script>",
+    "<img src=x onerror=window.hacked=1>",
+    "javascript:window.hacked=1",
+    "<!--<script>",
+    "]]></svg><svg onload=window.hacked=1>",
+    '"><iframe srcdoc="<script>parent.hacked=1</script>">',
+    "{{ 7 * 7 }}{% raw %}",
+    "\u2028\u2029\u202e\x00\ud800",
+]
+
+
+class Page(HTMLParser):
+    """Elements by name, text of the table's cells, and the inline texts of style and script."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.inline, self._open = [], {}, None
+        self.html = path.read_text(encoding="utf-8")
+        self.feed(self.html)
+        self.data = json.loads(self.inline["application/json"], parse_constant=pytest.fail)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("style", "script"):
+            self._open = dict(attrs).get("type", tag)
+            assert self._open not in self.inline, "a second inline element"
+
+    def handle_data(self, text):
+        if self._open:
+            self.inline[self._open] = self.inline.get(self._open, "") + text
+
+    def handle_endtag(self, tag):
+        self._open = None
+
+    def row(self, metric):
+        """The figures of a row of the table, before first."""
+        row = re.search(rf'<tr data-metric="{metric}">(.*?)</tr>', self.html, re.DOTALL)[1]
+        cells = re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)
+        return [re.sub(r"<[^>]+>|\s+", " ", cell).split() for cell in cells]
+
+
+def page_of(*runs, **options):
+    return Page(write_report(runs, **options))
+
+
+def evals(*values, **more):
+    return [{"kind": "eval", "step": 10 * i, "target_greedy": v, **more} for i, v in enumerate(values)]
+
+
+# ---- content -------------------------------------------------------------------------------------------------------
+
+
+def test_table_shows_first_and_last_evaluation(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_lines(run / "metrics.jsonl", evals(0.125, 0.5, 0.875, drift=0.0321, specificity=1.0))
+    page = page_of(run)
+    assert page.row("target_greedy") == [["0.125"], ["0.875"]]
+    assert page.row("drift") == [["0.032"], ["0.032"]]
+    assert "in nats a token" in page.html
+    assert "<h1>house_tool</h1>" in page.html and "the context judge" in page.html
+
+
+def test_rollouts_reach_the_page_whole(tmp_path):
+    page = page_of(make_run(tmp_path / "run", steps=4, per_step=2))
+    assert len(page.data["rollouts"]) == 8
+    first = page.data["rollouts"][0]
+    assert first["tokens"] == TOKENS and len(first["student"]) == len(TOKENS)
+    assert page.data["texts"][first["context"]] == CONTEXT
+    assert page.data["texts"].count(CONTEXT) == 1
+    assert first["preferred"][str(TOKENS.index(" Dep"))] == " zor"
+    assert "All 8 recorded answers" in page.html
+
+
+def test_later_line_of_a_repeated_step_wins(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = [*evals(0.0, 0.4), *evals(0.0, 0.6)]
+    lines += [{"kind": "train", "step": 3, "loss": loss} for loss in (0.5, 0.25)]
+    write_lines(run / "metrics.jsonl", lines)
+    # Steps 1 to 3, then a resume from step 1's checkpoint: 2 and 3 again.
+    write_lines(run / "rollouts.jsonl", [rollout(step, 0, "rmsd", 9) for step in (1, 2, 2, 3, 2, 3)])
+    read = read_run(run)
+    assert [line["target_greedy"] for line in read.evals] == [0.0, 0.6]
+    assert [line["loss"] for line in read.train] == [0.25]
+    assert [line["step"] for line in read.rollouts] == [1, 2, 3]
+
+
+def test_torn_last_line_is_left_out_and_said(tmp_path):
+    run = make_run(tmp_path / "run", steps=3)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"kind": "train", "step": 4, "lo')
+    page = page_of(run)
+    assert "the last line of metrics.jsonl is torn" in page.html
+    assert "the last line of rollouts.jsonl is torn" in page.html
+    assert len(page.data["rollouts"]) == 9
+
+
+def test_malformed_rollouts_are_left_out_and_said(tmp_path):
+    good = rollout(1, 0, "rmsd", 3)
+    bad = [{**good, "kept": [999]}, {**good, "divergence": [0.1]}, {**good, "tokens": None}, {"step": 1}]
+    page = page_of(make_run(tmp_path / "run", rollouts=[good, *bad]))
+    assert len(page.data["rollouts"]) == 1
+    assert "4 malformed lines of rollouts.jsonl left out" in page.html
+
+
+def test_numbers_that_are_not_finite(tmp_path):
+    one = rollout(1, 0, "rmsd", 3)
+    one["teacher_logprob"][2], one["divergence"][2], one["student_logprob"][3] = float("-inf"), None, float("nan")
+    run = make_run(tmp_path / "run", rollouts=[one])
+    line = {"kind": "train", "step": 1, "grad_norm": 10**400, "odd": True, "text": "x"}
+    write_lines(run / "metrics.jsonl", [{**line, "loss": float("nan")}, {**line, "step": 2, "loss": 0.5}])
+    page = page_of(run)  # Page refuses NaN and Infinity in the JSON
+    shown = page.data["rollouts"][0]
+    assert (shown["teacher"][2], shown["divergence"][2], shown["student"][3]) == (None, None, None)
+    assert [c["name"] for c in page.data["charts"]] == ["loss"]
+    assert page.data["charts"][0]["lines"][0]["steps"] == [2]
+
+
+def test_run_without_evaluations_rollouts_or_recipe(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_lines(run / "metrics.jsonl", [{"kind": "train", "step": 1, "loss": 0.5}])
+    (run / "rollouts.jsonl").unlink()
+    (run / "recipe.yaml").unlink()
+    page = page_of(run)
+    for text in ("no evaluations", "No answers were recorded", "recipe.yaml is missing", "rollouts.jsonl is missing"):
+        assert text in page.html
+
+
+def test_run_evaluated_once_has_no_after(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_lines(run / "metrics.jsonl", evals(0.25))
+    assert page_of(run).row("target_greedy") == [["0.250"], ["not", "evaluated"]]
+
+
+# ---- several runs --------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_one_series_with_mean_and_range(tmp_path):
+    runs = []
+    for method, ends in (("rmsd", (0.8, 1.0)), ("opsd", (0.4, 0.5))):
+        for seed, end in enumerate(ends):
+            runs.append(make_run(tmp_path / f"{method}{seed}", method=method, seed=seed))
+            write_lines(runs[-1] / "metrics.jsonl", evals(0.0, end))
+    page = page_of(*runs, output=tmp_path / "all.html")
+    assert page.row("target_greedy") == [
+        ["0.000"],
+        ["0.900", "0.800", "to", "1.000"],
+        ["0.450", "0.400", "to", "0.500"],
+    ]
+    assert [line["means"] for line in page.data["charts"][0]["lines"]] == [[0.0, 0.9], [0.0, 0.45]]
+    assert page.data["charts"][0]["lines"][0]["text"][1] == ["0.900", "0.800", "1.000"]
+    assert page.data["runs"][0] == "RMSD · context judge, seed 0"
+    assert page.html.count('class="band"') == 2
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
+    runs = [
+        read_run(make_run(tmp_path / f"{rate}-{seed}", seed=seed, recipe={"train": {"learning_rate": rate}}))
+        for rate in (5e-5, 1e-4)
+        for seed in (1, 2)
+    ]
+    series = group(runs)
+    assert [len(one.runs) for one in series] == [2, 2]
+    assert [one.label for one in series] == [
+        "RMSD · context judge · learning_rate 5e-05",
+        "RMSD · context judge · learning_rate 0.0001",
+    ]
+
+
+def test_judges_make_series_of_their_own(tmp_path):
+    runs = [read_run(make_run(tmp_path / judge, judge=judge)) for judge in ("context", "magnitude")]
+    assert [one.label for one in group(runs)] == ["RMSD · context judge", "RMSD · magnitude judge"]
+
+
+# ---- curves --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values", [[0.5], [0.0, 0.0], [3.0, 3.0, 3.0], [-2.0, 5.0], [1e-9, 2e-9], [1e20, 3e25], [7.0] * 999]
+)
+def test_curves_stay_in_their_frame(tmp_path, values):
+    run = make_run(tmp_path / "run")
+    write_lines(run / "metrics.jsonl", [{"kind": "train", "step": i + 5, "loss": v} for i, v in enumerate(values)])
+    one = chart(group([read_run(run)]), "train", "loss", unit_interval=False)
+    points = [tuple(map(float, p.split(","))) for p in re.findall(r"[-\d.]+,[-\d.]+", one.lines[0].path)]
+    assert 1 <= len(points) <= 240
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
+    assert one.lines[0].steps[0] == 5 and one.lines[0].steps[-1] == len(values) + 4
+    assert 2 <= len(one.y_ticks) <= 8
+    assert len({text for _, text in one.y_ticks}) == len(one.y_ticks), "two ticks read alike"
+
+
+@pytest.mark.parametrize(("least", "greatest"), [(0, 1), (0.03, 0.92), (-7.3, 2.2), (12, 13), (0, 1e-7)])
+def test_ticks_enclose_the_values(least, greatest):
+    ticks = nice_ticks(least, greatest, 4)
+    assert ticks[0] <= least + 1e-12 and ticks[-1] >= greatest - 1e-12 and len(ticks) <= 8
+
+
+def test_figures_read_well():
+    shown = [figure(v) for v in (0.0, 0.74, -0.5, 5e-5, 123.456, None)]
+    assert shown == ["0.000", "0.740", "−0.500", "5.00e−5", "123.5", "–"]  # noqa: RUF001
+    assert [figure(v, whole=True) for v in (31, 176.5)] == ["31", "176.5"]
+
+
+# ---- untrusted text ------------------------------------------------------------------------------------------------
+
+
+def hostile_run(path):
+    """Every string that the page shows is an attack."""
+    attack = "".join(HOSTILE)
+    one = {
+        **rollout(1, 0, "rmsd", 3),
+        "prompt": attack,
+        "privileged_context": attack,
+        "tokens": HOSTILE,
+        "student_logprob": [-1.0] * len(HOSTILE),
+        "teacher_logprob": [-2.0] * len(HOSTILE),
+        "divergence": [0.5] * len(HOSTILE),
+        "candidates": list(range(len(HOSTILE))),
+        "kept": [0, 1],
+        "preferred": {str(i): text for i, text in enumerate(HOSTILE)} | {"__proto__": attack},
+    }
+    printable = "".join(HOSTILE[:-1])
+    recipe = {"task": printable, "model": printable, "seed": printable, printable: printable}
+    run = make_run(path, method=printable, judge=printable, recipe=recipe, rollouts=[one])
+    lines = [{"kind": kind, "step": s, attack: 0.5, "loss": 0.5} for kind in ("train", "eval") for s in (1, 2)]
+    write_lines(run / "metrics.jsonl", lines)
+    return run
+
+
+def test_hostile_text_stays_text(tmp_path):
+    tame, hostile = page_of(make_run(tmp_path / "tame")), page_of(hostile_run(tmp_path / "hostile"))
+    assert {tag for tag, _ in hostile.elements} <= {tag for tag, _ in tame.elements}
+    assert not [name for _, attrs in hostile.elements for name in attrs if name.startswith("on") or name == "style"]
+    assert [tag for tag, _ in hostile.elements].count("script") == 2
+    assert hostile.data["rollouts"][0]["tokens"] == HOSTILE
+    assert not re.search("[<>&\u2028\u2029]", hostile.inline["application/json"])
+    assert hostile.inline["script"] == tame.inline["script"]
+    assert "49" not in hostile.html.split("<h1>")[1].split("</h1>")[0], "the recipe's text was rendered as a template"
+
+
+def test_policy_admits_our_script_and_style_alone(tmp_path):
+    page = page_of(make_run(tmp_path / "run"))
+    policy = next(attrs["content"] for _, attrs in page.elements if "http-equiv" in attrs)
+    directives = dict(directive.strip().split(" ", 1) for directive in policy.split(";"))
+    for name in ("style", "script"):
+        digest = base64.b64encode(hashlib.sha256(page.inline[name].encode()).digest()).decode()
+        assert directives[f"{name}-src"] == f"'sha256-{digest}'"
+    assert directives["default-src"] == directives["base-uri"] == directives["form-action"] == "'none'"
+
+
+def test_nothing_is_fetched(tmp_path):
+    page = page_of(make_run(tmp_path / "run"))
+    links = [attrs[name] for _, attrs in page.elements for name in ("src", "href", "srcset", "action") if name in attrs]
+    assert links == ["data:,"]
+    assert not re.search(r"@import|url\(|fetch\(|innerHTML|insertAdjacent|document\.write|eval\(", page.html)
+
+
+# ---- size ----------------------------------------------------------------------------------------------------------
+
+
+def test_many_rollouts_are_sampled_evenly(tmp_path):
+    many = [rollout(step, i, "rmsd", 400) for step in range(1, 401) for i in range(8)]
+    run = make_run(tmp_path / "run", steps=400, rollouts=many)
+    page = page_of(run)
+    assert len(page.html.encode()) < 3_000_000
+    shown = [one["step"] for one in page.data["rollouts"]]
+    assert f"{len(shown)} of 3200 recorded answers" in page.html
+    assert 500 < len(shown) < 3200 and shown[0] == 1 and shown[-1] == 400
+    quarters = [sum(100 * q < step <= 100 * (q + 1) for step in shown) for q in range(4)]
+    assert max(quarters) - min(quarters) <= 2
+
+
+def test_long_answers_prompts_and_contexts_are_cut(tmp_path):
+    n = 5000
+    long = {
+        **rollout(1, 0, "rmsd", 3),
+        "prompt": "p" * 100_000,
+        "tokens": ["<" * 300] * n,
+        **{name: [-1.0] * n for name in ("student_logprob", "teacher_logprob", "divergence")},
+        "candidates": [4999, 3],
+        "kept": [4999],
+    }
+    page = page_of(make_run(tmp_path / "run", rollouts=[long, rollout(2, 0, "rmsd", 3)]))
+    assert len(page.html.encode()) < 3_000_000
+    assert any(len(text) < 21_000 and "80,000 more characters" in text for text in page.data["texts"])
+    assert page.data["rollouts"], "one long answer must not push out every other"
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+def _write(run, name, text):
+    run.mkdir(exist_ok=True)
+    (run / name).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error", "message"),
+    [
+        (lambda run: None, FileNotFoundError, "does not exist"),
+        (lambda run: run.mkdir(), FileNotFoundError, "holds no run: it has no metrics.jsonl"),
+        (lambda run: _write(run, "metrics.jsonl", ""), ValueError, "no readable line"),
+        (lambda run: _write(run, "metrics.jsonl", '{"kind": "tr'), ValueError, "no readable line"),
+        (lambda run: _write(make_run(run), "recipe.yaml", "- a\n- b"), ValueError, "must be a mapping"),
+        (lambda run: _write(make_run(run), "recipe.yaml", "a: [\n\n"), ValueError, "is not YAML"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, prepare, error, message):
+    prepare(tmp_path / "run")
+    with pytest.raises(error, match=message) as caught:
+        write_report([tmp_path / "run"])
+    assert "\n" not in str(caught.value) and "run" in str(caught.value)
+
+
+def test_no_runs_or_nowhere_to_write(tmp_path):
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report([])
+    run = make_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        write_report([run], tmp_path / "no" / "page.html")
+
+
+def test_import_is_light():
+    code = "import rmsd.report, sys; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
