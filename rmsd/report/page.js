@@ -94,8 +94,8 @@
   const signed = (v) => (v < 0 ? MINUS : "+") + Math.abs(v).toFixed(2);
   const nats = (v) => (v === null ? "not finite" : v.toFixed(2).replace("-", MINUS));
   const NAMES = { "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", " ": "\u00b7" };
-  // Control and format characters have no look of their own, and some would reorder the text around them.
-  const HIDDEN = /[ \p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Zs}]/u;
+  // Blanks, control and format characters and lone surrogates have no look of their own; some reorder what is near.
+  const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Z}]/u;
   const nameOf = (c) => NAMES[c] ?? `\u27e8U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
 
   function visible(text) { // text with its blanks made visible, as nodes
@@ -174,7 +174,8 @@
     if (gap === null) node.classList.add("unknown");
     else if (gap) {
       node.classList.add(gap > 0 ? "up" : "down");
-      node.style.setProperty("--gap", Math.min(1, Math.abs(gap) / data.scale).toFixed(3));
+      // A little more than proportional, as the legend's ramp is: gaps of one nat are to be seen beside ones of six.
+      node.style.setProperty("--gap", Math.min(1, (Math.abs(gap) / data.scale) ** 0.75).toFixed(3));
     }
     node.classList.toggle("candidate", isCandidate);
     node.classList.toggle("kept", isKept);
