@@ -18,14 +18,12 @@ import yaml
 from markupsafe import Markup
 
 from . import charts
-from .runs import METHODS, Run, Series, group, number, read_run
+from .rollouts import as_data, fitting, shorten
+from .runs import Run, Series, group, judge_name, read_run
 
 __all__ = ["write_report"]
 
 MAX_BYTES = 2_900_000  # of the page
-MAX_TEXT = 20_000  # characters of a prompt or context
-MAX_TOKENS = 2_000  # of an answer
-MAX_TOKEN_TEXT = 100
 MAX_CHARTS = 24
 
 EXPLAIN = {
@@ -40,7 +38,7 @@ TRAIN_EXPLAIN = {
     "loss": "divergence from the teacher, mean over kept tokens",
     "divergence": "mean over all tokens of the answers, nats",
     "kept_tokens": "tokens trained on in a step",
-    "candidates": "tokens put before the judge in a step",
+    "candidates": "tokens with the largest gaps in a step",
     "rollout_tokens": "tokens the student wrote in a step",
     "grad_norm": "length of the gradient before clipping",
     "learning_rate": "the optimiser's step size",
@@ -78,7 +76,7 @@ def _page(runs: list[Run]) -> str:
         "eval_charts": evals,
         "train_charts": train,
         "explain": TRAIN_EXPLAIN,
-        "recipes": [(str(run.path), _shorten(yaml.safe_dump(run.recipe, sort_keys=False))) for run in runs],
+        "recipes": [(str(run.path), shorten(yaml.safe_dump(run.recipe, sort_keys=False))) for run in runs],
         "rollout_total": sum(len(run.rollouts) for run in runs),
     }
     data = {
@@ -86,9 +84,9 @@ def _page(runs: list[Run]) -> str:
         "charts": [_chart_data(chart) for chart in (*evals, *train)],
         "runs": [_run_label(run, runs) for run in runs],
     }
-    bare = _render(context, {**data, **_rollouts(runs, [])}, 0)
-    chosen, rollouts = _fitting(runs, MAX_BYTES - len(bare.encode(errors="backslashreplace")))
-    return _render(context, {**data, **rollouts}, len(chosen))
+    bare = _render(context, {**data, **as_data([])}, 0)
+    shown, rollouts = fitting(runs, MAX_BYTES - _size(bare), lambda rollouts: _size(_embeddable(rollouts)))
+    return _render(context, {**data, **rollouts}, shown)
 
 
 def _render(context: dict, data: dict, shown: int) -> str:
@@ -111,6 +109,10 @@ def _render(context: dict, data: dict, shown: int) -> str:
         data=Markup(_embeddable(data)),
         rollout_shown=shown,
     )
+
+
+def _size(text: str) -> int:
+    return len(text.encode(errors="backslashreplace"))
 
 
 def _csp_hash(text: str) -> str:
@@ -141,10 +143,9 @@ def _headline(runs: list[Run], series: list[Series]) -> dict[str, Any]:
         "title": all_of(taught(run) for run in runs),
         "model": all_of(run.recipe.get("model") or "A model" for run in runs),
         "methods": list(dict.fromkeys(run.method for run in runs)),
-        "judges": list(dict.fromkeys(run.judge for run in runs if run.method != "opsd")),
+        "judges": list(dict.fromkeys(judge_name(run) for run in runs if run.method != "opsd")),
         "seeds": list(dict.fromkeys(str(run.seed) for run in runs if run.seed is not None)),
         "steps": str(min(last)) if len(set(last)) == 1 else f"{min(last)} to {max(last)}",
-        "method_names": METHODS,
     }
 
 
@@ -157,13 +158,14 @@ def _table(series: list[Series]) -> list[dict[str, Any]]:
         if name in ("kind", "step", "epoch") or not before:
             continue
         after = [one.ends(name, last=True) for one in series]
+        own_before = [one.ends(name, last=False) for one in series]
         rows.append(
             {
                 "name": name,
                 "title": _title(name),
                 "explanation": _explanation(name),
                 "before": _spread(before),
-                "after": [_spread(values) for values in after],
+                "after": [(_spread(was), _spread(values)) for was, values in zip(own_before, after, strict=True)],
                 "is_share": _is_share(name) and all(0 <= v <= 1 for v in (*before, *itertools.chain(*after))),
             }
         )
@@ -225,72 +227,3 @@ def _chart_data(chart: charts.Chart) -> dict[str, Any]:
 def _run_label(run: Run, runs: list[Run]) -> str:
     label = next(one.label for one in group(runs) if run in one.runs)
     return label if run.seed is None else f"{label}, seed {run.seed}"
-
-
-def _shorten(text: str, limit: int = MAX_TEXT) -> str:
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
-
-
-# ---- rollouts ------------------------------------------------------------------------------------------------------
-
-
-def _fitting(runs: list[Run], room: int) -> tuple[list, dict[str, Any]]:
-    """As many rollouts, evenly sampled over the steps, as the page has room for."""
-    everything = [(r, rollout) for r, run in enumerate(runs) for rollout in run.rollouts]
-    count = len(everything)
-    while True:
-        chosen = [everything[round(i * (len(everything) - 1) / max(count - 1, 1))] for i in range(count)]
-        payload = _rollouts(runs, chosen)
-        size = len(_embeddable(payload).encode())
-        if size <= room or not count:
-            return chosen, payload
-        count = min(count - 1, int(count * room / size * 0.97)) if room > 0 else 0
-
-
-def _rollouts(runs: list[Run], chosen: list[tuple[int, dict]]) -> dict[str, Any]:
-    texts: dict[str, int] = {}  # prompts and contexts recur: each is stored once
-
-    def text(value: str) -> int:
-        return texts.setdefault(_shorten(value), len(texts))
-
-    rollouts = []
-    for run, rollout in chosen:
-        shown = range(min(len(rollout["tokens"]), MAX_TOKENS))
-        rollouts.append(
-            {
-                "run": run,
-                "step": rollout["step"],
-                "prompt": text(rollout["prompt"]),
-                "context": text(rollout["privileged_context"]),
-                "length": len(rollout["tokens"]),
-                "tokens": [_shorten(rollout["tokens"][i], MAX_TOKEN_TEXT) for i in shown],
-                "student": [_round(rollout["student_logprob"][i]) for i in shown],
-                "teacher": [_round(rollout["teacher_logprob"][i]) for i in shown],
-                "divergence": [_round(rollout["divergence"][i]) for i in shown],
-                "candidates": rollout["candidates"],
-                "kept": rollout["kept"],
-                "preferred": {
-                    position: _shorten(token, MAX_TOKEN_TEXT)
-                    for position, token in rollout.get("preferred", {}).items()
-                    if isinstance(token, str)
-                },
-            }
-        )
-    return {"texts": list(texts), "rollouts": rollouts, "scale": _scale(rollouts)}
-
-
-def _scale(rollouts: list[dict]) -> float:
-    """The gap, in nats, at which colour saturates: near the 98th percentile, so that one outlier does not pale all."""
-    gaps = sorted(
-        abs(teacher - student)
-        for rollout in rollouts
-        for student, teacher in zip(rollout["student"], rollout["teacher"], strict=True)
-        if student is not None and teacher is not None
-    )
-    wide = gaps[int(0.98 * (len(gaps) - 1))] if gaps else 1.0
-    return next((s for s in (1.0, 2.0, 4.0, 6.0, 8.0) if wide <= s), 10.0)
-
-
-def _round(value: Any) -> float | None:
-    value = number(value)
-    return None if value is None else float(f"{value:.4g}")

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 METHODS = {"rmsd": "RMSD", "opsd": "OPSD"}
+JUDGES = {"llm": "LLM"}
 # Keys that say where or how often a run wrote, or which seed it had, not what it did.
 _INCIDENTAL = ("seed", "output_dir", "resume", "judge.cache", "judge.replay", "train.save_", "train.logging_")
 
@@ -117,7 +118,11 @@ def _configuration(recipe: dict) -> dict[str, str]:
 
 def _name(run: Run) -> str:
     method = METHODS.get(run.method, run.method)
-    return method if run.method == "opsd" else f"{method} · {run.judge} judge"
+    return method if run.method == "opsd" else f"{method} · {judge_name(run)} judge"
+
+
+def judge_name(run: Run) -> str:
+    return JUDGES.get(run.judge, run.judge)
 
 
 def _recipe(path: Path, notes: list[str]) -> dict:
