@@ -190,6 +190,13 @@ def test_judges_make_series_of_their_own(tmp_path):
     assert [one.label for one in group(runs)] == ["RMSD · context judge", "RMSD · magnitude judge"]
 
 
+def test_where_the_page_goes(tmp_path):
+    runs = [make_run(tmp_path / "runs" / str(seed), seed=seed, steps=2) for seed in (1, 2)]
+    assert write_report(runs[:1]) == runs[0] / "report.html"
+    assert write_report(runs) == tmp_path / "runs" / "report.html", "a run's own page is not overwritten"
+    assert write_report(runs, tmp_path / "page.html") == tmp_path / "page.html"
+
+
 # ---- curves --------------------------------------------------------------------------------------------------------
 
 

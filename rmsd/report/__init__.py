@@ -47,7 +47,8 @@ TRAIN_EXPLAIN = {
 
 
 def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Writes the page and returns its path: `output`, or report.html in the first run's directory.
+    """Writes the page and returns its path: `output`, or else report.html in the run's directory; for several runs,
+    in the directory that holds the first of them.
 
     Raises:
         FileNotFoundError, ValueError: a directory holds no readable run; one line that says which and why.
@@ -57,7 +58,8 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
     if not run_dirs:
         raise ValueError("report needs at least one run directory")
     runs = [read_run(path) for path in run_dirs]
-    output = Path(output) if output else runs[0].path / "report.html"
+    home = runs[0].path if len(runs) == 1 else runs[0].path.parent
+    output = Path(output) if output else home / "report.html"
     if not output.parent.is_dir():
         raise FileNotFoundError(f"cannot write {output}: the directory {output.parent} does not exist")
     output.write_text(_page(runs), encoding="utf-8", errors="backslashreplace")
