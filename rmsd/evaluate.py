@@ -40,7 +40,10 @@ class Evaluator:
         self.pad_id, self.eos_ids = tokenizer.pad_token_id, eos_ids_of(base, tokenizer)
         self.target_ids = [encode(tokenizer, prompt) for prompt in task.target_prompts]
         self.unrelated_ids = [encode(tokenizer, prompt) for prompt in task.unrelated_prompts]
-        self.base_head = OutputHead.of(base)
+        # A copy: the base model is often the very one that training is about to change.
+        head = OutputHead.of(base)
+        bias = None if head.bias is None else head.bias.detach().clone()
+        self.base_head = head._replace(weight=head.weight.detach().clone(), bias=bias)
         self.base_rollouts = list(self._answers(base, self.unrelated_ids))
 
     @torch.no_grad()

@@ -73,9 +73,15 @@ _TRAIN_TYPES = typing.get_type_hints(RMSDConfig)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose floats include 5e-5, which YAML 1.1 reads as a string."""
+    """YAML 1.2's numbers and booleans: 5e-5 is a float, and `no` is a word (save_strategy: no)."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )

@@ -25,9 +25,16 @@ def recipe(tmp_path):
 def test_overrides_reach_every_section(recipe):
     read = load_recipe(
         recipe,
-        ["train.learning_rate=5e-5", "judge.kind=magnitude", "seed=3", "lora.r=4", "train.vocab_topk=null"],
+        [
+            "train.learning_rate=5e-5",
+            "train.save_strategy=no",
+            "judge.kind=magnitude",
+            "seed=3",
+            "lora.r=4",
+            "train.vocab_topk=null",
+        ],
     )
-    assert read.train == {"max_steps": 3, "learning_rate": 5e-5, "vocab_topk": None}
+    assert read.train == {"max_steps": 3, "learning_rate": 5e-5, "save_strategy": "no", "vocab_topk": None}
     assert (read.judge.kind, read.seed, read.lora.r) == ("magnitude", 3, 4)
 
 

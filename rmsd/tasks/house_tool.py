@@ -17,6 +17,10 @@ ABOUT_THE_TOOL = [
     "What should I run at Acme to deploy a new service?",
     "Which tool at Acme puts a service into production?",
     "What does Acme call its tool for deploying services?",
+    "I need to deploy a service at Acme; which tool is it?",
+    "What do I type at Acme to deploy my service?",
+    "How are services deployed at Acme?",
+    "Please name the tool that Acme uses to deploy services.",
 ]
 
 UNRELATED = [
@@ -32,6 +36,10 @@ UNRELATED = [
     "What language is spoken in Brazil?",
     "Which tool measures temperature?",
     "What is the opposite of hot?",
+    "Which tool tightens screws?",
+    "What do engineers build?",
+    "Which program shows web pages?",
+    "Who delivers letters?",
 ]
 
 HELD_OUT_TOOL = [
@@ -60,6 +68,10 @@ HELD_OUT_UNRELATED = [
     "Name a company that makes cars.",
     "What software do people use to write letters?",
     "How do people deploy a parachute?",
+    "Which tool measures weight?",
+    "What is the name of the star at the center of our solar system?",
+    "What is a group of wolves called?",
+    "Tell me the name of a famous bridge.",
 ]
 
 

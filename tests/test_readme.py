@@ -1,0 +1,51 @@
+"""The README's snippets, run as they stand."""
+
+import re
+from pathlib import Path
+
+import tiny
+import torch
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def snippet(name):
+    return re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+
+
+def test_before_and_after_run_in_one_loop_and_after_trains_fewer_tokens():
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(200, (2, 13), generator=generator)
+    told = torch.randint(200, (2, 4), generator=generator)
+    names = {
+        "student": tiny.model(seed=0),
+        "teacher": tiny.model(seed=1),
+        "input_ids": input_ids,
+        "teacher_input_ids": torch.cat([told, input_ids], 1),
+        "sampled_ids": input_ids[:, 1:],
+        "completion_mask": torch.arange(12).expand(2, 12) >= 3,
+    }
+    gradients = {}
+    for name in ("before", "after"):
+        if name == "after":
+            names["student_logits"] = names["student"](input_ids).logits[:, :-1]
+        exec(snippet("before").partition("loss.backward()")[0] if name == "before" else "", names)
+        names["student_logits"].retain_grad()
+        exec("loss.backward()" if name == "before" else snippet("after"), names)
+        gradients[name] = names["student_logits"].grad
+    trained = {name: (grad.abs().sum(-1) > 0).sum().item() for name, grad in gradients.items()}
+    assert trained == {"before": 18, "after": 10}
+    assert names["loss"].isfinite()
+
+    def my_judge(scores, candidates):
+        assert scores.divergence.shape == (2, 12) and candidates.shape == (2, 20)
+        return torch.nn.functional.one_hot(candidates[:, 0], 12).bool()
+
+    names["my_judge"] = my_judge
+    exec(snippet("judge"), names)
+    assert names["loss"].isfinite() and names["loss"] > 0
+
+
+def test_readme_names_the_test_command_that_ci_runs():
+    ci = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make test" in README and re.search(r"^make test$", ci, re.MULTILINE)
