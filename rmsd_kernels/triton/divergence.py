@@ -6,29 +6,28 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, log2_scales, row_strides, tile_options
-from .tiles import ALL, FLOOR, INF, INSIDE, LN2, OUTSIDE, row_pointer
+from .tiles import ALL, FLOOR, INF, INSIDE, LN2, LOG2E, OUTSIDE, row_pointer
 from .topk import kth_largest
-from .visits import log_sum_exp, log_to_mixture, normalised_visit, online_visit
+from .visits import kl_from_cross, log_sum_exp, log_to_mixture, normalised_visit, online_visit
 
 NUM_STATS = tl.constexpr(8)
 
 
 @triton.jit
 def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
-    """The term, p g and g of one more vocabulary entry of log-masses log_p and log_q (log2), in log2 units."""
-    p, q = tl.exp2(log_p), tl.exp2(log_q)
+    """The term, p g and g of one more vocabulary entry of log-masses log_p and log_q, either of which may be -inf."""
+    p, q = tl.exp(log_p), tl.exp(log_q)
     if DIVERGENCE == "reverse_kl":
-        # -inf less -inf is the entry of an empty rest: its mass and term are 0.
         slope = tl.where(log_p > FLOOR, log_p - log_q, 0.0)
         term = tl.where(slope < INF, p * slope, INF)
         return term, term, slope
     elif DIVERGENCE == "forward_kl":
         distance = tl.where(log_q > FLOOR, log_q - log_p, 0.0)
-        return tl.where(distance < INF, q * distance, INF), -q, -tl.exp2(distance)
+        return tl.where(distance < INF, q * distance, INF), -q, -tl.exp(distance)
     else:
-        to_p, to_q = log_to_mixture(log_p, log_q, p, q, beta)
-        slope = (1.0 - beta) * to_p
-        return tl.fma(beta * q, to_q, p * slope), p * slope, slope
+        to_p, to_q = log_to_mixture(log_p * LOG2E, log_q * LOG2E, p, q, beta)
+        slope = (1.0 - beta) * to_p * LN2
+        return beta * q * to_q * LN2 + p * slope, p * slope, slope
 
 
 @triton.jit(
@@ -57,6 +56,8 @@ def divergence_kernel(
     inner_scale: tl.float32,
     student_scale: tl.float32,
     teacher_scale: tl.float32,
+    student_correction: tl.float32,
+    teacher_correction: tl.float32,
     beta: tl.float32,
     DIVERGENCE: tl.constexpr,
     TAIL: tl.constexpr,  # "all" without vocab_topk
@@ -113,62 +114,62 @@ def divergence_kernel(
             )  # fmt: skip
     student_log_z, teacher_log_z = tl.log2(student_z), tl.log2(teacher_z)
 
-    rest_slope, rest_distance = 0.0, 0.0
     if HAS_CROSS and (TAIL == "all" or TAIL == "renorm"):
-        if FORWARD:
-            divergence = (cross / teacher_z) * LN2 + tl.log(student_z / teacher_z)
-            divergence = tl.where(teacher_z > 0.0, divergence, 0.0)  # renorm, no teacher mass in the support
-            mean_slope = tl.where(teacher_z > 0.0, -1.0, 0.0)
-        else:
-            divergence = (cross / student_z) * LN2 + tl.log(teacher_z / student_z)
-            mean_slope = divergence
-        divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence)
+        mass, slope = 1.0, 0.0
+        cross = cross / (teacher_z if FORWARD else student_z)
     else:
-        PART: tl.constexpr = ALL if TAIL == "all" else INSIDE
-        total, slope, mass, gap = normalised_visit(
+        cross, slope, mass, gap = normalised_visit(
             student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale,
             student_m, teacher_m, student_log_z, teacher_log_z, beta, kth_logit, last_tied_id,
-            DIVERGENCE, HAS_SOFTCAP, PART, UNROLL, LANES, VEC, PAIRED,
+            DIVERGENCE, HAS_SOFTCAP, ALL if TAIL == "all" else INSIDE, UNROLL, LANES, VEC, PAIRED,
         )  # fmt: skip
-        total = tl.where((gap > -1.5 * FLOOR) | (teacher_z == 0.0), INF, total)
-        if DIVERGENCE == "reverse_kl":
-            slope = total
-        if TAIL == "bucket":
-            rest_student_m, rest_teacher_m, rest_student_z, rest_teacher_z, _, _, _, _ = online_visit(
-                student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, kth_logit, last_tied_id,
-                HAS_SOFTCAP, False, False, True, OUTSIDE, UNROLL, LANES, VEC, PAIRED,
-            )  # fmt: skip
-            rest_log_p = (rest_student_m - student_m) + (tl.log2(rest_student_z) - student_log_z)
-            rest_log_q = (rest_teacher_m - teacher_m) + (tl.log2(rest_teacher_z) - teacher_log_z)
-            rest_term, rest_weighted, rest_slope = bucket_entry(rest_log_p, rest_log_q, beta, DIVERGENCE)
-            total += rest_term
-            slope += rest_weighted
-            rest_distance = rest_log_p - rest_log_q
-        divergence = total * LN2
-        if FORWARD:
-            # g = -q / p needs no unit; p g = -q.
-            mean_slope = -mass
-            if TAIL == "bucket":
-                mean_slope += rest_weighted
-        else:
-            mean_slope = slope * LN2
-            rest_slope = rest_slope * LN2
-            if DIVERGENCE == "reverse_kl" and TAIL == "drop":
-                # g = log(p / q) + 1. The 1 drops out of g - mean_slope only where the masses summed are all of them.
-                mean_slope += mass
+
+    if FORWARD:
+        divergence = kl_from_cross(
+            cross, mass, teacher_m, student_m, teacher_z, student_z, student_scale,
+            teacher_correction, student_correction,
+        )  # fmt: skip
+        mean_slope = -mass  # p g = -q
+    elif DIVERGENCE == "reverse_kl":
+        divergence = kl_from_cross(
+            cross, mass, student_m, teacher_m, student_z, teacher_z, teacher_scale,
+            student_correction, teacher_correction,
+        )  # fmt: skip
+        mean_slope = divergence
+        if TAIL == "drop":
+            # g = log(p / q) + 1. The 1 drops out of g - mean_slope only where the masses summed are all of them.
+            mean_slope += mass
+    else:
+        divergence, mean_slope, gap = cross * LN2, slope * LN2, 0.0
+    divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence)
+    if TAIL == "renorm":  # a teacher without mass in the support
+        divergence = tl.where(teacher_z == 0.0, 0.0 if FORWARD else INF, divergence)
+
+    rest_slope, rest_distance = 0.0, 0.0
+    if TAIL == "bucket":
+        rest_student_m, rest_teacher_m, rest_student_z, rest_teacher_z, _, _, _, _ = online_visit(
+            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, kth_logit, last_tied_id,
+            HAS_SOFTCAP, False, False, True, OUTSIDE, UNROLL, LANES, VEC, PAIRED,
+        )  # fmt: skip
+        rest_log_p = ((rest_student_m - student_m) + (tl.log2(rest_student_z) - student_log_z)) * LN2
+        rest_log_q = ((rest_teacher_m - teacher_m) + (tl.log2(rest_teacher_z) - teacher_log_z)) * LN2
+        rest_term, rest_weighted, rest_slope = bucket_entry(rest_log_p, rest_log_q, beta, DIVERGENCE)
+        divergence += rest_term
+        mean_slope += rest_weighted
+        rest_distance = tl.where(rest_log_p > FLOOR, rest_log_p - rest_log_q, 0.0)
 
     divergence = tl.where(valid, divergence, float("nan"))
     is_finite = tl.abs(divergence) < INF
     tl.store(divergence_ptr + item, divergence)
     stats_ptr += item * NUM_STATS
-    tl.store(stats_ptr, log_sum_exp(student_m, student_z))
-    tl.store(stats_ptr + 1, log_sum_exp(teacher_m, teacher_z))
+    tl.store(stats_ptr, log_sum_exp(student_m, student_z, student_correction))
+    tl.store(stats_ptr + 1, log_sum_exp(teacher_m, teacher_z, teacher_correction))
     tl.store(stats_ptr + 2, mean_slope)
     tl.store(stats_ptr + 3, rest_slope)
     tl.store(stats_ptr + 4, kth_logit)
     tl.store(stats_ptr + 5, last_tied_id.to(tl.float32))
     tl.store(stats_ptr + 6, is_finite.to(tl.float32))
-    tl.store(stats_ptr + 7, rest_distance * LN2)
+    tl.store(stats_ptr + 7, rest_distance)
 
 
 def divergence(
@@ -186,7 +187,7 @@ def divergence(
             rows_ptr=None if rows is None else rows.contiguous(), divergence_ptr=result, stats_ptr=stats,
             **row_strides(student_logits, teacher_logits),
             num_rows=num_rows, length=max(student_logits.shape[1], 1), size=vocab_size, vocab_topk=vocab_topk,
-            **log2_scales(temperature, teacher_temperature, logit_scale, softcap)._asdict(), beta=beta,
+            **log2_scales(temperature, teacher_temperature, logit_scale, softcap), beta=beta,
             DIVERGENCE=divergence, TAIL=tail if vocab_topk else "all", HAS_ROWS=rows is not None,
             HAS_SOFTCAP=softcap != 0.0, **tile_options(student_logits, teacher_logits),
         )  # fmt: skip

@@ -63,10 +63,15 @@ def scales(temperature: float, teacher_temperature: float, logit_scale: float, s
     return Scales(logit_scale / softcap if softcap else 1.0, outer / temperature, outer / teacher_temperature)
 
 
-def log2_scales(*options: float) -> Scales:
-    """The same in log2 units, in which an exponential is one instruction."""
-    inner_scale, student_scale, teacher_scale = scales(*options)
-    return Scales(inner_scale, student_scale / math.log(2.0), teacher_scale / math.log(2.0))
+def log2_scales(*options: float) -> dict[str, float]:
+    """The same in log2 units, in which an exponential is one instruction, and by how much fp32 rounds each scale."""
+    inner_scale, *outer = scales(*options)
+    student_scale, teacher_scale = (float(np.float32(scale / math.log(2.0))) for scale in outer)
+    return dict(
+        inner_scale=inner_scale, student_scale=student_scale, teacher_scale=teacher_scale,
+        student_correction=outer[0] / (student_scale * math.log(2.0)) - 1.0,
+        teacher_correction=outer[1] / (teacher_scale * math.log(2.0)) - 1.0,
+    )  # fmt: skip
 
 
 def row_strides(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, int]:

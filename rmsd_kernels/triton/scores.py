@@ -8,7 +8,7 @@ from torch import Tensor
 from .candidates import select_sequence
 from .launch import BLOCK_L, launch, log2_scales, row_strides, tile_options
 from .tiles import ALL, FLOOR, INF, LN2, row_pointer, softcapped
-from .visits import log_sum_exp, normalised_visit, online_visit
+from .visits import kl_from_cross, log_sum_exp, nats, normalised_visit, online_visit
 
 _RUNTIME_SIZES = ["length", "size", "num_candidates"]  # a new L or V compiles nothing
 _POINTERS = [
@@ -19,10 +19,11 @@ _STRIDES = ["student_stride_b", "student_stride_l", "teacher_stride_b", "teacher
 
 
 @triton.jit
-def sampled_logprob(row_ptr, sampled_id, in_vocab, m, z, inner_scale, scale, HAS_SOFTCAP: tl.constexpr):
+def sampled_logprob(row_ptr, sampled_id, in_vocab, m, z, inner_scale, scale, correction, HAS_SOFTCAP: tl.constexpr):
     """One scalar load, in place of a comparison for every logit of the row."""
     raw = tl.load(row_ptr + sampled_id, mask=in_vocab, other=0.0).to(tl.float32)
-    return tl.fma(softcapped(raw, inner_scale, HAS_SOFTCAP), scale, -m) * LN2 - tl.log(z)
+    u = softcapped(raw, inner_scale, HAS_SOFTCAP).to(tl.float64) * tl.cast(scale, tl.float64) - m
+    return (nats(u, correction) - tl.log(z)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES + _STRIDES, do_not_specialize_on_alignment=_POINTERS)
@@ -44,6 +45,8 @@ def scores_kernel(
     inner_scale: tl.float32,
     student_scale: tl.float32,
     teacher_scale: tl.float32,
+    student_correction: tl.float32,
+    teacher_correction: tl.float32,
     beta: tl.float32,
     threshold: tl.float32,
     DIVERGENCE: tl.constexpr,
@@ -62,7 +65,7 @@ def scores_kernel(
     student_ptr = row_pointer(student_logits_ptr, row, length, student_stride_b, student_stride_l, ALIGNED)
     teacher_ptr = row_pointer(teacher_logits_ptr, row, length, teacher_stride_b, teacher_stride_l, ALIGNED)
 
-    # One visit sums 2^u (u - v) of a first row u against a second v: KL(first || second).
+    # One visit gives KL(first || second).
     if DIVERGENCE == "forward_kl":
         (
             teacher_m, student_m, teacher_z, student_z, teacher_e, student_e, cross, gap
@@ -70,7 +73,10 @@ def scores_kernel(
             teacher_ptr, student_ptr, size, inner_scale, teacher_scale, student_scale, 0.0, 0,
             HAS_SOFTCAP, True, True, False, ALL, UNROLL, LANES, VEC, PAIRED,
         )  # fmt: skip
-        divergence = (cross / teacher_z) * LN2 + tl.log(student_z / teacher_z)
+        divergence = kl_from_cross(
+            cross / teacher_z, 1.0, teacher_m, student_m, teacher_z, student_z, student_scale,
+            teacher_correction, student_correction,
+        )  # fmt: skip
         divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence)
     else:
         (
@@ -79,7 +85,10 @@ def scores_kernel(
             student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, 0.0, 0,
             HAS_SOFTCAP, True, DIVERGENCE == "reverse_kl", True, ALL, UNROLL, LANES, VEC, PAIRED,
         )  # fmt: skip
-        divergence = (cross / student_z) * LN2 + tl.log(teacher_z / student_z)
+        divergence = kl_from_cross(
+            cross / student_z, 1.0, student_m, teacher_m, student_z, teacher_z, teacher_scale,
+            student_correction, teacher_correction,
+        )  # fmt: skip
         divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence)
     if DIVERGENCE == "jsd":
         # The mixture needs both log-sum-exps first, so the rows are visited again, in L2.
@@ -93,11 +102,13 @@ def scores_kernel(
     sampled_id = tl.load(sampled_ids_ptr + row)
     in_vocab = (sampled_id >= 0) & (sampled_id < size)
     student_logprob = sampled_logprob(
-        student_ptr, sampled_id, in_vocab, student_m, student_z, inner_scale, student_scale, HAS_SOFTCAP
-    )
+        student_ptr, sampled_id, in_vocab, student_m, student_z, inner_scale, student_scale, student_correction,
+        HAS_SOFTCAP,
+    )  # fmt: skip
     teacher_logprob = sampled_logprob(
-        teacher_ptr, sampled_id, in_vocab, teacher_m, teacher_z, inner_scale, teacher_scale, HAS_SOFTCAP
-    )
+        teacher_ptr, sampled_id, in_vocab, teacher_m, teacher_z, inner_scale, teacher_scale, teacher_correction,
+        HAS_SOFTCAP,
+    )  # fmt: skip
     # NaN and +inf made z NaN, and a row without a finite logit left it 0.
     valid = in_vocab & (student_z > 0.0) & (teacher_z > 0.0)
     nan = float("nan")
@@ -105,8 +116,8 @@ def scores_kernel(
     tl.store(out_ptr, tl.where(valid, student_logprob, nan))
     tl.store(out_ptr + plane, tl.where(valid, teacher_logprob, nan))
     tl.store(out_ptr + 2 * plane, tl.where(valid, divergence, nan))
-    tl.store(out_ptr + 3 * plane, tl.where(valid, log_sum_exp(student_m, student_z), nan))
-    tl.store(out_ptr + 4 * plane, tl.where(valid, log_sum_exp(teacher_m, teacher_z), nan))
+    tl.store(out_ptr + 3 * plane, tl.where(valid, log_sum_exp(student_m, student_z, student_correction), nan))
+    tl.store(out_ptr + 4 * plane, tl.where(valid, log_sum_exp(teacher_m, teacher_z, teacher_correction), nan))
     tl.store(out_ptr + 5 * plane, tl.where(valid, tl.log(student_z) - (student_e / student_z) * LN2, nan))
     tl.store(out_ptr + 6 * plane, tl.where(valid, tl.log(teacher_z) - (teacher_e / teacher_z) * LN2, nan))
 
@@ -135,7 +146,7 @@ def _launch(
             sampled_ids_ptr=sampled_ids.contiguous(), mask_ptr=mask, scores_ptr=scores, index_ptr=index,
             finished_ptr=finished, **row_strides(student_logits, teacher_logits),
             length=length, size=vocab_size, num_candidates=num_candidates,
-            **log2_scales(temperature, teacher_temperature, logit_scale, softcap)._asdict(),
+            **log2_scales(temperature, teacher_temperature, logit_scale, softcap),
             beta=beta, threshold=threshold, DIVERGENCE=divergence, CRITERION=criterion,
             HAS_SOFTCAP=softcap != 0.0, HAS_SELECTION=index is not None,
             **tile_options(student_logits, teacher_logits), BLOCK_L=BLOCK_L,

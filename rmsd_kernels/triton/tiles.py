@@ -16,9 +16,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
-# Stands for -inf in log2 units where -inf itself would make 0 * -inf: far below any logit, and twice it is finite.
-# A logit below -6.9e29 therefore counts as -inf.
+# Stands for a logit of -inf where -inf itself would make 0 * -inf: far below any other, and twice it is finite.
 FLOOR = tl.constexpr(-1e30)
+# The maximum of no logit yet, in log2 units: so far above FLOOR that a floored logit weighs 0 against it. A scaled
+# logit below -6.9e19 therefore counts as -inf.
+EMPTY = tl.constexpr(-1e20)
 
 # Which part of the vocabulary a sum takes: all of it, the student's top k, or the rest.
 ALL = tl.constexpr(0)
@@ -78,7 +80,7 @@ def tanh(y):
     near = tl.fma(tl.fma(near, w, -0.05373531952500343), w, 0.13331381976604462)
     near = tl.fma(tl.fma(near, w, -0.3333328068256378) * w, y, y)  # |y| < 0.625, where 1 - z below would cancel
     z = tl.exp2(tl.abs(y) * (-2.0 * LOG2E))
-    far = (1.0 - z) / (1.0 + z)
+    far = 1.0 - 2.0 * z / (1.0 + z)  # the exponential's error counts at most 0.45 times
     return tl.where(tl.abs(y) < 0.625, near, tl.where(y < 0, -far, far))
 
 

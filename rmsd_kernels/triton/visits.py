@@ -3,46 +3,62 @@
 import triton
 import triton.language as tl
 
-from .tiles import FLOOR, LN2, load_pair
+from .tiles import EMPTY, FLOOR, LN2, load_pair
 
 
 @triton.jit
-def online_tile(state, first, second, first_scale, second_scale, HAS_ENTROPY: tl.constexpr, HAS_CROSS: tl.constexpr):
-    """Adds one tile to every lane's running sums. With u, v the rows' logits less their maxima so far, in log2 units:
+def floor_pair(first, second, ratio):
+    """-inf made finite, so that its weight of 0 can multiply it; twice as low in `second`. NaN stays NaN."""
+    first = tl.maximum(first, FLOOR / ratio, propagate_nan=tl.PropagateNan.ALL)
+    return first, tl.maximum(second, 2 * FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
-    first_z = sum 2^u, first_e = sum 2^u u, cross = sum 2^u (u - v), gap = max (u - v), and the same for `second`.
+
+@triton.jit
+def online_tile(
+    state, first, second, first_scale, second_scale, ratio, HAS_ENTROPY: tl.constexpr, HAS_CROSS: tl.constexpr
+):
+    """Adds one tile to every lane's running sums. With s, t the rows' logits, u, v those in log2 units less the maxima
+    so far, and ratio = first_scale / second_scale:
+
+    first_z = sum 2^u, first_e = sum 2^u u, and the same for `second`; cross = sum 2^u (s ratio - t), gap the largest
+    s ratio - t.
 
     Each lane has a maximum of its own, so the loop holds no barrier, shuffle or shared memory, and the rescale costs
-    one exponential in 32 logits. Centring u - v before it is summed keeps nearly equal rows accurate. A NaN or +inf
-    reaches z by itself, as its exponential is NaN. -inf is floored, twice as low in `second`: gap exceeds -1.5 FLOOR
-    exactly where the first row has mass and the second has none, even where that mass underflows.
+    one exponential in 32 logits. The logits' difference is taken before anything rounds it, which keeps nearly equal
+    rows, and any rows whose logits differ by a representable number, accurate. A NaN or +inf reaches z by itself, as
+    its exponential is NaN. -inf is floored, twice as low in `second`: gap exceeds -1.5 FLOOR exactly where the first
+    row has mass and the second has none, even where that mass underflows.
     """
     first_m, second_m, first_z, second_z, first_e, second_e, cross, gap = state
-    first_peak, second_peak = first[0], second[0]
-    for block in tl.static_range(1, len(first)):
-        first_peak, second_peak = tl.maximum(first_peak, first[block]), tl.maximum(second_peak, second[block])
+    floored = ()
+    first_peak, second_peak = FLOOR, FLOOR
+    for block in tl.static_range(len(first)):
+        s, t = floor_pair(first[block], second[block], ratio)
+        first_peak, second_peak = tl.maximum(s, first_peak), tl.maximum(t, second_peak)
+        floored += ((s, t),)
     first_peak = tl.maximum(first_m, tl.max(first_peak, axis=1) * first_scale)
     second_peak = tl.maximum(second_m, tl.max(second_peak, axis=1) * second_scale)
     first_shift, second_shift = first_m - first_peak, second_m - second_peak
     first_rescale, second_rescale = tl.exp2(first_shift), tl.exp2(second_shift)
 
     for block in tl.static_range(len(first)):
-        u = tl.fma(first[block], first_scale, -first_peak[:, None])
-        v = tl.fma(second[block], second_scale, -second_peak[:, None])
+        s, t = floored[block]
+        u = tl.fma(s, first_scale, -first_peak[:, None])
+        v = tl.fma(t, second_scale, -second_peak[:, None])
         first_weight, second_weight = tl.exp2(u), tl.exp2(v)
-        u, v = tl.maximum(u, FLOOR), tl.maximum(v, 2 * FLOOR)
+        difference = tl.fma(s, ratio, -t)
         if block == 0:
-            first_zs, second_zs, tile_gap = first_weight, second_weight, u - v
-            first_es, second_es, crosses = first_weight * u, second_weight * v, first_weight * (u - v)
+            first_zs, second_zs, tile_gap = first_weight, second_weight, difference
+            first_es, second_es, crosses = first_weight * u, second_weight * v, first_weight * difference
         else:
             first_zs += first_weight
             second_zs += second_weight
-            tile_gap = tl.maximum(tile_gap, u - v)
-            crosses = tl.fma(first_weight, u - v, crosses)
+            tile_gap = tl.maximum(tile_gap, difference)
+            crosses = tl.fma(first_weight, difference, crosses)
             first_es, second_es = tl.fma(first_weight, u, first_es), tl.fma(second_weight, v, second_es)
 
     if HAS_CROSS:
-        cross = tl.fma(tl.fma(first_shift - second_shift, first_z, cross), first_rescale, tl.sum(crosses, axis=1))
+        cross = tl.fma(cross, first_rescale, tl.sum(crosses, axis=1))
         gap = tl.maximum(gap, tl.max(tile_gap, axis=1))
     if HAS_ENTROPY:
         first_e = tl.fma(tl.fma(first_shift, first_z, first_e), first_rescale, tl.sum(first_es, axis=1))
@@ -60,27 +76,28 @@ def online_visit(
 ):  # fmt: skip
     """Reads both rows once; the sums of `online_tile` for the whole row, as eight scalars."""
     TILE: tl.constexpr = UNROLL * LANES * VEC
+    ratio = first_scale / second_scale
     zeros = tl.zeros([LANES], tl.float32)
-    state = (zeros + FLOOR, zeros + FLOOR, zeros, zeros, zeros, zeros, zeros, zeros + 2 * FLOOR)
+    state = (zeros + EMPTY, zeros + EMPTY, zeros, zeros, zeros, zeros, zeros, zeros + 2 * FLOOR)
     whole = size // TILE * TILE
     for start in range(0, whole, TILE):
         first, second = load_pair(
             first_ptr, second_ptr, start, size, inner_scale, kth_logit, last_tied_id,
             HAS_SOFTCAP, STUDENT_FIRST, PART, UNROLL, LANES, VEC, PAIRED, False,
         )  # fmt: skip
-        state = online_tile(state, first, second, first_scale, second_scale, HAS_ENTROPY, HAS_CROSS)
+        state = online_tile(state, first, second, first_scale, second_scale, ratio, HAS_ENTROPY, HAS_CROSS)
     if whole < size:  # apart, so that the loop's loads need no mask
         first, second = load_pair(
             first_ptr, second_ptr, whole, size, inner_scale, kth_logit, last_tied_id,
             HAS_SOFTCAP, STUDENT_FIRST, PART, UNROLL, LANES, VEC, False, True,
         )  # fmt: skip
-        state = online_tile(state, first, second, first_scale, second_scale, HAS_ENTROPY, HAS_CROSS)
+        state = online_tile(state, first, second, first_scale, second_scale, ratio, HAS_ENTROPY, HAS_CROSS)
 
     first_lanes, second_lanes, first_z, second_z, first_e, second_e, cross, gap = state
     first_m, second_m = tl.max(first_lanes, axis=0), tl.max(second_lanes, axis=0)
     first_shift, second_shift = first_lanes - first_m, second_lanes - second_m
     first_rescale, second_rescale = tl.exp2(first_shift), tl.exp2(second_shift)
-    cross = tl.sum(tl.fma(first_shift - second_shift, first_z, cross) * first_rescale, axis=0)
+    cross = tl.sum(cross * first_rescale, axis=0)
     first_e = tl.sum(tl.fma(first_shift, first_z, first_e) * first_rescale, axis=0)
     second_e = tl.sum(tl.fma(second_shift, second_z, second_e) * second_rescale, axis=0)
     first_z, second_z = tl.sum(first_z * first_rescale, axis=0), tl.sum(second_z * second_rescale, axis=0)
@@ -88,9 +105,22 @@ def online_visit(
 
 
 @triton.jit
-def log_sum_exp(m, z):
-    """In nats. fp64 for this one product: rounding m log 2 to fp32 would cost 5e-4 at logits of 1e4."""
-    return (m.to(tl.float64) * LN2 + tl.log(z)).to(tl.float32)
+def nats(log2_units, correction):
+    """fp64, for a handful of scalars a row: fp32 would round a maximum of 1e4 by 5e-4, and `correction` undoes the
+    rounding of the log2 scale itself, 1e-4 there."""
+    return tl.cast(log2_units, tl.float64) * ((tl.cast(correction, tl.float64) + 1.0) * LN2)
+
+
+@triton.jit
+def log_sum_exp(m, z, correction):
+    return (nats(m, correction) + tl.log(z)).to(tl.float32)
+
+
+@triton.jit
+def kl_from_cross(cross, mass, first_m, second_m, first_z, second_z, second_scale, first_correction, second_correction):
+    """sum p log(p / q) from cross = sum p (s ratio - t) and mass = sum p, over any part of the vocabulary."""
+    distance = nats(first_m, first_correction) - nats(second_m, second_correction) - tl.log(second_z / first_z)
+    return (nats(second_scale, second_correction) * cross - distance * mass).to(tl.float32)
 
 
 @triton.jit
@@ -111,23 +141,25 @@ def normalised_tile(
     slopes, masses, gaps = totals, totals, totals + 2 * FLOOR
     for block in tl.static_range(len(student)):
         # Less the maximum first and log z after: their sum would be rounded, by 5e-4 at logits of 1e4.
-        log_p = tl.fma(student[block], student_scale, -student_m) - student_log_z
-        log_q = tl.fma(teacher[block], teacher_scale, -teacher_m) - teacher_log_z
         if DIVERGENCE == "jsd":
+            log_p = tl.fma(student[block], student_scale, -student_m) - student_log_z
+            log_q = tl.fma(teacher[block], teacher_scale, -teacher_m) - teacher_log_z
             p, q = tl.exp2(log_p), tl.exp2(log_q)
             to_p, to_q = log_to_mixture(log_p, log_q, p, q, beta)
             slopes = tl.fma(p, to_p, slopes)
             totals = tl.fma(q, to_q, totals)
         else:
             if DIVERGENCE == "reverse_kl":
-                log_a, log_b = log_p, log_q
+                s, t = floor_pair(student[block], teacher[block], student_scale / teacher_scale)
+                weight = tl.exp2(tl.fma(s, student_scale, -student_m) - student_log_z)
+                difference = tl.fma(s, student_scale / teacher_scale, -t)
             else:
-                log_a, log_b = log_q, log_p
-            weight = tl.exp2(log_a)
-            distance = tl.maximum(log_a, FLOOR) - tl.maximum(log_b, 2 * FLOOR)
-            totals = tl.fma(weight, distance, totals)
+                t, s = floor_pair(teacher[block], student[block], teacher_scale / student_scale)
+                weight = tl.exp2(tl.fma(t, teacher_scale, -teacher_m) - teacher_log_z)
+                difference = tl.fma(t, teacher_scale / student_scale, -s)
+            totals = tl.fma(weight, difference, totals)
             masses += weight
-            gaps = tl.maximum(gaps, distance)
+            gaps = tl.maximum(gaps, difference)
     total += tl.sum(totals, axis=1)
     if DIVERGENCE == "jsd":
         slope += tl.sum(slopes, axis=1)
@@ -144,8 +176,8 @@ def normalised_visit(
     DIVERGENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PART: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """The divergence over a part of the vocabulary, from L2 as the rows were just read. Four scalars, in log2 units:
-    the sum of its terms; for jsd the sum of p g; for a KL the mass that weighs it and `online_tile`'s gap."""
+    """A part of the vocabulary, from L2 as the rows were just read. Four scalars: for jsd, in log2 units, the sums of
+    its terms and of p g; for a KL the cross of `kl_from_cross`, 0, the mass, and the gap of `online_tile`."""
     TILE: tl.constexpr = UNROLL * LANES * VEC
     zeros = tl.zeros([LANES], tl.float32)
     state = (zeros, zeros, zeros, zeros + 2 * FLOOR)
