@@ -225,6 +225,7 @@ def test_figures_read_well():
     shown = [figure(v) for v in (0.0, 0.74, -0.5, 5e-5, 123.456, None)]
     assert shown == ["0.000", "0.740", "−0.500", "5.00e−5", "123.5", "–"]  # noqa: RUF001
     assert [figure(v, whole=True) for v in (31, 176.5)] == ["31", "176.5"]
+    assert [figure(v, peak=0.1) for v in (5e-8, -5e-8, 0.1)] == ["0.000", "0.000", "0.100"]
 
 
 # ---- untrusted text ------------------------------------------------------------------------------------------------

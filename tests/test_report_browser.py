@@ -279,6 +279,13 @@ def test_the_answers_of_a_step(reader, page):
     assert reader.one("#rollout-text").text == "3 of 3"
 
 
+def test_the_page_opens_on_an_answer_that_taught_something(tmp_path, reader):
+    nothing_kept = {**rollout(1, 0, "rmsd", 3), "kept": []}
+    rollouts = [nothing_kept, rollout(1, 2, "rmsd", 3), rollout(1, 1, "rmsd", 3)]
+    reader.open(write_report([make_run(tmp_path / "run", rollouts=rollouts)]))
+    assert reader.one("#rollout-text").text == "3 of 3" and reader.indices(KEPT) == set(WISHES)
+
+
 def test_numbers_that_are_not_finite_are_said(tmp_path, reader):
     one = rollout(1, 0, "rmsd", 3)
     one["teacher_logprob"][0] = one["divergence"][0] = None

@@ -165,6 +165,7 @@ def _table(series: list[Series]) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "title": _title(name),
+                "peak": max(map(abs, (*before, *itertools.chain(*after)))),
                 "explanation": _explanation(name),
                 "before": _spread(before),
                 "after": [(_spread(was), _spread(values)) for was, values in zip(own_before, after, strict=True)],
@@ -215,7 +216,8 @@ def _chart_data(chart: charts.Chart) -> dict[str, Any]:
         {
             "steps": line.steps,
             "text": [
-                [charts.figure(v, chart.whole) for v in (spread if line.band else spread[:1])] for spread in line.values
+                [charts.figure(v, chart.whole, chart.peak) for v in (spread if line.band else spread[:1])]
+                for spread in line.values
             ],
             "means": [float(f"{spread[0]:.6g}") for spread in line.values],
         }

@@ -32,6 +32,7 @@ class Chart:
     x_span: tuple[float, float]
     y_span: tuple[float, float]
     whole: bool  # every value is a whole number: a count
+    peak: float  # the greatest size of a value
     lines: list[Line | None]  # one for each series of the page; None for one without this metric
 
 
@@ -53,18 +54,21 @@ def chart(series: Sequence[Series], kind: str, name: str, unit_interval: bool) -
             least = 0.0
         y_ticks = nice_ticks(least, greatest, 4)
     y_span = (y_ticks[0], y_ticks[-1])
+    whole = not unit_interval and all(low == int(low) and high == int(high) for _, _, low, high in points)
+    peak = max(max(abs(low), abs(high)) for _, _, low, high in points)
     lines = [
         _line(one.label, curve, x_span, y_span, dots=kind == "evals", band=len(one.runs) > 1) if curve else None
         for one, curve in zip(series, curves, strict=True)
     ]
     return Chart(
         name,
-        "; ".join(_describe(line) for line in lines if line),
+        "; ".join(_describe(line, whole, peak) for line in lines if line),
         [(_x(t, x_span), str(int(t))) for t in x_ticks if x_span[0] <= t <= x_span[1]],
         [(_y(t, y_span), tick_text(t)) for t in y_ticks],
         x_span,
         y_span,
-        not unit_interval and all(low == int(low) and high == int(high) for _, _, low, high in points),
+        whole,
+        peak,
         lines,
     )
 
@@ -96,14 +100,16 @@ def scientific(value: float, digits: int) -> str:
     return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
 
 
-def figure(value: float | None, whole: bool = False) -> str:
-    """A metric's value for the reader; `whole` for counts and the means of counts."""
+def figure(value: float | None, whole: bool = False, peak: float = 0.0) -> str:
+    """A metric's value for the reader. `whole`: it counts something, or is a mean of counts. `peak`: the metric's
+    greatest size anywhere; beside 0.1, 5e-8 is 0.000."""
     if value is None:
         return "\N{EN DASH}"
-    if value != 0 and (abs(value) < 5e-4 or abs(value) >= 1e6):
+    if value != 0 and (max(abs(value), peak) < 5e-4 or abs(value) >= 1e6):
         return scientific(value, 2)
     if whole and value == int(value):
         return f"{value:.0f}".replace("-", MINUS)
+    value = value if abs(value) >= 5e-4 else 0.0
     digits = 1 if whole or abs(value) >= 100 else 3
     return f"{value:.{digits}f}".replace("-", MINUS)
 
@@ -139,8 +145,8 @@ def _line(label, curve, x_span, y_span, *, dots: bool, band: bool) -> Line:
     )
 
 
-def _describe(line: Line) -> str:
-    (first, *_), (last, *_) = line.values[0], line.values[-1]
+def _describe(line: Line, whole: bool, peak: float) -> str:
+    first, last = (figure(line.values[i][0], whole, peak) for i in (0, -1))
     if len(line.steps) == 1:
-        return f"{line.label}: {figure(first)} at step {line.steps[0]}"
-    return f"{line.label}: from {figure(first)} at step {line.steps[0]} to {figure(last)} at step {line.steps[-1]}"
+        return f"{line.label}: {first} at step {line.steps[0]}"
+    return f"{line.label}: from {first} at step {line.steps[0]} to {last} at step {line.steps[-1]}"

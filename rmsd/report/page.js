@@ -274,4 +274,6 @@
   $("scale-high").textContent = "+" + data.scale;
   $("view").hidden = false;
   showRun();
+  // Open on an answer from which something was learned.
+  move(Math.max(0, ofStep().findIndex((rollout) => rollout.kept.length && data.texts[rollout.context].trim())));
 })();
