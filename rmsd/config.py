@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from rmsd_kernels.functional import check_options, check_selection
 
 from .data import TEACHER_TEMPLATE
+from .teacher import KINDS
 
 METHODS = ("rmsd", "opsd")
 
@@ -37,6 +38,20 @@ class RMSDConfig(TrainingArguments):
         default=TEACHER_TEMPLATE,
         metadata={"help": "The teacher's user message, from {privileged_context} and {prompt}."},
     )
+    teacher: str = field(
+        default="initial",
+        metadata={"help": "initial, live, ema or adapter_off: whose weights read the privileged context."},
+    )
+    ema_decay: float = field(default=0.99, metadata={"help": "Of teacher=ema, a step."})
+    continuation_steps: list[int] = field(
+        default_factory=list, metadata={"help": "After these steps the student becomes the teacher."}
+    )
+    continuation_metric: str | None = field(
+        default=None, metadata={"help": "It does too when this (loss, eval_target_greedy, ...) has plateaued."}
+    )
+    continuation_patience: int = field(default=3, metadata={"help": "Entries without improvement that make a plateau."})
+    continuation_min_delta: float = field(default=0.0, metadata={"help": "An improvement is more than this."})
+    max_continuations: int = field(default=1, metadata={"help": "By the metric, at most."})
     recorded_rollouts: int = field(default=8, metadata={"help": "Rollouts a step written for the report."})
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Prompts, and so rollouts, a device a step."})
@@ -57,6 +72,12 @@ class RMSDConfig(TrainingArguments):
             divergence=self.divergence, beta=self.beta, temperature=self.temperature, teacher_temperature=None,
             vocab_size=None, width=1, vocab_topk=self.vocab_topk, tail=self.tail,
         )  # fmt: skip
+        if self.teacher not in KINDS:
+            raise ValueError(f"teacher must be one of {', '.join(KINDS)}, not {self.teacher!r}")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
+        if self.teacher == "live" and (self.continuation_steps or self.continuation_metric):
+            raise ValueError("continuation needs teacher=initial or ema: a live teacher is the student already")
         if self.sampling_temperature < 0:
             raise ValueError(f"sampling_temperature must be at least 0, not {self.sampling_temperature}")
         if self.max_completion_length < 1:

@@ -28,8 +28,8 @@ class RunRecord(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        is_eval = any(name.startswith("eval_") for name in logs)
-        line = {"kind": "eval" if is_eval else "train", "step": state.global_step}
+        kind = "continuation" if "continuation" in logs else "train" if "loss" in logs else "eval"
+        line = {"kind": kind, "step": state.global_step}
         line |= {name.removeprefix("eval_"): value for name, value in logs.items() if isinstance(value, int | float)}
         self._append("metrics.jsonl", line)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
+from .checkpoint import last_whole_checkpoint
 from .data import as_dataset, load_rows, prompt_text
 from .evaluate import Evaluator
 from .judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
@@ -23,7 +23,7 @@ def train(recipe: Recipe) -> str:
     task = load_task(recipe.task) if recipe.task else None
     rows = as_dataset(task.train) if task else load_rows(recipe.data)
     judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows])
-    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
+    checkpoint = last_whole_checkpoint(out) if recipe.resume else None
     if recipe.resume and checkpoint is None:
         print(f"{out} holds no checkpoint: starting from the beginning")
     if not recipe.resume and (out / "metrics.jsonl").exists():
@@ -43,9 +43,9 @@ def train(recipe: Recipe) -> str:
         tokenizer,
         judge=judge,
         evaluator=evaluator,
-        callbacks=[RunRecord(out, resume=recipe.resume and checkpoint is not None)],
+        callbacks=[RunRecord(out, resume=checkpoint is not None)],
     )
-    trainer.train(resume_from_checkpoint=checkpoint if recipe.resume else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if evaluator and not _evaluated_at(out, trainer.state.global_step):
         trainer.evaluate()
     trainer.save_model(str(out / "model"))

@@ -1,29 +1,55 @@
 """The teacher: the same model, reading the student's answer under the prompt that holds the privileged context."""
 
 import contextlib
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .modeling import OutputHead, completion_hidden, frozen_copy
 from .rollout import Rollouts
 
+KINDS = ("initial", "live", "ema", "adapter_off")
+FILE = "teacher.safetensors"  # in a checkpoint, where the teacher is no longer the initial weights
+_ADAPTER = "teacher"
+
 
 class Teacher:
-    """The student's initial weights. Under PEFT these are the model with its adapter switched off, at no memory;
-    otherwise a frozen copy."""
+    """Whose weights read the privileged context.
 
-    def __init__(self, model):
-        self.is_adapter_off = hasattr(model, "disable_adapter")
-        self.model = model if self.is_adapter_off else frozen_copy(model)
+    Args:
+        model: the student.
+        kind: "initial", the weights that training starts from: under PEFT the adapter switched off, at no memory,
+            otherwise a frozen copy. "adapter_off" is the same but refuses a model without an adapter. "live" is the
+            student as it is. "ema" is a copy that follows the student by `average`.
+
+    `snapshot` makes the student as it is now the teacher (continuation). Under PEFT that is a second adapter, not a
+    copy of the model.
+    """
+
+    def __init__(self, model, kind: str = "initial"):
+        if kind not in KINDS:
+            raise ValueError(f"teacher must be one of {', '.join(KINDS)}, not {kind!r}")
+        self.has_adapter = hasattr(model, "disable_adapter")
+        if kind == "adapter_off" and not self.has_adapter:
+            raise ValueError("teacher='adapter_off' needs a PEFT model; 'initial' keeps a copy of any other")
+        self.kind, self.student = kind, model
+        self.changed = False  # from the initial weights
+        self._has_snapshot = False  # an adapter of its own
+        self.is_copy = kind == "ema" or (kind == "initial" and not self.has_adapter)
+        if kind == "ema" and self.has_adapter:
+            self.is_copy = False
+            self._add_adapter()
+        self.model = frozen_copy(model) if self.is_copy else model
         self.head = OutputHead.of(self.model)
 
     @contextlib.contextmanager
     def active(self):
-        """The model as the teacher: in eval mode, its adapter off."""
+        """The model as the teacher: in eval mode, under the right adapter."""
         was_training = self.model.training
         self.model.eval()
-        with self.model.disable_adapter() if self.is_adapter_off else contextlib.nullcontext():
+        with self._adapter():
             yield self.model
         self.model.train(was_training)
 
@@ -34,3 +60,83 @@ class Teacher:
             return completion_hidden(
                 model, teacher_prompt_ids, rollouts.completion_ids, rollouts.completion_mask, pad_id
             )
+
+    def average(self, decay: float) -> None:
+        """teacher = decay * teacher + (1 - decay) * student, for kind "ema"."""
+        with torch.no_grad():
+            for mine, theirs in self._pairs():
+                mine.lerp_(theirs.to(mine.dtype), 1.0 - decay)
+        self.changed = True
+
+    def snapshot(self) -> None:
+        """The student's weights become the teacher's. Raises ValueError for a live teacher, which always has them."""
+        if self.kind == "live":
+            raise ValueError("a live teacher is the student already: continuation needs teacher=initial or ema")
+        if not self.is_copy and not self._has_snapshot:
+            self._add_adapter()
+        with torch.no_grad():
+            for mine, theirs in self._pairs():
+                mine.copy_(theirs)
+        self.changed = True
+
+    def save(self, directory: str | Path) -> None:
+        """Writes what `load` needs; nothing while the teacher is still the initial weights."""
+        if self.changed:
+            save_file({name: value.contiguous() for name, value in self._state().items()}, Path(directory) / FILE)
+
+    def load(self, directory: str | Path) -> None:
+        """Takes the teacher that a checkpoint holds, if it holds one."""
+        path = Path(directory) / FILE
+        if not path.exists():
+            return
+        if not self.is_copy and not self._has_snapshot:
+            self._add_adapter()
+        saved = load_file(path)
+        with torch.no_grad():
+            for name, value in self._state().items():
+                value.copy_(saved[name])
+        self.changed = True
+
+    # ---- adapters --------------------------------------------------------------------------------------------------
+
+    def _adapter(self):
+        if self.is_copy or not self.has_adapter or self.kind == "live":
+            return contextlib.nullcontext()
+        return self._own_adapter() if self._has_snapshot else self.model.disable_adapter()
+
+    @contextlib.contextmanager
+    def _own_adapter(self):
+        student = self.student.active_adapter
+        # Switching an adapter on makes its weights trainable; this one is read under no_grad and frozen again after.
+        self.student.set_adapter(_ADAPTER)
+        try:
+            yield
+        finally:
+            self.student.set_adapter(student)
+
+    def _add_adapter(self) -> None:
+        student = self.student.active_adapter
+        if _ADAPTER not in self.student.peft_config:  # Trainer has already made it when it loads a checkpoint
+            self.student.add_adapter(_ADAPTER, self.student.peft_config[student])
+        self.student.set_adapter(student)
+        self._has_snapshot = True
+        with torch.no_grad():
+            for mine, theirs in self._pairs():
+                mine.copy_(theirs)
+
+    def _pairs(self):
+        """(teacher's, student's) parameters, in order."""
+        if self.is_copy:
+            yield from zip(self.model.parameters(), self.student.parameters(), strict=True)
+            return
+        student = self.student.active_adapter
+        parameters = dict(self.student.named_parameters())
+        for name, value in parameters.items():
+            if f".{_ADAPTER}." in name:
+                yield value, parameters[name.replace(f".{_ADAPTER}.", f".{student}.")]
+
+    def _state(self) -> dict[str, Tensor]:
+        parameters = dict(self.model.named_parameters())
+        if self.is_copy:
+            return parameters
+        return {name: value for name, value in parameters.items() if f".{_ADAPTER}." in name}

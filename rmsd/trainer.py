@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from . import step
 from .config import RMSDConfig
+from .continuation import TeacherSchedule
 from .data import as_dataset, encode, prompt_text, teacher_prompt
 from .judge import ContextJudge, Judge
 from .loss import LinearRMSDLoss
@@ -60,7 +61,7 @@ class RMSDTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.judge = judge or ContextJudge()
         self.evaluator = evaluator
-        self.teacher = Teacher(self.model)
+        self.teacher = Teacher(self.model, args.teacher)
         self.head_transform = OutputHead.of(self.model).transform
         self.pad_id, self.eos_ids = processing_class.pad_token_id, eos_ids_of(self.model, processing_class)
         self.loss = LinearRMSDLoss(
@@ -70,6 +71,7 @@ class RMSDTrainer(Trainer):
         ).to(args.device)  # fmt: skip
         self.record = next((c for c in self.callback_handler.callbacks if isinstance(c, RunRecord)), None)
         self._step_metrics: dict[str, float] = defaultdict(float)
+        self.add_callback(TeacherSchedule(self))
         self._check_lengths()
 
     # ---- the step, in the order the data flows ---------------------------------------------------------------------
@@ -163,6 +165,23 @@ class RMSDTrainer(Trainer):
         """A seed for every micro-batch of every step and rank, so that a resumed run samples what it would have."""
         place = (self.args.seed, self.state.global_step, micro_batch, self.accelerator.process_index)
         return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8]) >> 1
+
+    # ---- the teacher's weights -------------------------------------------------------------------------------------
+
+    def continue_from_student(self) -> None:
+        """The student as it is becomes the teacher, under the same privileged prompts (continuation)."""
+        self.teacher.snapshot()
+        done = sum("continuation" in entry for entry in self.state.log_history)
+        self.log({"continuation": done + 1})
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:  # a checkpoint
+            self.teacher.save(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.teacher.load(resume_from_checkpoint)
 
     # ---- evaluation and logs ---------------------------------------------------------------------------------------
 

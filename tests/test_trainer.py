@@ -5,34 +5,11 @@ import json
 import pytest
 import tiny
 import torch
+from tiny import same, trainer, weights
 
-from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
+from rmsd import RMSDConfig
+from rmsd.checkpoint import last_whole_checkpoint
 from rmsd.record import RunRecord, read_lines
-
-
-def trainer(tmp_path, model=None, callbacks=(), judge=None, evaluator=None, rows=None, **options):
-    defaults = dict(
-        output_dir=str(tmp_path), use_cpu=True, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
-        max_completion_length=6, vocab_topk=None, num_kept=3, save_strategy="no", disable_tqdm=True, seed=1,
-        lr_scheduler_type="constant",
-    )  # fmt: skip
-    return RMSDTrainer(
-        model or tiny.model(),
-        RMSDConfig(**{**defaults, **options}),
-        rows or tiny.ROWS,
-        tiny.tokenizer(),
-        judge=judge or MagnitudeJudge(),
-        evaluator=evaluator,
-        callbacks=list(callbacks),
-    )
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def perturbed(seed=7):
@@ -145,31 +122,6 @@ def test_resumed_run_ends_in_the_uninterrupted_runs_weights(tmp_path):
     assert steps == [1, 2, 3, 4, 5, 6], "step 3 was made twice and stands once"
 
 
-def test_adapter_off_is_the_teacher_under_peft(tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    base = tiny.model()
-    initial = weights(base)
-    made = trainer(tmp_path, get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")))
-    assert made.teacher.is_adapter_off and made.teacher.model is made.model
-    made.train()
-    trained = {name: value for name, value in weights(made.model).items() if "lora_B" in name}
-    assert any(value.any() for value in trained.values())
-    with made.teacher.active() as teacher:
-        ids = torch.tensor([[5, 6, 7]])
-        torch.testing.assert_close(teacher(ids).logits, tiny.model()(ids).logits)
-    for name, value in weights(made.model).items():
-        if "lora_" not in name:
-            assert torch.equal(value, initial[name.removeprefix("base_model.model.").replace(".base_layer", "")])
-
-
-def test_frozen_teacher_keeps_the_initial_weights(tmp_path):
-    made = trainer(tmp_path)
-    initial = weights(made.model)
-    made.train()
-    assert not same(initial, weights(made.model)) and same(initial, weights(made.teacher.model))
-
-
 def test_evaluator_runs_when_asked_and_is_recorded(tmp_path):
     made = trainer(
         tmp_path, callbacks=[RunRecord(tmp_path)], evaluator=lambda model: {"drift": 0.5}, max_steps=2,
@@ -218,3 +170,22 @@ def test_prompt_longer_than_the_context_is_refused_before_training(tmp_path):
 def test_bad_config_is_refused_by_name(tmp_path, options, named):
     with pytest.raises(ValueError, match=named):
         RMSDConfig(output_dir=str(tmp_path), **options)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_torn_and_unfinished_checkpoints_are_passed_over(tmp_path):
+    made = trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=1)
+    made.train()
+    first = tmp_path / "checkpoint-1"
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    for number, name in ((4, "model.safetensors"), (3, "optimizer.pt"), (2, "trainer_state.json")):
+        path = tmp_path / f"checkpoint-{number}" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert last_whole_checkpoint(tmp_path) == tmp_path / f"checkpoint-{number - 1}"
+    (first / "trainer_state.json").unlink()
+    assert last_whole_checkpoint(tmp_path) is None
+    assert last_whole_checkpoint(tmp_path / "none") is None

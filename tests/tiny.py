@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
+
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -54,3 +56,29 @@ ROWS = [
     {"prompt": [{"role": "user", "content": "Acme?"}], "privileged_context": "Say zorblat."},
     {"prompt": "Which services?", "privileged_context": "The tool zorblat."},
 ]
+
+
+def trainer(tmp_path, student=None, callbacks=(), judge=None, evaluator=None, rows=None, **options):
+    """An RMSDTrainer of a tiny model on ROWS; `options` are RMSDConfig's."""
+    defaults = dict(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
+        max_completion_length=6, vocab_topk=None, num_kept=3, save_strategy="no", disable_tqdm=True, seed=1,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    return RMSDTrainer(
+        student or model(),
+        RMSDConfig(**{**defaults, **options}),
+        rows or ROWS,
+        tokenizer(),
+        judge=judge or MagnitudeJudge(),
+        evaluator=evaluator,
+        callbacks=list(callbacks),
+    )
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,47 @@
+"""Which checkpoint a run can go on from."""
+
+import json
+import logging
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+log = logging.getLogger("rmsd")
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end; torn ones are named in a warning and passed over."""
+    found = sorted(Path(output_dir).glob("checkpoint-*"), key=_step, reverse=True)
+    for checkpoint in found:
+        problem = _problem(checkpoint)
+        if problem is None:
+            return checkpoint
+        log.warning("%s is passed over: %s", checkpoint, problem)
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """Trainer writes trainer_state.json last, so its presence says that the rest was written; a full disk or a damaged
+    file shows in the formats' own ends: safetensors' header gives its length, and a zip's directory stands last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "it was not finished"
+    except ValueError:
+        return "trainer_state.json is torn"
+    for path in checkpoint.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name} is damaged ({error})"
+    for path in checkpoint.glob("*.pt"):
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is truncated"
+    return None

@@ -1,0 +1,49 @@
+"""How the teacher follows the student: by a moving average, or by continuation, in which the student becomes the
+teacher once training has plateaued, and training goes on."""
+
+from collections.abc import Sequence
+
+from transformers import TrainerCallback
+
+
+def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta: float) -> bool:
+    """Whether `metric`'s last `patience` entries since the last continuation brought no improvement of more than
+    `min_delta`. Lower is better for losses and drift, higher for everything else that an evaluation counts."""
+    last = max((i for i, entry in enumerate(history) if "continuation" in entry), default=-1)
+    sign = -1 if metric.endswith(("loss", "drift", "divergence")) else 1
+    best, waited = None, 0
+    for entry in history[last + 1 :]:
+        if metric in entry:
+            value = sign * entry[metric]
+            improved = best is None or value > best + min_delta
+            best, waited = (value, 0) if improved else (best, waited + 1)
+    return waited >= patience
+
+
+class TeacherSchedule(TrainerCallback):
+    """Tells the trainer when. All it knows is in the log history, which travels in checkpoints, so a resumed run
+    continues where the uninterrupted one would have.
+
+    Args:
+        trainer: has `teacher` and `continue_from_student()`, which logs {"continuation": n}.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.teacher == "ema":
+            self.trainer.teacher.average(args.ema_decay)
+        if state.global_step in args.continuation_steps:
+            self.trainer.continue_from_student()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        metric, history = args.continuation_metric, state.log_history
+        if metric is None or metric not in (logs or {}):
+            return
+        by_step = set(args.continuation_steps)
+        done = sum("continuation" in entry and entry["step"] not in by_step for entry in history)
+        if done < args.max_continuations and has_plateaued(
+            history, metric, args.continuation_patience, args.continuation_min_delta
+        ):
+            self.trainer.continue_from_student()

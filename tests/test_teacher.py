@@ -1,0 +1,128 @@
+"""Whose weights read the privileged context: frozen, live, averaged, an adapter switched off, or a snapshot."""
+
+import pytest
+import tiny
+import torch
+from tiny import same, trainer, weights
+
+from rmsd.continuation import has_plateaued
+from rmsd.record import RunRecord, read_lines
+
+
+def test_frozen_teacher_keeps_the_initial_weights(tmp_path):
+    made = trainer(tmp_path)
+    initial = weights(made.model)
+    made.train()
+    assert not same(initial, weights(made.model)) and same(initial, weights(made.teacher.model))
+
+
+def test_adapter_off_is_the_teacher_under_peft(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny.model()
+    initial = weights(base)
+    made = trainer(tmp_path, get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")))
+    assert made.teacher.model is made.model, "no copy"
+    made.train()
+    trained = {name: value for name, value in weights(made.model).items() if "lora_B" in name}
+    assert any(value.any() for value in trained.values())
+    with made.teacher.active() as teacher:
+        ids = torch.tensor([[5, 6, 7]])
+        torch.testing.assert_close(teacher(ids).logits, tiny.model()(ids).logits)
+    for name, value in weights(made.model).items():
+        if "lora_" not in name:
+            assert torch.equal(value, initial[name.removeprefix("base_model.model.").replace(".base_layer", "")])
+
+
+def peft_model():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    return get_peft_model(tiny.model(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.tensor([[5, 6, 7]])).logits
+
+
+def teacher_logits(made):
+    with made.teacher.active() as teacher:
+        return logits(teacher)
+
+
+@pytest.mark.parametrize("make_model", [tiny.model, peft_model])
+def test_live_teacher_is_the_student_and_ema_follows_it(tmp_path, make_model):
+    live = trainer(tmp_path / "live", make_model(), teacher="live")
+    live.train()
+    torch.testing.assert_close(teacher_logits(live), logits(live.model.eval()))
+
+    before = logits(make_model().eval())
+    gaps = {}
+    for decay in (0.0, 0.9):
+        made = trainer(tmp_path / str(decay), make_model(), teacher="ema", ema_decay=decay, max_steps=3)
+        made.train()
+        student = logits(made.model.eval())
+        gaps[decay] = (teacher_logits(made) - student).abs().max()
+        assert (student - before).abs().max() > 1e-3, "training moved the student"
+    assert gaps[0.0] < 1e-5 < gaps[0.9]
+
+
+@pytest.mark.parametrize("make_model", [tiny.model, peft_model])
+def test_continuation_makes_the_student_the_teacher_and_survives_a_resume(tmp_path, make_model):
+    options = dict(max_steps=4, continuation_steps=[2], save_strategy="steps", save_steps=3)
+    whole = trainer(tmp_path, make_model(), callbacks=[RunRecord(tmp_path)], **options)
+    initial = teacher_logits(whole)
+    whole.train()
+    assert (teacher_logits(whole) - initial).abs().max() > 1e-3
+    assert (teacher_logits(whole) - logits(whole.model.eval())).abs().max() > 1e-4, "two steps have passed since"
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["continuation"]) for line in lines if line["kind"] == "continuation"] == [(2, 1)]
+
+    resumed = trainer(tmp_path, make_model(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    torch.testing.assert_close(teacher_logits(resumed), teacher_logits(whole), rtol=0, atol=0)
+    assert same(weights(whole.model), weights(resumed.model))
+    assert sum("continuation" in entry for entry in resumed.state.log_history) == 1
+
+
+def test_an_adapters_snapshot_is_an_adapter_not_a_copy_of_the_model(tmp_path):
+    made = trainer(tmp_path, peft_model(), continuation_steps=[1])
+    before = sum(parameter.numel() for parameter in made.model.parameters() if parameter.requires_grad)
+    made.train()
+    own = sum(value.numel() for name, value in made.model.named_parameters() if ".teacher." in name)
+    assert own == before and made.teacher.model is made.model
+    assert made.model.active_adapter == "default"
+    trainable = {name for name, value in made.model.named_parameters() if value.requires_grad}
+    assert trainable and not any(".teacher." in name for name in trainable), "only the student's adapter trains on"
+
+
+@pytest.mark.parametrize(
+    ("values", "plateau"),
+    [
+        ([3.0, 2.0, 1.0], False),
+        ([3.0, 2.0, 2.0, 2.1], True),
+        ([3.0, 2.95, 2.9], True),
+        ([1.0, 2.0], False),
+        ([], False),
+    ],
+)
+def test_plateau_is_patience_entries_without_improvement(values, plateau):
+    history = [{"loss": value} for value in values]
+    assert has_plateaued(history, "loss", patience=2, min_delta=0.2) is plateau
+    assert has_plateaued([{"eval_x": -v} for v in values], "eval_x", patience=2, min_delta=0.2) is plateau
+    assert not has_plateaued([*history, {"continuation": 1}], "loss", patience=2, min_delta=0.2), "counted anew"
+
+
+def test_continuation_by_a_metric_stops_at_its_limit(tmp_path):
+    made = trainer(
+        tmp_path, evaluator=lambda model: {"target": 0.5}, max_steps=8, eval_strategy="steps", eval_steps=1,
+        continuation_metric="eval_target", continuation_patience=2, max_continuations=2,
+    )  # fmt: skip
+    made.train()
+    assert [entry["step"] for entry in made.state.log_history if "continuation" in entry] == [3, 6]
+
+
+def test_adapter_off_is_refused_without_an_adapter(tmp_path):
+    with pytest.raises(ValueError, match="adapter_off"):
+        trainer(tmp_path, teacher="adapter_off")
