@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from rmsd_kernels.triton import launch
 from rmsd_kernels.triton.candidates import select_kernel
 from rmsd_kernels.triton.divergence import divergence_kernel
-from rmsd_kernels.triton.divergence_backward import CHUNK_TILES, divergence_backward_kernel
+from rmsd_kernels.triton.divergence_backward import backward_tile, divergence_backward_kernel
 from rmsd_kernels.triton.scores import scores_kernel
 
 TARGETS = {
@@ -74,7 +74,6 @@ def variants() -> dict[str, tuple]:
     selected = dict(all_scores, HAS_SELECTION=True, CRITERION="logprob_gap")
     rows = dict(row, DIVERGENCE="reverse_kl", TAIL="all", HAS_ROWS=True)
     forward, backward = divergence_kernel, divergence_backward_kernel
-    chunked = dict(rows, CHUNK_TILES=CHUNK_TILES)
     return {
         "scores bf16": (scores_kernel, bf16, all_scores, no_selection),
         "scores fp16": (scores_kernel, fp16, all_scores, no_selection),
@@ -91,10 +90,10 @@ def variants() -> dict[str, tuple]:
         "divergence fp32 top-k drop": (forward, fp32, dict(rows, TAIL="drop"), ()),
         "divergence bf16 top-k bucket": (forward, bf16, dict(rows, TAIL="bucket"), ()),
         "divergence bf16 top-k renorm": (forward, bf16, dict(rows, TAIL="renorm"), ()),
-        "backward bf16": (backward, bf16, chunked, ()),
-        "backward fp32": (backward, fp32, chunked, ()),
-        "backward bf16 top-k bucket": (backward, bf16, dict(chunked, TAIL="bucket"), ()),
-        "backward fp32 softcap": (backward, fp32, dict(chunked, HAS_SOFTCAP=True), ()),
+        "backward bf16": (backward, bf16, rows, ()),
+        "backward fp32": (backward, fp32, rows, ()),
+        "backward bf16 top-k bucket": (backward, bf16, dict(rows, TAIL="bucket"), ()),
+        "backward fp32 softcap": (backward, fp32, dict(rows, HAS_SOFTCAP=True), ()),
     }
 
 
@@ -102,7 +101,8 @@ def compile_variant(variant: str, target: str) -> Compiled:
     kernel, dtype, constexprs, absent = variants()[variant]
     constexprs = dict(constexprs)
     if "ALIGNED" in constexprs:
-        constexprs |= launch.constexprs_of_tile(dtype, constexprs["ALIGNED"])
+        tile = launch.constexprs_of_tile(dtype, constexprs["ALIGNED"])
+        constexprs |= backward_tile(tile) if kernel is divergence_backward_kernel else tile
     constexprs |= dict.fromkeys(absent)
     signature = {}
     for parameter in kernel.params:
