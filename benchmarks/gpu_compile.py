@@ -43,13 +43,11 @@ _SPECIAL = r"MUFU|v_exp_f32|v_log_f32|v_rcp_f32"
 
 @dataclasses.dataclass
 class Loop:
-    """An innermost loop that loads logits: what one thread does for one logit, or for one of each row."""
+    """What one thread does for one logit, or one of each row, in an innermost loop that loads logits."""
 
     instructions: float
     special: float  # exponentials, logarithms, reciprocals: MUFU on NVIDIA
-
-    def of_pairs(self) -> "Loop":
-        return Loop(2 * self.instructions, 2 * self.special)
+    narrowest_load: int  # bytes
 
 
 @dataclasses.dataclass
@@ -60,8 +58,9 @@ class Compiled:
     spilled_bytes: int  # stack, local and scratch memory: all of it would be spills here
     shared_bytes: int
     loads: dict[str, int]  # global loads of the whole kernel by instruction
-    loop: Loop | None  # a pair of logits, in the costliest visit of both rows
-    search_loop: Loop | None  # a logit, in the costliest visit that only counts, for the top k
+    visits: list[Loop]  # of both rows: per pair of logits
+    searches: list[Loop]  # of the student's row, counting only, for the top k: per logit
+    specialised: list[str]  # arguments whose value or alignment would compile another variant
     assembly: str
 
 
@@ -119,7 +118,14 @@ def compile_variant(variant: str, target: str) -> Compiled:
         options=dict(num_warps=launch.TILES[dtype].lanes // gpu.warp_size, num_stages=1, enable_fp_fusion=True),
     )
     read = _read_cuda if gpu.backend == "cuda" else _read_hip
-    return Compiled(variant, target, **read(compiled, dtype.itemsize))
+    specialised = [
+        parameter.name
+        for parameter in kernel.params
+        if not parameter.is_constexpr
+        and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        and parameter.annotation_type != "fp32"
+    ]
+    return Compiled(variant, target, specialised=specialised, **read(compiled, dtype.itemsize))
 
 
 def _read_cuda(compiled, itemsize: int) -> dict:
@@ -174,16 +180,17 @@ def _loops(code: list[tuple[str, str]], load: str, branch: str, itemsize: int) -
     found = []
     for start, end in inner:
         opcodes = [opcode for opcode, _ in code[start:end] if not opcode.endswith(":")]
-        loaded = sum(_load_bytes(opcode) for opcode in opcodes if re.match(load, opcode))
+        widths = [_load_bytes(opcode) for opcode in opcodes if re.match(load, opcode)]
+        loaded = sum(widths)
         if loaded >= 64:  # a tile of logits, not a few scores
             special = sum(bool(re.match(_SPECIAL, opcode)) for opcode in opcodes)
-            found.append(Loop(len(opcodes) * itemsize / loaded, special * itemsize / loaded))
-    visits = [loop.of_pairs() for loop in found if loop.special]
+            found.append(Loop(len(opcodes) * itemsize / loaded, special * itemsize / loaded, min(widths)))
+    visits = [Loop(2 * loop.instructions, 2 * loop.special, loop.narrowest_load) for loop in found if loop.special]
     searches = [loop for loop in found if not loop.special]
     return dict(
         loads=dict(collections.Counter(opcode for opcode, _ in code if re.match(load, opcode))),
-        loop=max(visits, key=lambda loop: loop.instructions, default=None),
-        search_loop=max(searches, key=lambda loop: loop.instructions, default=None),
+        visits=visits,
+        searches=searches,
     )
 
 

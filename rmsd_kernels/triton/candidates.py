@@ -68,7 +68,10 @@ def select_sequence(
             best = tl.where(lanes == lane, tl.max(left, axis=0), best)
 
 
-@triton.jit(do_not_specialize=["length", "num_tokens"])
+@triton.jit(
+    do_not_specialize=["length", "num_tokens"],
+    do_not_specialize_on_alignment=["score_ptr", "mask_ptr", "index_ptr"],
+)
 def select_kernel(
     score_ptr,  # (B, L) fp32
     mask_ptr,  # (B, L) bool

@@ -1,0 +1,117 @@
+"""The machine code of the GPU kernels, compiled and read here, where no GPU is: see benchmarks/gpu_compile.py."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], dict]:
+    """(variant, target) -> what gpu_compile.Compiled holds."""
+    # In a process of its own: with TRITON_INTERPRET=1, as the other tests set it, nothing would be compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.gpu_static", "--json", "--skip-slow"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return {(entry["variant"], entry["target"]): entry for entry in json.loads(result.stdout)}
+
+
+def test_every_kernel_compiles_for_every_target(compiled):
+    kernels = {"scores", "scores+candidates", "select", "divergence", "backward"}
+    for target in TARGETS:
+        assert {variant.split()[0] for variant, of in compiled if of == target} == kernels
+
+
+def test_nothing_spills(compiled):
+    """Local memory of one thread is global memory of 256: a spill in the loop costs more than the logits."""
+    assert {key: entry["spilled_bytes"] for key, entry in compiled.items() if entry["spilled_bytes"]} == {}
+
+
+def test_aligned_rows_are_loaded_sixteen_bytes_at_a_time(compiled):
+    for (variant, target), entry in compiled.items():
+        if variant == "select" or "unaligned" in variant:
+            continue
+        loops = entry["visits"] + entry["searches"]
+        assert loops, (variant, target)
+        assert {loop["narrowest_load"] for loop in loops} == {16}, (variant, target)
+
+
+@pytest.mark.parametrize("variant", ["scores bf16", "scores bf16 forward_kl", "scores+candidates bf16"])
+def test_scores_cost_at_most_twenty_instructions_a_pair(compiled, variant):
+    """14 are the arithmetic: widen 2, maxima 2, exponents 4, sums 6; two floors and a gap handle -inf. H100's memory
+    leaves room for 37 at full bandwidth."""
+    (visit,) = compiled[variant, "sm_90"]["visits"]
+    assert visit["instructions"] <= 20.0
+    assert visit["special"] <= 2.1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("variant", "instructions", "special"),
+    [
+        ("scores bf16", 21.0, 2.1),
+        ("scores fp16", 21.0, 2.1),
+        ("scores fp32", 21.0, 2.1),
+        ("divergence bf16", 20.0, 2.1),
+        ("backward bf16", 18.0, 1.0),
+        ("backward bf16 top-k bucket", 26.0, 1.0),
+    ],
+)
+def test_one_visit_stays_within_its_budget(compiled, variant, target, instructions, special):
+    (visit,) = compiled[variant, target]["visits"]
+    assert visit["instructions"] <= instructions
+    assert visit["special"] <= special
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_top_k_search_counts_three_thresholds_in_twelve_instructions_a_logit(compiled, target):
+    for variant in ("divergence bf16 top-k drop", "divergence fp32 top-k drop"):
+        assert max(search["instructions"] for search in compiled[variant, target]["searches"]) <= 12.0
+
+
+def test_unaligned_rows_cost_no_second_layout(compiled):
+    """Their loads are of 2 bytes; but a lane's sums still stay in its thread, or this would be 36."""
+    (visit,) = compiled["scores bf16 unaligned", "sm_90"]["visits"]
+    assert visit["instructions"] <= 22.0
+    assert visit["special"] <= 2.1
+
+
+def test_no_size_stride_or_alignment_compiles_another_variant(compiled):
+    """A new V, N or L, or a view that starts elsewhere, must not cost a recompile in the middle of training."""
+    assert {key: entry["specialised"] for key, entry in compiled.items() if entry["specialised"]} == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "release", "counter", "acquire"),
+    [
+        ("sm_80", "MEMBAR", "ATOMG.E.ADD.STRONG.GPU", "CCTL.IVALL"),
+        ("sm_90", "MEMBAR", "ATOMG.E.ADD.STRONG.GPU", "CCTL.IVALL"),
+        ("sm_100", "MEMBAR", "ATOMG.E.ADD.STRONG.GPU", "CCTL.IVALL"),
+        ("gfx942", "buffer_wbl2 sc1", "global_atomic_add", "buffer_inv sc1"),
+    ],
+)
+def test_the_candidates_counter_releases_and_acquires(compiled, target, release, counter, acquire):
+    """docs/gpu.md, "Why the memory ordering is right"."""
+    code = compiled["scores+candidates bf16", target]["assembly"]
+    stores = [found.start() for found in re.finditer(r"\bSTG|global_store", code)]
+    barriers = [found.start() for found in re.finditer(r"BAR\.SYNC|s_barrier", code)]
+    count = code.index(counter)
+    scores_stored = max(place for place in stores if place < count)
+    released = code.rindex(release, 0, count)
+    acquired = code.index(acquire, count)
+    assert scores_stored < max(place for place in barriers if place < count)
+    assert scores_stored < released < count < acquired
+    # Every processor's threads wait for the counter, and what they then read is not their own cache's.
+    assert any(acquired < place for place in barriers)
+    if target != "gfx942":
+        assert "LDG.E.STRONG.GPU" in code[acquired:]
+    assert counter not in compiled["scores bf16", target]["assembly"]
