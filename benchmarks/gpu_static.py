@@ -46,7 +46,7 @@ def main() -> None:
 
 def table(compiled: list[Compiled]) -> list[str]:
     lines = [
-        "| kernel | target | registers | spilled bytes | bytes a load in the loops | instructions a pair, visit by visit "
+        "| kernel | target | registers | spilled bytes | bytes a load in the loops | instructions a pair, by visit "
         "| special functions a pair | instructions a logit, search |",
         "|---|---|---|---|---|---|---|---|",
     ]

@@ -27,10 +27,10 @@ STATS = (
     "teacher_lse",
     "mean_slope",  # sum p g over the support, and over the bucket's entry
     "rest_slope",  # g of the bucket's entry; 0 for the other tails
-    "kth_logit",  # smallest raw student logit in the support, -inf without vocab_topk
-    "last_tied_id",  # highest id in the support among those whose logit equals kth_logit; V - 1 without vocab_topk
+    "kth_logit",  # smallest raw student logit in the support, or a value below it and above all others; -inf without
+    "last_tied_id",  # highest id in the support among those whose logit equals kth_logit; V - 1 where none is left out
     "is_finite",  # 1 where the divergence is finite; elsewhere the row's gradient is 0
-    "unused",
+    "rest_log_ratio",  # log p / q of the bucket's entry, for a backend whose backward wants it; else 0
 )
 
 

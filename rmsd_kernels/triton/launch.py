@@ -83,11 +83,12 @@ def row_strides(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, int
 
 def tile_options(*logits: Tensor) -> dict:
     """The constexpr arguments that describe how these tensors' rows are read."""
-    size = logits[0].element_size()
+    itemsize = logits[0].element_size()
     aligned = all(
-        tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in tensor.stride()[:2])
+        tensor.data_ptr() % 16 == 0
+        and all(tensor.stride(axis) * itemsize % 16 == 0 for axis in (0, 1) if tensor.shape[axis] > 1)
         for tensor in logits
-    )  # fmt: skip
+    )
     return constexprs_of_tile(logits[0].dtype, aligned)
 
 
