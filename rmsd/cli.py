@@ -54,7 +54,10 @@ def evaluate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR ...", help="One run, or several to compare.")],
-    output: Annotated[Path | None, typer.Option(help="Where to write; RUN_DIR/report.html by default.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where to write; by default RUN_DIR/report.html, or report.html beside several runs."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write a page that shows what a run learned, and from which tokens."""

@@ -8,7 +8,7 @@ A backend is a module with the five functions `scores`, `select`, `scores_and_ca
 `divergence_backward`, of the signatures below less `backend`, and `why_not(tensor) -> str | None`, which says why
 it cannot serve a tensor.
 
-`divergence` hands its backward eight fp32 numbers a row (`STATS`), in place of anything of size V.
+`divergence` hands its backward eight fp32 numbers a row (`NUM_STATS`), in place of anything of size V.
 """
 
 import importlib
@@ -19,19 +19,11 @@ from torch.library import custom_op
 
 BACKENDS = {"triton": "rmsd_kernels.triton", "cpu": "rmsd_kernels.cpu"}
 
-# What divergence() saves for its backward, one row of 8 fp32 numbers a token. With f the divergence's summand and
-# g = df/dp, the gradient by scaled logit j is p_j (g_j - mean_slope) inside the support, p_j (rest_slope - mean_slope)
-# outside it (renorm: 0).
-STATS = (
-    "student_lse",  # over the vocabulary; over the support for tail="renorm"
-    "teacher_lse",
-    "mean_slope",  # sum p g over the support, and over the bucket's entry
-    "rest_slope",  # g of the bucket's entry; 0 for the other tails
-    "kth_logit",  # smallest raw student logit in the support, or a value below it and above all others; -inf without
-    "last_tied_id",  # highest id in the support among those whose logit equals kth_logit; V - 1 where none is left out
-    "is_finite",  # 1 where the divergence is finite; elsewhere the row's gradient is 0
-    "rest_log_ratio",  # log p / q of the bucket's entry, for a backend whose backward wants it; else 0
-)
+# divergence() hands this many fp32 numbers a row to its backward; what they are is each backend's own affair. With f the
+# divergence's summand and g = df/dp, the gradient by scaled logit j is p_j (g_j - c) inside the support and
+# p_j (g_rest - c) outside it (drop: g_rest = 0; renorm: 0 altogether), where c is the sum of p g over the support and
+# the bucket. Of these, the log-sum-exps, c, the bucket's slope and where the support ends are worth saving.
+NUM_STATS = 8
 
 
 def implementation(backend: str):
@@ -126,7 +118,7 @@ def divergence(
     logit_scale: float,
     softcap: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # (R,) fp32, 0 at rows of -1; (R, 8) fp32, see STATS
+) -> tuple[Tensor, Tensor]:  # (R,) fp32, 0 at rows of -1; (R, 8) fp32, see NUM_STATS
     return implementation(backend).divergence(
         student_logits, teacher_logits, rows, divergence, beta, vocab_topk, tail,
         temperature, teacher_temperature, vocab_size, logit_scale, softcap,
@@ -138,7 +130,7 @@ def _(student_logits, teacher_logits, rows, *options):
     num_rows = student_logits.shape[0] * student_logits.shape[1] if rows is None else rows.shape[0]
     return (
         student_logits.new_empty((num_rows,), dtype=torch.float32),
-        student_logits.new_empty((num_rows, len(STATS)), dtype=torch.float32),
+        student_logits.new_empty((num_rows, NUM_STATS), dtype=torch.float32),
     )
 
 

@@ -181,8 +181,12 @@ def token_divergence(
     if vocab_topk is not None:
         support = topk_support(student_logits.detach()[..., :vocab_size], vocab_topk)
         inside_student, inside_teacher = student.masked_fill(~support, -_INF), teacher.masked_fill(~support, -_INF)
+    unreachable = torch.zeros_like(valid)
     if vocab_topk is not None and tail == "renorm":
-        student, teacher = inside_student, inside_teacher
+        # A teacher with no mass in the support cannot be renormalised over it; it is as far away as can be.
+        unreachable = (inside_teacher == -_INF).all(-1)
+        student = inside_student.masked_fill(unreachable.unsqueeze(-1), 0.0)
+        teacher = inside_teacher.masked_fill(unreachable.unsqueeze(-1), 0.0)
     student_lse, teacher_lse = logsumexp(student).unsqueeze(-1), logsumexp(teacher).unsqueeze(-1)
     if vocab_topk is not None and tail == "bucket":
         rest_student, rest_teacher = student.masked_fill(support, -_INF), teacher.masked_fill(support, -_INF)
@@ -192,6 +196,7 @@ def token_divergence(
         student, teacher = inside_student, inside_teacher
 
     result = divergence_terms(student - student_lse, teacher - teacher_lse, divergence, beta).sum(-1)
+    result = torch.where(unreachable, _INF, result)
     result = torch.where(valid, result, math.nan)
     return torch.where(result.isfinite(), result, result.detach())
 

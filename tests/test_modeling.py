@@ -49,9 +49,7 @@ def test_head_of_an_unknown_form_is_refused_by_name():
 
 def test_rollouts_record_the_hidden_state_each_token_was_drawn_from():
     model = tiny.model()
-    rollouts = generate(
-        model, [[7, 8], [9, 10, 11]], max_new_tokens=6, pad_id=0, eos_ids=[0], temperature=1.0, seed=3
-    )
+    rollouts = generate(model, [[7, 8], [9, 10, 11]], max_new_tokens=6, pad_id=0, eos_ids=[0], temperature=1.0, seed=3)
     again = completion_hidden(model, rollouts.prompt_ids, rollouts.completion_ids, rollouts.completion_mask, pad_id=0)
     mask = rollouts.completion_mask
     torch.testing.assert_close(rollouts.student_hidden[mask], again[mask], rtol=1e-4, atol=1e-5)

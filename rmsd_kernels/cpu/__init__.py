@@ -1,2 +1,144 @@
-def why_not(tensor):
-    return "not written yet"
+"""C++ kernels for CPU tensors: the launcher. The sources beside this file are built three times by setup.py, and the
+build that this processor can run is loaded on first use."""
+
+import ctypes
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ..reference import CRITERIA, DIVERGENCES, TAILS
+
+# Best first. at::vec is specialised at compile time, so each is a library of its own.
+CAPABILITIES = ("avx512", "avx2", "default")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Problem(ctypes.Structure):
+    """Mirrors Problem in common.h, field by field."""
+
+    _fields_ = (
+        ("student_logits", ctypes.c_void_p),
+        ("teacher_logits", ctypes.c_void_p),
+        ("student_stride", ctypes.c_int64 * 2),
+        ("teacher_stride", ctypes.c_int64 * 2),
+        ("num_sequences", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("divergence", ctypes.c_int32),
+        ("beta", ctypes.c_float),
+        ("temperature", ctypes.c_float),
+        ("teacher_temperature", ctypes.c_float),
+        ("logit_scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+def capability() -> str:
+    """The best build that this processor can run; RMSD_CPU_CAPABILITY asks for a lesser one."""
+    have = torch.backends.cpu.get_cpu_capability().lower()
+    best = have if have in CAPABILITIES else "default"
+    wanted = os.environ.get("RMSD_CPU_CAPABILITY", best).lower()
+    if wanted not in CAPABILITIES or CAPABILITIES.index(wanted) < CAPABILITIES.index(best):
+        allowed = ", ".join(CAPABILITIES[CAPABILITIES.index(best) :])
+        raise ImportError(f"RMSD_CPU_CAPABILITY={wanted}: this processor runs {allowed}")
+    return wanted
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Raises ImportError, saying how to build, when there is no library for this processor."""
+    spec = importlib.util.find_spec(f"{__name__}._{capability()}")
+    if spec is None:
+        raise ImportError(
+            f"the C++ kernels ({capability()}) are not built: pip install --no-build-isolation . with a C++17 compiler"
+        )
+    return ctypes.CDLL(spec.origin)
+
+
+def why_not(tensor: Tensor) -> str | None:
+    if tensor.device.type != "cpu":
+        return f"its kernels take CPU tensors, not {tensor.device}"
+    if tensor.dtype not in _DTYPES:
+        return f"its kernels take float32, bfloat16 and float16, not {tensor.dtype}"
+    try:
+        library()
+    except (ImportError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _problem(
+    student_logits, teacher_logits, divergence, beta, temperature, teacher_temperature, vocab_size, logit_scale, softcap
+) -> _Problem:
+    num_sequences, length, width = student_logits.shape
+    return _Problem(
+        student_logits.data_ptr(), teacher_logits.data_ptr(),
+        student_logits.stride()[:2], teacher_logits.stride()[:2],
+        num_sequences, length, width, vocab_size, _DTYPES[student_logits.dtype], DIVERGENCES.index(divergence),
+        beta, temperature, teacher_temperature, logit_scale, softcap,
+    )  # fmt: skip
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def scores(student_logits, teacher_logits, sampled_ids, *options) -> Tensor:
+    out = torch.empty(7, *sampled_ids.shape)
+    problem = _problem(student_logits, teacher_logits, *options)
+    library().rmsd_scores(ctypes.byref(problem), _pointer(sampled_ids), _pointer(out))
+    return out
+
+
+def select(score, mask, num_tokens, threshold) -> Tensor:
+    index = torch.empty(score.shape[0], num_tokens, dtype=torch.int64)
+    library().rmsd_select(
+        _pointer(score), _pointer(mask), *map(ctypes.c_int64, (*score.shape, num_tokens)), ctypes.c_float(threshold),
+        _pointer(index),
+    )  # fmt: skip
+    return index
+
+
+def scores_and_candidates(
+    student_logits, teacher_logits, sampled_ids, mask, num_candidates, criterion, threshold, *options
+) -> tuple[Tensor, Tensor]:
+    out = scores(student_logits, teacher_logits, sampled_ids, *options)
+    index = torch.empty(mask.shape[0], num_candidates, dtype=torch.int64)
+    library().rmsd_candidates(
+        _pointer(out), _pointer(mask), *map(ctypes.c_int64, (*mask.shape, num_candidates)),
+        CRITERIA.index(criterion), ctypes.c_float(threshold), _pointer(index),
+    )  # fmt: skip
+    return out, index
+
+
+def divergence(
+    student_logits, teacher_logits, rows, divergence, beta, vocab_topk, tail, *options
+) -> tuple[Tensor, Tensor]:
+    num_rows = student_logits.shape[0] * student_logits.shape[1] if rows is None else rows.shape[0]
+    rows = None if rows is None else rows.contiguous()
+    out, stats = torch.empty(num_rows), torch.empty(num_rows, 8)
+    problem = _problem(student_logits, teacher_logits, divergence, beta, *options)
+    library().rmsd_divergence(
+        ctypes.byref(problem), _pointer(rows), *map(ctypes.c_int64, (num_rows, vocab_topk)), TAILS.index(tail),
+        _pointer(out), _pointer(stats),
+    )  # fmt: skip
+    return out, stats
+
+
+def divergence_backward(
+    grad_divergence, student_logits, teacher_logits, rows, stats, divergence, beta, vocab_topk, tail, *options
+) -> Tensor:
+    rows = None if rows is None else rows.contiguous()
+    grad_divergence = grad_divergence.float().contiguous()
+    grad = torch.zeros(student_logits.shape, dtype=student_logits.dtype)
+    problem = _problem(student_logits, teacher_logits, divergence, beta, *options)
+    library().rmsd_divergence_backward(
+        ctypes.byref(problem), _pointer(rows), *map(ctypes.c_int64, (len(grad_divergence), vocab_topk)),
+        TAILS.index(tail), _pointer(grad_divergence), _pointer(stats), _pointer(grad),
+    )  # fmt: skip
+    return grad
