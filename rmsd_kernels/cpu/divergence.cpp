@@ -53,12 +53,12 @@ struct Slope {
 
   // p (g - mean_slope) from log-probabilities kept above -inf.
   Vec operator()(Vec ls, Vec lt, Vec mean_slope) const {
-    const Vec p = exp_nonpositive(at::vec::minimum(ls, Vec(0.f)));
+    const Vec p = exp_nonpositive(at::vec::clamp_max(ls, Vec(0.f)));
     if (divergence == kReverseKL) return p * (((ls - lt) + Vec(one)) - mean_slope);
-    const Vec q = exp_nonpositive(at::vec::minimum(lt, Vec(0.f)));
+    const Vec q = exp_nonpositive(at::vec::clamp_max(lt, Vec(0.f)));
     if (divergence == kForwardKL) return (q + p * mean_slope).neg();
     const Vec m = at::vec::fmadd(Vec(beta), q, Vec(1.f - beta) * p);
-    const Vec lm = at::vec::maximum(m, Vec(std::numeric_limits<float>::min())).log();
+    const Vec lm = at::vec::clamp_min(m, Vec(std::numeric_limits<float>::min())).log();
     return p * (Vec(1.f - beta) * (ls - lm) - mean_slope);
   }
 };
@@ -84,7 +84,7 @@ struct LogSumExp {
 
   void add(const float* tile, int64_t count) {
     Vec tile_max(-kInf), sum(0.f);
-    for (int64_t i = 0; i < count; i += Vec::size()) tile_max = at::vec::maximum(tile_max, Vec::loadu(tile + i));
+    for (int64_t i = 0; i < count; i += Vec::size()) tile_max = at::vec::clamp_min(Vec::loadu(tile + i), tile_max);
     const float larger = std::max(peak, max_lanes(tile_max));
     if (larger == -kInf) return;
     if (total > 0) total *= std::exp(double(peak) - larger);
@@ -92,7 +92,7 @@ struct LogSumExp {
     blocks(count, [&](int64_t begin, int64_t end) {
       Vec part(0.f);
       for (int64_t i = begin; i < end; i += Vec::size()) {
-        part = part + exp_nonpositive(at::vec::maximum(Vec::loadu(tile + i) - Vec(peak), Vec(kLowest)));
+        part = part + exp_nonpositive(at::vec::clamp_min(Vec::loadu(tile + i) - Vec(peak), Vec(kLowest)));
       }
       sum = sum + part;
     });
@@ -190,7 +190,9 @@ double whole_row(const Problem& p, const Row<scalar_t>& row, const Scan& scan, S
 template <typename scalar_t>
 float divergence_row(const Problem& p, int64_t index, int64_t k, int32_t tail, Stats& stats) {
   const Row<scalar_t> row(p, index);
-  const Scan scan = p.divergence == kForwardKL ? scan_row<true>(row) : scan_row<false>(row);
+  const Scan scan = k > 0 || p.divergence == kJSD ? scan_row<Sums::kNone>(row)
+                    : p.divergence == kForwardKL  ? scan_row<Sums::kForward>(row)
+                                                  : scan_row<Sums::kReverse>(row);
   if (!scan.valid) return kNaN;
   const double divergence = k > 0 ? topk_row(p, row, scan, k, tail, stats) : whole_row(p, row, scan, stats);
   if (!std::isfinite(divergence)) stats = Stats();
@@ -222,8 +224,8 @@ void backward_row(const Problem& p, int64_t index, int64_t k, int32_t tail, floa
       if (k > 0) {
         const Vec r = Vec::loadu(raw + i), id = Vec::arange(static_cast<float>(start + i), 1.f);
         const Vec inside = (r > kth) | ((r == kth) & (id <= last_tied));
-        Vec outside = exp_nonpositive(at::vec::minimum(ls, Vec(0.f))) * outside_slope;
-        if (by_ratio) outside = outside - at::vec::maximum(ls - Vec(ratio), Vec(kLowest)).exp();
+        Vec outside = exp_nonpositive(at::vec::clamp_max(ls, Vec(0.f))) * outside_slope;
+        if (by_ratio) outside = outside - at::vec::clamp_min(ls - Vec(ratio), Vec(kLowest)).exp();
         result = Vec::blendv(outside, result, inside);
       }
       (result * scale * row.student_transform.slope(s)).store(out + i);

@@ -53,7 +53,10 @@ inline void rescale(Scan& scan, float student_peak, float teacher_peak) {
   t.peak = teacher_peak;
 }
 
-template <bool kForward, typename scalar_t>
+// What is summed besides the two log-sum-exps.
+enum class Sums { kReverse, kForward, kNone };
+
+template <Sums kSums, typename scalar_t>
 Scan scan_row(const Row<scalar_t>& row) {
   Scan scan;
   row.tiles([&](const float* student, const float* teacher, int64_t, int64_t count) {
@@ -61,10 +64,11 @@ Scan scan_row(const Row<scalar_t>& row) {
     Vec s_max(-kInf), t_max(-kInf), s_min(kInf), t_min(kInf);
     for (int64_t i = 0; i < count; i += Vec::size()) {
       const Vec s = Vec::loadu(student + i), t = Vec::loadu(teacher + i);
-      s_max = at::vec::maximum(s_max, s);  // NaN stays
-      t_max = at::vec::maximum(t_max, t);
-      s_min = at::vec::minimum(s_min, s);
-      t_min = at::vec::minimum(t_min, t);
+      // One instruction each, where at::vec::maximum takes three to keep a NaN; a NaN shows in the sums below.
+      s_max = at::vec::clamp_min(s, s_max);
+      t_max = at::vec::clamp_min(t, t_max);
+      s_min = at::vec::clamp_max(s, s_min);
+      t_min = at::vec::clamp_max(t, t_min);
     }
     const float s_tile = max_lanes(s_max), t_tile = max_lanes(t_max);
     if (!(s_tile < kInf && t_tile < kInf)) {
@@ -87,14 +91,17 @@ Scan scan_row(const Row<scalar_t>& row) {
       Vec s_total(0.f), t_total(0.f), s_weighted(0.f), t_weighted(0.f), cross(0.f);
       for (int64_t i = begin; i < end; i += Vec::size()) {
         // Kept above -inf: 0 * -inf would be NaN, and a -inf has e^ds = 0 exactly.
-        const Vec ds = at::vec::maximum(Vec::loadu(student + i) - s_peak, lowest);
-        const Vec dt = at::vec::maximum(Vec::loadu(teacher + i) - t_peak, lowest);
+        const Vec ds = at::vec::clamp_min(Vec::loadu(student + i) - s_peak, lowest);
+        const Vec dt = at::vec::clamp_min(Vec::loadu(teacher + i) - t_peak, lowest);
         const Vec es = exp_nonpositive(ds), et = exp_nonpositive(dt);
         s_total = s_total + es;
         t_total = t_total + et;
-        s_weighted = at::vec::fmadd(es, ds, s_weighted);
-        t_weighted = at::vec::fmadd(et, dt, t_weighted);
-        cross = kForward ? at::vec::fmadd(et, dt - ds, cross) : at::vec::fmadd(es, ds - dt, cross);
+        if constexpr (kSums != Sums::kNone) {
+          s_weighted = at::vec::fmadd(es, ds, s_weighted);
+          t_weighted = at::vec::fmadd(et, dt, t_weighted);
+        }
+        if constexpr (kSums == Sums::kReverse) cross = at::vec::fmadd(es, ds - dt, cross);
+        if constexpr (kSums == Sums::kForward) cross = at::vec::fmadd(et, dt - ds, cross);
       }
       totals[0] = totals[0] + s_total;
       totals[1] = totals[1] + t_total;
@@ -106,7 +113,7 @@ Scan scan_row(const Row<scalar_t>& row) {
     scan.teacher.total += sum_lanes(totals[1]);
     scan.student.weighted += sum_lanes(totals[2]);
     scan.teacher.weighted += sum_lanes(totals[3]);
-    (kForward ? scan.teacher_cross : scan.student_cross) += sum_lanes(totals[4]);
+    (kSums == Sums::kForward ? scan.teacher_cross : scan.student_cross) += sum_lanes(totals[4]);
   });
   scan.valid &= scan.student.total > 0 && scan.teacher.total > 0;
   return scan;
@@ -121,7 +128,7 @@ struct Normaliser {
   Normaliser(float peak, double log_total) : peak(peak), log_total(static_cast<float>(log_total)) {}
   explicit Normaliser(const Side& side) : Normaliser(side.peak, side.log_total()) {}
 
-  Vec operator()(Vec x) const { return at::vec::maximum((x - Vec(peak)) - Vec(log_total), Vec(kLowest)); }
+  Vec operator()(Vec x) const { return at::vec::clamp_min((x - Vec(peak)) - Vec(log_total), Vec(kLowest)); }
   float operator()(float x) const { return (x - peak) - log_total; }
 };
 
@@ -141,10 +148,10 @@ JSD jsd_row(const Row<scalar_t>& row, const Normaliser& student_logprob, const N
       Vec student_sum(0.f), teacher_sum(0.f);
       for (int64_t i = begin; i < end; i += Vec::size()) {
         const Vec ls = student_logprob(Vec::loadu(student + i)), lt = teacher_logprob(Vec::loadu(teacher + i));
-        const Vec p = exp_nonpositive(at::vec::minimum(ls, Vec(0.f)));
-        const Vec q = exp_nonpositive(at::vec::minimum(lt, Vec(0.f)));
+        const Vec p = exp_nonpositive(at::vec::clamp_max(ls, Vec(0.f)));
+        const Vec q = exp_nonpositive(at::vec::clamp_max(lt, Vec(0.f)));
         const Vec m = at::vec::fmadd(Vec(beta), q, Vec(1.f - beta) * p);
-        const Vec lm = at::vec::maximum(m, Vec(std::numeric_limits<float>::min())).log();
+        const Vec lm = at::vec::clamp_min(m, Vec(std::numeric_limits<float>::min())).log();
         student_sum = at::vec::fmadd(p, ls - lm, student_sum);
         teacher_sum = at::vec::fmadd(q, lt - lm, teacher_sum);
       }

@@ -22,7 +22,7 @@ struct Support {
 template <typename scalar_t>
 Support topk_support(const scalar_t* row, int64_t size, int64_t k) {
   // Blocks of whole vectors; narrower where there would be fewer than twice k of them.
-  int64_t block = 4 * Vec::size();
+  int64_t block = 8 * Vec::size();
   while (block > Vec::size() && size / block < 2 * k) block /= 2;
   std::vector<float> maxima;
   maxima.reserve(size / block + 1);
@@ -30,7 +30,7 @@ Support topk_support(const scalar_t* row, int64_t size, int64_t k) {
     const int64_t end = std::min(start + block, size);
     Vec peak(-kInf);
     int64_t i = start;
-    for (; i + Vec::size() <= end; i += Vec::size()) peak = at::vec::maximum(peak, load(row + i));
+    for (; i + Vec::size() <= end; i += Vec::size()) peak = at::vec::clamp_min(load(row + i), peak);
     float best = max_lanes(peak);
     for (; i < end; ++i) best = std::max(best, static_cast<float>(row[i]));
     maxima.push_back(best);
@@ -42,16 +42,21 @@ Support topk_support(const scalar_t* row, int64_t size, int64_t k) {
     bound = ranked[k - 1];
   }
 
+  constexpr int none = static_cast<int>((int64_t(1) << Vec::size()) - 1);  // zero_mask() where no lane is set
   std::vector<int64_t> ids;
   std::vector<float> values;
   for (size_t b = 0; b < maxima.size(); ++b) {
     if (maxima[b] < bound) continue;
     const int64_t end = std::min(int64_t(b + 1) * block, size);
-    for (int64_t i = b * block; i < end; ++i) {
-      const float value = static_cast<float>(row[i]);
-      if (value >= bound) {
-        ids.push_back(i);
-        values.push_back(value);
+    for (int64_t i = b * block; i < end; i += Vec::size()) {
+      const int64_t stop = std::min(i + Vec::size(), end);
+      if (stop - i == Vec::size() && (load(row + i) >= Vec(bound)).zero_mask() == none) continue;
+      for (int64_t j = i; j < stop; ++j) {
+        const float value = static_cast<float>(row[j]);
+        if (value >= bound) {
+          ids.push_back(j);
+          values.push_back(value);
+        }
       }
     }
   }
