@@ -8,7 +8,7 @@ from torch import Tensor
 from .launch import launch, log2_scales, row_strides, tile_options
 from .tiles import ALL, FLOOR, INF, INSIDE, LN2, LOG2E, OUTSIDE, row_pointer
 from .topk import kth_largest
-from .visits import kl_from_cross, log_sum_exp, log_to_mixture, normalised_visit, online_visit
+from .visits import kl_from_cross, log_sum_exp, log_to_mixture, nats, normalised_visit, online_visit
 
 NUM_STATS = tl.constexpr(8)
 
@@ -124,6 +124,10 @@ def divergence_kernel(
             DIVERGENCE, HAS_SOFTCAP, ALL if TAIL == "all" else INSIDE, UNROLL, LANES, VEC, PAIRED,
         )  # fmt: skip
 
+    # The backward takes p g from the log-sum-exps as they are stored: with the same rounding here, it cancels there.
+    student_lse = log_sum_exp(student_m, student_z, student_correction)
+    teacher_lse = log_sum_exp(teacher_m, teacher_z, teacher_correction)
+    lse_gap = student_lse - teacher_lse
     if FORWARD:
         divergence = kl_from_cross(
             cross, mass, teacher_m, student_m, teacher_z, student_z, student_scale,
@@ -135,7 +139,7 @@ def divergence_kernel(
             cross, mass, student_m, teacher_m, student_z, teacher_z, teacher_scale,
             student_correction, teacher_correction,
         )  # fmt: skip
-        mean_slope = divergence
+        mean_slope = (nats(teacher_scale, teacher_correction) * cross - lse_gap * mass).to(tl.float32)
         if TAIL == "drop":
             # g = log(p / q) + 1. The 1 drops out of g - mean_slope only where the masses summed are all of them.
             mean_slope += mass
@@ -155,6 +159,11 @@ def divergence_kernel(
         rest_log_q = ((rest_teacher_m - teacher_m) + (tl.log2(rest_teacher_z) - teacher_log_z)) * LN2
         rest_term, rest_weighted, rest_slope = bucket_entry(rest_log_p, rest_log_q, beta, DIVERGENCE)
         divergence += rest_term
+        if DIVERGENCE == "reverse_kl":
+            exact_gap = nats(student_m, student_correction) - nats(teacher_m, teacher_correction)
+            rounding = (exact_gap - tl.log(teacher_z / student_z) - lse_gap).to(tl.float32)
+            rest_slope += rounding
+            rest_weighted += tl.exp(rest_log_p) * rounding
         mean_slope += rest_weighted
         rest_distance = tl.where(rest_log_p > FLOOR, rest_log_p - rest_log_q, 0.0)
 
@@ -162,8 +171,8 @@ def divergence_kernel(
     is_finite = tl.abs(divergence) < INF
     tl.store(divergence_ptr + item, divergence)
     stats_ptr += item * NUM_STATS
-    tl.store(stats_ptr, log_sum_exp(student_m, student_z, student_correction))
-    tl.store(stats_ptr + 1, log_sum_exp(teacher_m, teacher_z, teacher_correction))
+    tl.store(stats_ptr, student_lse)
+    tl.store(stats_ptr + 1, teacher_lse)
     tl.store(stats_ptr + 2, mean_slope)
     tl.store(stats_ptr + 3, rest_slope)
     tl.store(stats_ptr + 4, kth_logit)

@@ -35,14 +35,15 @@ def gradient(
 ):  # fmt: skip
     student_lse, teacher_lse, mean_slope, rest_slope, rest_distance, kth_logit, last_tied_id = row_stats
     upstream, inner_scale, student_scale, teacher_scale, raw_scale, beta = scalars
-    student = softcapped(raw_student, inner_scale, HAS_SOFTCAP)
-    teacher = softcapped(raw_teacher, inner_scale, HAS_SOFTCAP)
+    student = tl.maximum(softcapped(raw_student, inner_scale, HAS_SOFTCAP), FLOOR)
+    teacher = tl.maximum(softcapped(raw_teacher, inner_scale, HAS_SOFTCAP), FLOOR)
     # Nats here: the log-sum-exps come rounded to fp32, and a product with log2(e) would round them again.
-    log_p = tl.maximum(tl.fma(student, student_scale, -student_lse), FLOOR)
-    log_q = tl.maximum(tl.fma(teacher, teacher_scale, -teacher_lse), FLOOR)
+    log_p = tl.fma(student, student_scale, -student_lse)
+    log_q = tl.fma(teacher, teacher_scale, -teacher_lse)
     p = tl.exp2(log_p * LOG2E)
     if DIVERGENCE == "reverse_kl":
-        slope = log_p - log_q
+        # The logits' difference first, as in the forward: nearly equal rows, and gradients that vanish, stay accurate.
+        slope = tl.fma(student, student_scale, -(teacher * teacher_scale)) - (student_lse - teacher_lse)
         if TAIL == "drop":
             slope += 1.0
         grad = p * (slope - mean_slope)
