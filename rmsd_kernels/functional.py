@@ -17,6 +17,7 @@ from .reference import CRITERIA, DIVERGENCES, TAILS, TokenScores
 log = logging.getLogger("rmsd_kernels")
 
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PREFERRED_BACKENDS = {"cuda": "triton", "cpu": "cpu"}  # by device type; ROCm tensors are "cuda" to torch
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def resolve_backend(backend: str, tensor: Tensor, name: str) -> str:
         if reason := why_not(backend, tensor):
             raise ValueError(f"backend={backend!r} cannot serve {name}: {reason}")
         return backend
-    preferred = {"cuda": "triton", "cpu": "cpu"}.get(tensor.device.type, "torch")
+    preferred = PREFERRED_BACKENDS.get(tensor.device.type, "torch")
     if reason := why_not(preferred, tensor):
         _log_fallback(name, reason)
         return "torch"

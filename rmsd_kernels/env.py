@@ -1,0 +1,77 @@
+"""`python -m rmsd_kernels.env`: what is installed, which backend each operation takes for which tensors, and why."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import __version__, cpu, functional
+
+OPERATIONS = (
+    "token_scores",
+    "select_tokens",
+    "scores_and_candidates",
+    "token_divergence",
+    "linear_token_scores",
+    "linear_token_divergence",
+)
+PACKAGES = ("torch", "triton", "transformers", "flash-attn")
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> dict[str, str]:
+    """Device type -> what it is, or why there is none."""
+    try:
+        kernels = f"C++ kernels of {cpu.capability()}"
+        cpu.library()
+    except (ImportError, OSError) as error:
+        kernels = str(error)
+    found = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads; {kernels}"}
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        major, minor = torch.cuda.get_device_capability()
+        compiler = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        found["cuda"] = f"{', '.join(names)}; compute capability {major}.{minor}; {compiler}"
+    else:
+        built = torch.version.cuda or torch.version.hip
+        found["cuda"] = "none: " + ("no device found" if built else "this torch is built without CUDA and ROCm")
+    return found
+
+
+def choice(device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(backend, why) that `backend="auto"` takes."""
+    preferred = functional.PREFERRED_BACKENDS.get(device, "torch")
+    reason = functional.why_not(preferred, torch.empty(0, dtype=dtype, device=device))
+    return ("torch", f"{preferred} cannot: {reason}") if reason else (preferred, f"preferred for {device} tensors")
+
+
+def report() -> str:
+    lines = [f"rmsd_kernels {__version__}, Python {platform.python_version()}"]
+    lines += [f"  {package:<13} {version(package)}" for package in PACKAGES]
+    lines += ["", "devices"]
+    lines += [f"  {device:<13} {what}" for device, what in devices().items()]
+    for device, what in devices().items():
+        if what.startswith("none"):
+            continue
+        lines += ["", f"backend='auto' for {device} tensors"]
+        taken: dict[tuple[str, str], list[str]] = {}
+        for dtype in functional.LOGIT_DTYPES:
+            taken.setdefault(choice(device, dtype), []).append(str(dtype).removeprefix("torch."))
+        for operation in OPERATIONS:
+            for (backend, why), dtypes in taken.items():
+                lines.append(f"  {operation:<24} {', '.join(dtypes):<27} {backend:<7} {why}")
+        others = [name for name in ("triton", "cpu") if name != functional.PREFERRED_BACKENDS.get(device)]
+        tensor = torch.empty(0, device=device)
+        for name in others:
+            lines.append(f"  backend={name!r}: {functional.why_not(name, tensor) or 'would serve, if asked for'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
