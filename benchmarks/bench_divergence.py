@@ -1,0 +1,97 @@
+"""`RMSDLoss` with its gradient against TRL's full-logit loss, and the vocabulary top-k against torch.topk and gather.
+
+    python -m benchmarks.bench_divergence [--rows 512 --vocab 49152 --dtype fp32 --repeats 15 --json]
+
+The losses train on different tokens (5 of a sequence against all), so RMSDLoss is held to its own torch backend in fp64
+and not to TRL's number. The top-k divergences are the same quantity, TRL's own function for it renormalises.
+"""
+
+import os
+
+import torch
+
+from benchmarks.common import DTYPES, Result, assert_parity, command_line, compare, logits, report
+from rmsd import RMSDLoss
+from rmsd_kernels import reference, token_divergence
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+from trl.experimental.sdft.loss_utils import (
+    compute_full_logit_self_distillation_loss,
+    compute_topk_self_distillation_loss,
+)
+
+NUM_KEPT, VOCAB_TOPK = 5, 500
+
+
+def bench_loss(rows: int, vocab: int, dtype_name: str, repeats: int) -> list[Result]:
+    student_logits, teacher_logits = (tensor.unsqueeze(0) for tensor in logits(rows, vocab, DTYPES[dtype_name]))
+    student_logits.requires_grad_()
+    sampled_ids = torch.randint(vocab, (1, rows), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(sampled_ids, dtype=torch.bool)
+    ours = RMSDLoss(num_kept=NUM_KEPT, vocab_topk=VOCAB_TOPK, backend="cpu")
+
+    def rmsd():
+        loss = ours(student_logits, teacher_logits, sampled_ids, mask)
+        return loss, *torch.autograd.grad(loss, student_logits)
+
+    def trl():
+        loss = compute_full_logit_self_distillation_loss(student_logits, teacher_logits, distillation_alpha=1.0).mean()
+        return loss, *torch.autograd.grad(loss, student_logits)
+
+    loss, grad = rmsd()
+    kept = grad.ne(0).any(-1)
+    assert kept.sum() == NUM_KEPT
+    # The rows kept, in fp64: their mean divergence and its gradient.
+    truth_logits = student_logits.detach()[kept].double().requires_grad_()
+    truth = reference.token_divergence(truth_logits, teacher_logits[kept].double(), vocab_topk=VOCAB_TOPK).mean()
+    (truth_grad,) = torch.autograd.grad(truth, truth_logits)
+    assert_parity("RMSDLoss", loss, truth, 1e-5)
+    assert_parity("RMSDLoss' gradient", grad[kept], truth_grad, 1e-6 if dtype_name == "fp32" else 1e-3)
+    del loss, grad
+
+    # Read: both tensors once, the kept rows twice more. Written: the gradient.
+    num_bytes = 3 * student_logits.nbytes + 4 * NUM_KEPT * vocab * student_logits.element_size()
+    work = f"loss and gradient, {NUM_KEPT} of {rows} x {vocab} {dtype_name}"
+    return compare(
+        work, {"RMSDLoss": rmsd, "TRL, full logits": trl}, num_bytes, 2 * student_logits.nbytes, repeats,
+        must_exist=student_logits.nbytes,
+    )  # fmt: skip
+
+
+def bench_topk(rows: int, vocab: int, dtype_name: str, repeats: int) -> list[Result]:
+    student_logits, teacher_logits = logits(rows, vocab, DTYPES[dtype_name])
+    options = dict(vocab_topk=VOCAB_TOPK, tail="renorm")
+    contestants = {
+        "token_divergence": lambda: token_divergence(student_logits, teacher_logits, **options, backend="cpu"),
+        "TRL: torch.topk and gather": lambda: compute_topk_self_distillation_loss(
+            student_logits, teacher_logits,
+            distillation_topk=VOCAB_TOPK, distillation_alpha=1.0, distillation_add_tail=False,
+        ),
+        "torch.topk alone": lambda: torch.topk(student_logits, VOCAB_TOPK),
+    }  # fmt: skip
+    few = slice(0, 8)
+    truth = reference.token_divergence(student_logits[few].double(), teacher_logits[few].double(), **options)
+    assert_parity("token_divergence", contestants["token_divergence"]()[few], truth, 1e-5)
+    tolerance = 1e-4 if dtype_name == "fp32" else 0.5  # it computes in bf16, and breaks bf16's many ties otherwise
+    assert_parity("TRL", contestants["TRL: torch.topk and gather"]()[few], truth, tolerance)
+    logits_bytes = 2 * student_logits.nbytes
+    return compare(
+        f"top-{VOCAB_TOPK} of {rows} x {vocab} {dtype_name}", contestants, logits_bytes, logits_bytes, repeats
+    )
+
+
+def main() -> None:
+    arguments = command_line(__doc__.splitlines()[0], [])
+    losses, topks = arguments.sizes or [(512, 49_152)], arguments.sizes or [(64, 151_936)]
+    results = []
+    for dtype_name in arguments.dtype:
+        for rows, vocab in losses:
+            results += bench_loss(rows, vocab, dtype_name, arguments.repeats)
+        with torch.no_grad():
+            for rows, vocab in topks:
+                results += bench_topk(rows, vocab, dtype_name, arguments.repeats)
+    report(results, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
