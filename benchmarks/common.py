@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,17 +90,24 @@ def compare(
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes of tensors alive at once that `run` allocated. The kernels' own scratch is not a tensor and not
-    counted: two tiles a thread (16 KiB), and for a vocabulary top-k some 2 V / 128 + k numbers."""
+    """Most bytes that `run` held at once: tensors by torch's profiler, numpy's memory by tracemalloc; the peaks add up.
+
+    Not counted is the kernels' own scratch: two tiles a thread (16 KiB), and for a vocabulary top-k some 2 V / 128 + k
+    numbers."""
+    tracemalloc.start()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
         kept = run()
+        peak_of_numpy = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
     alive = peak = 0
     for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
             alive += event.nbytes()
             peak = max(peak, alive)
     del kept
-    return peak
+    return peak + peak_of_numpy
 
 
 def assert_parity(what: str, got: Tensor, truth: Tensor, tolerance: float) -> None:

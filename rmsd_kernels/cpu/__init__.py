@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,6 +89,16 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """torch.zeros from memory that the system zeroes when it is first touched, in huge pages where Linux grants them.
+    A gradient with 5 rows of 512 x 49,152 set then costs 0.2 ms in place of 69, and together with the product that
+    reads it 56 ms in place of 138 (2 cores, busy)."""
+    num_bytes = shape.numel() * dtype.itemsize
+    memory = np.zeros(num_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64  # torch's own alignment
+    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
+
+
 def scores(student_logits, teacher_logits, sampled_ids, *options) -> Tensor:
     out = torch.empty(7, *sampled_ids.shape)
     problem = _problem(student_logits, teacher_logits, *options)
@@ -135,7 +146,7 @@ def divergence_backward(
 ) -> Tensor:
     rows = None if rows is None else rows.contiguous()
     grad_divergence = grad_divergence.float().contiguous()
-    grad = torch.zeros(student_logits.shape, dtype=student_logits.dtype)
+    grad = _zeros(student_logits.shape, student_logits.dtype)
     problem = _problem(student_logits, teacher_logits, divergence, beta, *options)
     library().rmsd_divergence_backward(
         ctypes.byref(problem), _pointer(rows), *map(ctypes.c_int64, (len(grad_divergence), vocab_topk)),
