@@ -1,0 +1,78 @@
+"""What every test shares: which backends there are and on what device they are tried.
+
+Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors; with one, the same tests run them compiled.
+"""
+
+import importlib
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is first imported
+
+BACKENDS = ("torch", "cpu", "triton")
+
+# Deadlines would time the machine; the seed is fixed so that a failure is the same for everyone, bar in "thorough".
+_shared = dict(deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("default", max_examples=60, derandomize=True, database=None, **_shared)
+settings.register_profile("thorough", max_examples=2000, print_blob=True, **_shared)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def device_of(backend: str) -> str:
+    """Where `backend` is tried: Triton on the GPU where there is one and it is not interpreted, all else on the CPU."""
+    return "cuda" if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
+
+
+def skip_unless_served(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    from rmsd_kernels.functional import why_not
+
+    if device_of(backend) == "cuda" and not torch.cuda.is_available():
+        pytest.skip("triton: no GPU and TRITON_INTERPRET is not 1")
+    if reason := why_not(backend, torch.empty(0, dtype=dtype, device=device_of(backend))):
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    skip_unless_served(request.param)
+    return request.param
+
+
+@pytest.fixture(params=("cpu", "triton"))
+def kernels(request) -> str:
+    """The backends with kernels of their own."""
+    skip_unless_served(request.param)
+    return request.param
+
+
+@pytest.fixture
+def device(request) -> str:
+    name = next(name for name in ("backend", "kernels") if name in request.fixturenames)
+    return device_of(request.getfixturevalue(name))
+
+
+@pytest.fixture(scope="session")
+def production_tiles() -> dict:
+    """What `small_tiles` replaced."""
+    return {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_tiles(production_tiles):
+    """Interpreted kernels get tiles of 128 logits and 16 positions in place of 8,192 and 1,024: a row of 331 logits is
+    then several tiles and a ragged one, and costs a quarter of the time. tests/test_gpu_code.py sees the real ones."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        launch = importlib.import_module("rmsd_kernels.triton.launch")
+    except ImportError:
+        return
+    production_tiles.update(launch.TILES)
+    for dtype, tile in launch.TILES.items():
+        launch.TILES[dtype] = launch.Tile(unroll=8 // tile.vec, lanes=16, vec=tile.vec)
+    for module in ("scores", "candidates"):
+        importlib.import_module(f"rmsd_kernels.triton.{module}").BLOCK_L = 16
