@@ -18,7 +18,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]' --no-build-isolation
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.bench_scores
+	$(BIN)/python -m benchmarks.bench_divergence
+	$(BIN)/python -m benchmarks.gpu_static
 
 env: $(VENV)/.installed
 	$(BIN)/rmsd env
