@@ -34,7 +34,7 @@ def check_options(
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {tail!r}")
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        if value is not None and not (math.isfinite(value) and value > 0.0):
+        if value is not None and not 0.0 < value < math.inf:
             raise ValueError(f"{name} must be a finite number above 0, not {value}")
     if vocab_size is not None and not 1 <= vocab_size <= width:
         raise ValueError(f"vocab_size must lie between 1 and the logits' width {width}, not {vocab_size}")
@@ -48,7 +48,7 @@ def check_selection(*, criterion="logprob_gap", num_tokens, threshold, name="num
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
     if num_tokens < 1:
         raise ValueError(f"{name} must be at least 1, not {num_tokens}")
-    if math.isnan(threshold):
+    if threshold != threshold:
         raise ValueError("threshold must be a number, not NaN")
 
 
@@ -115,12 +115,18 @@ def why_not(backend: str, tensor: Tensor) -> str | None:
         return None
     if tensor.dtype == torch.float64:
         return "its kernels compute in fp32 and the input is float64"
+    return _why_not(backend, tensor.dtype, tensor.device)
+
+
+@torch.compiler.assume_constant_result  # asked while tracing: imports, libraries and environments cannot be traced
+def _why_not(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
     try:
-        return ops.implementation(backend).why_not(tensor)
+        return ops.implementation(backend).why_not(torch.empty(0, dtype=dtype, device=device))
     except ImportError as error:
         return str(error)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _log_fallback(name: str, reason: str) -> None:
     log.warning("%s is computed by backend 'torch': %s", name, reason)
@@ -374,3 +380,32 @@ def divergence_of_rows(
         _as_blv(student_logits), _as_blv(teacher_logits.detach()), rows,
         vocab_topk=vocab_topk or 0, softcap=softcap or 0.0, backend=backend, **options,
     )[0]  # fmt: skip
+
+
+def gradient_of_rows(
+    grad_divergence, student_logits, teacher_logits, *, vocab_topk, backend, vocab_size, softcap, **options
+):
+    """Gradient of `divergence_of_rows` by all of (n, V) student logits. Written out, without autograd, where there are
+    kernels: torch.compile cannot trace autograd.grad inside a backward."""
+    if backend == "torch":
+
+        def divergence(logits):
+            return divergence_of_rows(
+                logits,
+                teacher_logits,
+                None,
+                vocab_topk=vocab_topk,
+                backend=backend,
+                vocab_size=vocab_size,
+                softcap=softcap,
+                **options,
+            )
+
+        return torch.func.vjp(divergence, student_logits)[1](grad_divergence)[0]
+    logits = _as_blv(student_logits), _as_blv(teacher_logits)
+    options = dict(
+        options, vocab_topk=0 if vocab_topk is None or vocab_topk >= vocab_size else vocab_topk,
+        vocab_size=vocab_size, softcap=softcap or 0.0, backend=backend,
+    )  # fmt: skip
+    _, stats = ops.divergence(*logits, None, **options)
+    return ops.divergence_backward(grad_divergence, *logits, None, stats, **options)[0]

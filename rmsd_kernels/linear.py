@@ -17,6 +17,7 @@ from .functional import (
     check_options,
     check_rows,
     divergence_of_rows,
+    gradient_of_rows,
     resolve_backend,
 )
 from .reference import TokenScores
@@ -132,9 +133,11 @@ def linear_token_divergence(
     if not rows.numel() or not student_hidden.shape[0]:
         # No row at all: zeros that still belong to the graph, so that a caller's backward() runs.
         return rows.new_zeros(rows.shape, dtype=torch.float32) + 0.0 * student_hidden.sum()
+    # Detached also for torch.compile, which refuses one tensor twice, as a head shared by both roles would be.
     return _LinearDivergence.apply(
         student_hidden[rows.clamp_min(0)], student_weight, student_bias,
-        teacher_hidden[rows.clamp_min(0)], teacher_weight, teacher_bias, rows >= 0, workspace_mb, options,
+        teacher_hidden.detach()[rows.clamp_min(0)], teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(), rows >= 0, workspace_mb, options,
     )  # fmt: skip
 
 
@@ -175,12 +178,12 @@ class _LinearDivergence(torch.autograd.Function):
         grad_bias = torch.zeros_like(student_bias, dtype=sum_dtype) if needs_bias else None
         grad_divergence = grad_divergence.masked_fill(~live, 0.0)
         for part in ctx.chunks:
-            with torch.enable_grad():
-                logits = _project(student_hidden[part], student_weight, student_bias).detach().requires_grad_()
-                result = divergence_of_rows(
-                    logits, _project(teacher_hidden[part], teacher_weight, teacher_bias), None, **ctx.options
-                )
-            (grad_logits,) = torch.autograd.grad(result, logits, grad_divergence[part])
+            grad_logits = gradient_of_rows(
+                grad_divergence[part],
+                _project(student_hidden[part], student_weight, student_bias),
+                _project(teacher_hidden[part], teacher_weight, teacher_bias),
+                **ctx.options,
+            )
             if needs_hidden:
                 grad_hidden[part] = _backproject(grad_logits, student_weight)
             if needs_weight:
@@ -263,7 +266,7 @@ def _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight,
 
 
 def _check_transform(logit_scale: float, softcap: float | None) -> None:
-    if not (math.isfinite(logit_scale) and logit_scale > 0.0):
+    if not 0.0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be a finite number above 0, not {logit_scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0.0):
+    if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap must be a finite number above 0 or None, not {softcap}")
