@@ -172,11 +172,13 @@ def token_divergence(
     A row that is no distribution gives NaN; one whose divergence is not finite has zero gradient.
     """
     shared = dict(logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size)
-    student = scaled_logits(student_logits, temperature, **shared)
-    teacher = scaled_logits(teacher_logits, teacher_temperature or temperature, **shared).detach()
+    student = scaled_logits(student_logits.detach(), temperature, **shared)
+    teacher = scaled_logits(teacher_logits.detach(), teacher_temperature or temperature, **shared)
     valid = valid_rows(student) & valid_rows(teacher)
-    # An invalid row is replaced before the arithmetic, so that its gradient is 0 and not NaN.
-    student, teacher = student.where(valid.unsqueeze(-1), 0.0), teacher.where(valid.unsqueeze(-1), 0.0)
+    # An invalid row is replaced before the arithmetic, so that its gradient is 0 and not NaN; and before the softcap,
+    # whose own derivative there is NaN.
+    student = scaled_logits(student_logits.where(valid.unsqueeze(-1), 0.0), temperature, **shared)
+    teacher = teacher.where(valid.unsqueeze(-1), 0.0)
 
     if vocab_topk is not None:
         support = topk_support(student_logits.detach()[..., :vocab_size], vocab_topk)
