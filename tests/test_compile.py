@@ -1,0 +1,226 @@
+"""The operators as PyTorch's own machinery sees them: opcheck, torch.compile, autocast, strides, second derivatives."""
+
+import inputs
+import pytest
+import torch
+from conftest import device_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rmsd_kernels as rk
+from rmsd_kernels import functional, ops
+
+OPTIONS = dict(divergence="jsd", beta=0.3, temperature=0.9, teacher_temperature=1.1, vocab_size=18, logit_scale=1.0,
+               softcap=0.0)  # fmt: skip
+TOPK = dict(vocab_topk=5, tail="bucket")
+
+
+def batch(device="cpu", shape=(1, 3, 20), dtype=torch.float32):
+    student, teacher, _ = inputs.far_apart(shape, dtype)
+    ids = torch.arange(shape[0] * shape[1]).view(shape[:2]) % 18
+    return student.to(device), teacher.to(device), ids.to(device), (ids % 3 != 1).to(device)
+
+
+# ---- opcheck --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["scores", "select", "scores_and_candidates", "divergence", "divergence_backward"])
+def test_opcheck(kernels, device, name):
+    student, teacher, ids, mask = batch(device)
+    rows = torch.tensor([2, -1, 0], device=device)
+    shared = dict(OPTIONS, backend=kernels)
+    if name == "scores":
+        calls = [((student, teacher, ids), shared)]
+    elif name == "select":
+        calls = [((student[..., 0].contiguous(), mask, 2, 0.1, kernels), {})]
+    elif name == "scores_and_candidates":
+        more = dict(num_candidates=2, criterion="divergence", threshold=0.0)
+        calls = [((student, teacher, ids, mask), more | shared)]
+    elif name == "divergence":
+        leaf = student.clone().requires_grad_()
+        calls = [((leaf, teacher, which), TOPK | shared) for which in (None, rows)]
+    else:
+        divergence, stats = ops.divergence(student, teacher, rows, **TOPK, **shared)
+        calls = [((torch.ones_like(divergence), student, teacher, rows, stats), TOPK | shared)]
+    for tensors, options in calls:
+        torch.library.opcheck(getattr(ops, name), tensors, options)
+
+
+def test_stats_have_the_number_that_ops_says(kernels, device):
+    student, teacher, *_ = batch(device)
+    divergence, stats = ops.divergence(student, teacher, None, **TOPK, **OPTIONS, backend=kernels)
+    assert divergence.shape == (3,) and stats.shape == (3, ops.NUM_STATS)
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+# The whole call must be one graph; aot_eager traces forward and backward without generating code.
+COMPILE = dict(fullgraph=True, dynamic=True, backend="aot_eager")
+
+
+def scores(student, teacher, ids, mask, backend):
+    return rk.token_scores(student, teacher, ids, divergence="forward_kl", temperature=0.8, backend=backend)
+
+
+def candidates(student, teacher, ids, mask, backend):
+    found, index = rk.scores_and_candidates(student, teacher, ids, mask, num_candidates=2, backend=backend)
+    return *found, index, rk.select_tokens(found.divergence, mask, num_tokens=3, backend=backend)
+
+
+def divergence(student, teacher, ids, mask, backend):
+    rows = torch.where(mask.flatten(), torch.arange(mask.numel(), device=mask.device), -1)
+    picked = rk.token_divergence(student, teacher, rows=rows, **TOPK, backend=backend)
+    return rk.token_divergence(student, teacher, backend=backend), picked
+
+
+def linear(student, teacher, ids, mask, backend):
+    weight = torch.linspace(-1, 1, 30 * student.shape[-1], device=student.device).view(30, -1)
+    heads = student, weight, teacher, weight
+    return (
+        *rk.linear_token_scores(*heads, ids, softcap=9.0, backend=backend),
+        rk.linear_token_divergence(*heads, softcap=9.0, backend=backend),
+    )
+
+
+@pytest.mark.parametrize("function", [scores, candidates, divergence, linear], ids=lambda f: f.__name__)
+def test_compiled_equals_eager_at_every_shape(backend, device, function):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, **COMPILE)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for shape in ((1, 3, 20), (2, 2, 27)):
+
+        def run(function, shape=shape):
+            student, teacher, ids, mask = batch(device, shape)
+            student.requires_grad_()
+            results = function(student, teacher, ids, mask, backend)
+            total = sum(result.sum() for result in results if result.requires_grad)
+            return *results, *(torch.autograd.grad(total, student) if isinstance(total, torch.Tensor) else ())
+
+        for have, want in zip(run(compiled), run(function), strict=True):
+            torch.testing.assert_close(have, want, rtol=0, atol=1e-6)
+    if backend != "torch" and function is not linear:  # whose number of chunks is in the graph
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1, "the second shape compiled anew"
+
+
+def test_compiled_code_holds_the_operator_and_not_the_reference(kernels, device):
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    student, teacher, ids, mask = batch(device)
+    torch.compile(scores, fullgraph=True, backend=keep)(student, teacher, ids, mask, kernels)
+    assert any("rmsd_kernels" in str(node.target) for node in graphs[0].graph.nodes)
+    assert not any("exp" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+# ---- autocast, dtypes -----------------------------------------------------------------------------------------------
+
+
+def test_autocast_changes_nothing(backend, device):
+    """Kernels take logits as they are; the linear forms keep their products' fp32."""
+    student, teacher, ids, mask = batch(device)
+    plain = candidates(student, teacher, ids, mask, backend), linear(student, teacher, ids, mask, backend)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        cast = candidates(student, teacher, ids, mask, backend), linear(student, teacher, ids, mask, backend)
+    for have, want in zip((*cast[0], *cast[1]), (*plain[0], *plain[1]), strict=True):
+        assert have.dtype == want.dtype and torch.equal(have, want)
+
+
+def test_backward_under_autocast(backend, device):
+    student, teacher, *_ = batch(device)
+    grads = []
+    for enabled in (False, True):
+        leaf = student.clone().requires_grad_()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            rk.token_divergence(leaf, teacher, backend=backend).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+# ---- second derivatives ---------------------------------------------------------------------------------------------
+
+
+def test_a_second_derivative_is_refused_by_name(kernels, device):
+    student, teacher, *_ = batch(device)
+    student.requires_grad_()
+    (grad,) = torch.autograd.grad(
+        rk.token_divergence(student, teacher, backend=kernels).sum(), student, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match=r"no second derivative.*differentiate once, or pass backend='torch'"):
+        grad.sum().backward()
+
+
+def test_the_reference_has_a_second_derivative():
+    student, teacher, *_ = batch()
+    student.requires_grad_()
+    result = rk.token_divergence(student, teacher, backend="torch").sum()
+    (grad,) = torch.autograd.grad(result, student, create_graph=True)
+    grad.square().sum().backward()
+    assert student.grad.abs().sum() > 0
+
+
+# ---- strides --------------------------------------------------------------------------------------------------------
+
+# What of the vocabulary's size a call may allocate: nothing, where each row is contiguous.
+CONTIGUOUS_ROWS = {
+    "shifted": lambda x: x[:, :-1],
+    "length first": lambda x: x.transpose(0, 1),
+    "every other row": lambda x: x[:, ::2],
+    "columns cut": lambda x: x[..., 3:40],
+    "expanded": lambda x: x[:, :1].expand(-1, 4, -1),
+}
+
+
+class Copies(TorchDispatchMode):
+    """Records operators that wrote a tensor as large as `numel`."""
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self.numel, self.names = numel, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        held = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in result if isinstance(result, tuple | list) else [result]:
+            fresh = isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in held
+            if fresh and x.numel() >= self.numel:
+                self.names.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("layout", CONTIGUOUS_ROWS)
+def test_no_copy_where_rows_are_contiguous(kernels, device, layout):
+    student, teacher = (CONTIGUOUS_ROWS[layout](x) for x in batch(device, (2, 3, 64))[:2])
+    ids = torch.zeros(student.shape[:2], dtype=torch.int64, device=device)
+    expected = rk.token_scores(student.contiguous(), teacher.contiguous(), ids, backend=kernels)
+    with Copies(student.numel()) as copies:
+        got = rk.token_scores(student, teacher, ids, backend=kernels)
+        rk.token_divergence(student, teacher, backend=kernels)
+    assert not copies.names
+    for have, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=0, atol=1e-6)
+
+
+def test_a_row_that_is_not_contiguous_is_copied_and_right(kernels, device):
+    student, teacher, ids, _ = batch(device, (2, 3, 64))
+    turned = [x.mT.contiguous().mT for x in (student, teacher)]
+    with Copies(student.numel()) as copies:
+        got = rk.token_scores(*turned, ids, backend=kernels)
+    assert len(copies.names) == 2, "the premise of the test above: a copy is seen where there is one"
+    for have, want in zip(got, rk.token_scores(student, teacher, ids, backend=kernels), strict=True):
+        assert torch.equal(have, want)
+
+
+def test_scores_of_a_leaf_that_needs_a_gradient_are_not_of_its_graph(backend, device):
+    student, teacher, ids, mask = batch(device)
+    found, _ = rk.scores_and_candidates(student.requires_grad_(), teacher, ids, mask, backend=backend)
+    assert not any(score.requires_grad for score in found)
+
+
+def test_auto_takes_the_kernels_of_the_device(kernels):
+    device = device_of(kernels)
+    if kernels == "triton" and device == "cpu":
+        pytest.skip("auto gives CPU tensors to the C++ kernels, interpreted Triton or not")
+    assert functional.resolve_backend("auto", torch.empty(0, device=device), "test") == kernels
