@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is first imported
@@ -19,6 +19,7 @@ BACKENDS = ("torch", "cpu", "triton")
 _shared = dict(deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("default", max_examples=60, derandomize=True, database=None, **_shared)
 settings.register_profile("thorough", max_examples=2000, print_blob=True, **_shared)
+settings.register_profile("mutations", derandomize=True, database=None, phases=(Phase.generate,), **_shared)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

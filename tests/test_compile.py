@@ -26,7 +26,7 @@ def batch(device="cpu", shape=(1, 3, 20), dtype=torch.float32):
 @pytest.mark.parametrize("name", ["scores", "select", "scores_and_candidates", "divergence", "divergence_backward"])
 def test_opcheck(kernels, device, name):
     student, teacher, ids, mask = batch(device)
-    rows = torch.tensor([2, -1, 0], device=device)
+    rows = torch.tensor([2, 0], device=device)  # no -1: its stats may be NaN, and to opcheck NaN is not NaN
     shared = dict(OPTIONS, backend=kernels)
     if name == "scores":
         calls = [((student, teacher, ids), shared)]
