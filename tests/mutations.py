@@ -1,0 +1,268 @@
+"""Breaks the code on purpose, one line at a time, and looks whether a test fails.
+
+    python tests/mutations.py [--only SUBSTRING] [--limit N] [--write docs/mutations.md]
+
+Each mutation is made in a temporary copy of the tree; the C++ kernels are built there without optimisation, for any
+processor. Not collected by pytest.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+KERNEL_TESTS = ["tests/test_fuzz.py", "tests/test_scores.py"]
+
+# Tests that must catch a mutation, cheapest first, and pytest's -k.
+SUITES = {
+    "reference.py": (["tests/test_reference.py"], ""),
+    "functional.py": (["tests/test_contract.py", "tests/test_compile.py", "tests/test_linear.py"], "not triton"),
+    "linear.py": (["tests/test_linear.py", "tests/test_contract.py", "tests/test_compile.py"], "not triton"),
+    "triton": (KERNEL_TESTS, "triton"),
+    "cpu": (KERNEL_TESTS, "cpu"),
+}
+
+# file: (what stands there, what is put in its place), each exactly once.
+MUTATIONS = {
+    "rmsd_kernels/reference.py": [
+        ("softcap * torch.tanh(logits / softcap)", "torch.tanh(logits / softcap)"),
+        ("logits if temperature == 1.0 else logits / temperature", "logits"),
+        ("logits = logits * logit_scale", "logits = logits / logit_scale"),
+        ("(logits < _INF).all(-1)", "(logits <= _INF).all(-1)"),
+        (".masked_fill(in_p & ~in_q, _INF)", ""),
+        ("teacher_logprobs + math.log(beta)", "teacher_logprobs + math.log(1 - beta)"),
+        ("beta * kl_terms(teacher_logprobs, mixture)", "kl_terms(teacher_logprobs, mixture)"),
+        ("(tied.cumsum(-1) <= room)", "(tied.cumsum(-1) < room)"),
+        ("support = topk_support(student_logits.detach()[..., :vocab_size]", "support = topk_support(student.detach()"),
+        ("valid = valid_rows(student) & valid_rows(teacher) & in_vocab", "valid = valid_rows(student) & in_vocab"),
+        ("result = torch.where(unreachable, _INF, result)", "pass"),
+        ("torch.where(result.isfinite(), result, result.detach())", "result"),
+        ("qualifies = mask & (score > threshold)", "qualifies = mask & (score >= threshold)"),
+        ("descending=True, stable=True", "descending=False, stable=True"),
+    ],
+    "rmsd_kernels/functional.py": [
+        ("outside = (sampled_ids < 0) | (sampled_ids >= limit)", "outside = sampled_ids > limit"),
+        ("outside &= mask", "pass"),
+        ("outside = (rows < -1) | (rows >= num_rows)", "outside = rows < -1"),
+        ('if divergence == "jsd" and not 0.0 < beta < 1.0:', 'if not 0.0 < beta < 1.0:'),
+        ('{"cuda": "triton", "cpu": "cpu"}', '{"cuda": "triton", "cpu": "torch"}'),
+        ("logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()", "logits.contiguous()"),
+        ("if tensor.device != first.device:", "if False:"),
+        ("if num_tokens < 1:", "if num_tokens < 0:"),
+        ("if vocab_topk is not None and vocab_topk < 1:", "if False:"),
+        ("return result if rows is None else torch.where(rows >= 0, result, 0.0)", "return result"),
+        ("@functools.cache\ndef _log_fallback", "def _log_fallback"),
+        ("@torch.no_grad()\ndef _scores", "def _scores"),
+    ],
+    "rmsd_kernels/linear.py": [
+        ("grad_divergence = grad_divergence.masked_fill(~live, 0.0)", "pass"),
+        (".masked_fill(~live, 0.0)\n\n", "\n\n"),
+        ("needs_hidden, needs_weight, needs_bias = ctx", "needs_hidden, needs_weight, needs_bias = 3 * (True,) or ctx"),
+        ("grad_bias += grad_logits.sum(0)", "grad_bias += grad_logits.mean(0)"),
+        ("max(1, int((workspace_mb or WORKSPACE_MB)", "max(10**9, int((workspace_mb or WORKSPACE_MB)"),
+        ("logits if bias is None else logits.add_(bias)", "logits"),
+        ("hidden, logits = hidden.float(), hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)",
+         "return (hidden @ weight.T).float() + (0 if bias is None else bias)"),
+        ("grad_weight = torch.zeros_like(student_weight, dtype=sum_dtype)",
+         "grad_weight = torch.zeros_like(student_weight)"),
+        ("teacher_weight.detach()", "teacher_weight"),
+        ("if not 0.0 < logit_scale < math.inf:", "if False:"),
+        ("softcap is not None and not 0.0 < softcap < math.inf", "False"),
+    ],
+    "rmsd_kernels/triton/visits.py": [
+        ("first_z = tl.fma(first_z, first_rescale, ", "first_z = tl.fma(first_z, 1.0, "),
+        ("cross = tl.fma(cross, first_rescale, ", "cross = tl.fma(cross, second_rescale, "),
+        ("second_z = tl.fma(second_z, second_rescale, ", "second_z = tl.fma(second_z, first_rescale, "),
+        ("tl.fma(first_shift, first_z, first_e), first_rescale", "first_e, first_rescale"),
+        ("gap = tl.maximum(gap, tl.max(tile_gap, axis=1))", "gap = gap"),
+        ("return (nats(second_scale, second_correction) * cross - distance * mass)",
+         "return (nats(second_scale, second_correction) * cross + distance * mass)"),
+        ("cross = tl.sum(cross * first_rescale, axis=0)", "cross = tl.sum(cross, axis=0)"),
+        ("tl.fma(q, beta, p * (1.0 - beta))", "tl.fma(p, beta, q * (1.0 - beta))"),
+        ("first = tl.maximum(first, FLOOR / ratio, propagate_nan=tl.PropagateNan.ALL)",
+         "first = tl.maximum(first, FLOOR / ratio)"),
+        ("tl.maximum(second, 2 * FLOOR,", "tl.maximum(second, FLOOR,"),
+        ("slope *= 1.0 - beta", "slope *= beta"),
+    ],
+    "rmsd_kernels/triton/scores.py": [
+        ("valid = in_vocab & (student_z > 0.0) & (teacher_z > 0.0)", "valid = (student_z > 0.0) & (teacher_z > 0.0)"),
+        ("sampled_id >= 0) & (sampled_id < size)", "sampled_id >= 0) & (sampled_id <= size)"),
+        ("tl.log(student_z) - (student_e / student_z) * LN2", "tl.log(student_z) + (student_e / student_z) * LN2"),
+        ("if finished == length - 1:", "if finished == 0:"),
+        ("tl.where(valid, divergence, nan)", "divergence"),
+    ],
+    "rmsd_kernels/triton/candidates.py": [
+        ("(0x7FFFFFFF - positions).to(tl.int64)", "positions.to(tl.int64)"),
+        ("wanted = wanted & (score > threshold)", "wanted = wanted & (score >= threshold)"),
+        ("tl.where(score == 0.0, 0.0, score)", "score"),
+        ("wanted = wanted & (tl.abs(divergence) < INF)", "wanted = wanted"),
+        ("tl.abs(teacher - student)", "teacher - student"),
+        ("tl.where(keys < key, keys, _NONE)", "keys"),
+        ("ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)", "ordered = bits"),
+        ('student_plane: tl.constexpr = 0 if CRITERION == "logprob_gap" else 5', "student_plane: tl.constexpr = 0"),
+    ],
+    "rmsd_kernels/triton/topk.py": [
+        ("(tile[block] == value) & (ids <= last_id)", "(tile[block] == value)"),
+        ("left = nth - before - tied", "left = nth - before"),
+        ("if third_count >= vocab_topk:", "if third_count > vocab_topk:"),
+        ("vocab_topk - above, UNROLL", "vocab_topk, UNROLL"),
+        ("(bits ^ ((bits >> 31) & 0x7FFFFFFF)).to", "bits.to"),
+        ("if high - low == 1:", "if False:"),
+    ],
+    "rmsd_kernels/triton/divergence.py": [
+        ("mean_slope += mass", "mean_slope += 0.0"),
+        ("mean_slope = -mass", "mean_slope = mass"),
+        ("divergence += rest_term", "divergence += 0.0"),
+        ("mean_slope += rest_weighted", "mean_slope += 0.0"),
+        ("tl.where(row == -1, 0.0, float(\"nan\"))", "float(\"nan\")"),
+        ("divergence = tl.where(valid, divergence, float(\"nan\"))", "pass"),
+        ("divergence = tl.where(teacher_z == 0.0, 0.0 if FORWARD else INF, divergence)", "pass"),
+        ("tl.store(stats_ptr + 5, last_tied_id.to(tl.float32))", "tl.store(stats_ptr + 5, 0.0)"),
+        ("tl.store(stats_ptr + 6, is_finite.to(tl.float32))", "tl.store(stats_ptr + 6, 1.0)"),
+        ("tl.store(stats_ptr + 7, rest_distance)", "tl.store(stats_ptr + 7, 0.0)"),
+    ],
+    "rmsd_kernels/triton/divergence_backward.py": [
+        ("slope += 1.0", "slope += 0.0"),
+        ("grad = p * (slope - mean_slope)", "grad = p * slope"),
+        ("grad = -tl.exp2(log_q * LOG2E) - p * mean_slope", "grad = -tl.exp2(log_q * LOG2E) + p * mean_slope"),
+        ("grad = p * ((1.0 - beta) * to_p", "grad = p * (beta * to_p"),
+        ("outside = p * 0.0", "outside = grad"),
+        ("outside = p * (rest_slope - mean_slope)", "outside = p * rest_slope"),
+        ("grad *= upstream * raw_scale", "grad *= raw_scale"),
+        ("raw_scale=logit_scale / temperature", "raw_scale=logit_scale"),
+        ("1.0 - student * student, 0.0", "1.0, 0.0"),
+        ("if end > whole:", "if end > size:"),
+        ("| (tl.load(stats_ptr + 6) == 0.0)", ""),
+    ],
+    "rmsd_kernels/cpu/scan.h": [
+        ("s.total *= student_factor;", ""),
+        ("t.total *= teacher_factor;", "t.total *= student_factor;"),
+        ("scan.student_cross = student_factor * (scan.student_cross + s.total * (student_moved - teacher_moved));", ""),
+        ("s.weighted = student_factor * (s.weighted + s.total * student_shift);", ""),
+        ("student_cross / student.total - student.log_total() + teacher.log_total()", "student_cross / student.total"),
+        ("scan.teacher_misses |= student[i] > -kInf && teacher[i] == -kInf;", ""),
+        ("if (!(s_tile < kInf && t_tile < kInf)) {", "if (!(s_tile < kInf)) {"),
+        ("cross = at::vec::fmadd(es, ds - dt, cross);", "cross = at::vec::fmadd(es, ds, cross);"),
+        ("at::vec::clamp_min(Vec::loadu(teacher + i) - t_peak, lowest)", "(Vec::loadu(teacher + i) - t_peak)"),
+        ("sums.divergence = beta * teacher_kl + (1.0 - beta) * sums.student_kl;",
+         "sums.divergence = (1.0 - beta) * teacher_kl + beta * sums.student_kl;"),
+        ("Vec m = at::vec::fmadd(Vec(beta), q, Vec(1.f - beta) * p)",
+         "Vec m = at::vec::fmadd(Vec(beta), p, Vec(1.f - beta) * q)"),
+    ],
+    "rmsd_kernels/cpu/scores.cpp": [
+        ("|| id < 0 || id >= p.vocab_size", "|| id < 0 || id > p.vocab_size"),
+        ("put(kTeacherLse, scan.teacher.lse());", "put(kTeacherLse, scan.student.lse());"),
+        ("mask[i] && score[i] > threshold", "mask[i] && score[i] >= threshold"),
+        ("mask[i] && score[i] > threshold", "score[i] > threshold"),
+        ("(score[a] == score[b] && a < b)", "(score[a] == score[b] && a > b)"),
+        ("std::fill(index + kept, index + num_tokens, int64_t(-1));", ""),
+        ("!std::isfinite(divergence) ", "std::isnan(divergence) "),
+        ("of(rmsd::kTeacherEntropy) - of(rmsd::kStudentEntropy)", "of(rmsd::kTeacherEntropy)"),
+        ("put(kStudentEntropy, scan.student.entropy());", "put(kStudentEntropy, scan.teacher.entropy());"),
+        ("row.teacher_transform(static_cast<float>(row.teacher[id]))",
+         "row.student_transform(static_cast<float>(row.teacher[id]))"),
+    ],
+    "rmsd_kernels/cpu/topk.h": [
+        ("if (values[i] < support.kth_logit || (tied && room == 0)) continue;",
+         "if (values[i] < support.kth_logit) continue;"),
+        ("support.last_tied_id = ids[i];", ""),
+        ("if (maxima[b] < bound) continue;", "if (maxima[b] <= bound) continue;"),
+        ("bound = ranked[k - 1];", "bound = ranked[0];"),
+        ("if (value >= bound) {", "if (value > bound) {"),
+        ("for (; i < end; ++i) best = std::max(best, static_cast<float>(row[i]));", ""),
+        ("return v > support.kth_logit;", "return v >= support.kth_logit;"),
+    ],
+    "rmsd_kernels/cpu/divergence.cpp": [
+        ("tail == kDrop ? 1.f : 0.f};\n  double mean_slope", "0.f};\n  double mean_slope"),
+        ("divergence += term(p, log_p, log_q);", ""),
+        ("mean_slope += bucket_slope(p, log_p, log_q);", ""),
+        ("if (teacher_inside.peak == -kInf) return kInf;", ""),
+        ("stats.mean_slope = -1.f;", "stats.mean_slope = 1.f;"),
+        ("if (!std::isfinite(divergence)) stats = Stats();", ""),
+        ("row < 0 ? 0 : rmsd", "row < -1 ? 0 : rmsd"),
+        ("if (by_ratio) outside", "if (false) outside"),
+        ("tail == kRenorm ? 0.f : (tail", "false ? 0.f : (tail"),
+        ("(result * scale * row.student_transform.slope(s))", "(result * row.student_transform.slope(s))"),
+        ("if (total > 0) total *= std::exp(double(peak) - larger);", ""),
+        ("(r == kth) & (id <= last_tied)", "(r == kth)"),
+    ],
+}  # fmt: skip
+
+
+def build_cpu(tree: Path) -> None:
+    """One library for any processor, quickly, in place of the three that setup.py builds."""
+    from torch.utils.cpp_extension import include_paths
+
+    cpu = tree / "rmsd_kernels/cpu"
+    includes = [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
+    subprocess.run(
+        ["g++", "-O1", "-w", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DCPU_CAPABILITY=DEFAULT",
+         "-DCPU_CAPABILITY_DEFAULT", *includes, cpu / "scores.cpp", cpu / "divergence.cpp",
+         "-o", cpu / f"_default{sysconfig.get_config_var('EXT_SUFFIX')}"],
+        check=True,
+    )  # fmt: skip
+
+
+def killed_by(file: str, old: str, new: str) -> str | None:
+    """The test that failed, None where none did."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("rmsd_kernels", "rmsd", "tests", "pyproject.toml", "docs"):
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, tree / name)
+        text = (tree / file).read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"{file} holds {text.count(old)} times, not once: {old}")
+        (tree / file).write_text(text.replace(old, new))
+        environment = dict(os.environ, PYTHONPATH=folder, HYPOTHESIS_PROFILE="mutations", OMP_NUM_THREADS="1")
+        if "/cpu/" in file:
+            build_cpu(tree)
+            environment["RMSD_CPU_CAPABILITY"] = "default"
+        parts = file.split("/")
+        tests, keyword = SUITES[parts[1]]
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--durations=0", *tests,
+             *(["-k", keyword] if keyword else [])],
+            cwd=tree, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    if result.returncode not in (0, 1):
+        raise SystemExit(f"pytest ended with {result.returncode}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+    failed = [line.split(" ")[1] for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].removeprefix("tests/") if failed else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="files whose name holds this")
+    parser.add_argument("--limit", type=int, default=100, help="mutations a file")
+    parser.add_argument("--write", type=Path, help="append the table to this file")
+    chosen = parser.parse_args()
+    survived = 0
+    for file, mutations in MUTATIONS.items():
+        for old, new in mutations[: chosen.limit] if chosen.only in file else ():
+            test = killed_by(file, old, new)
+            survived += test is None
+            cells = file.removeprefix("rmsd_kernels/"), code(old), code(new), test or "**survived**"
+            line = f"| {' | '.join(cells)} |"
+            print(line, flush=True)
+            if chosen.write:
+                with chosen.write.open("a") as out:
+                    out.write(line + "\n")
+    return survived
+
+
+def code(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return f"`{text}`" if text else "nothing"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
