@@ -1,0 +1,182 @@
+"""The linear forms: the same numbers from hidden states, and never the logits of all rows."""
+
+import pytest
+import torch
+from budget import DIVERGENCES, assert_within_budget
+from conftest import skip_unless_served
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rmsd_kernels import linear_token_divergence, linear_token_scores
+from rmsd_kernels.reference import scaled_logits, token_divergence, token_scores
+
+N, V, H, H2 = 9, 120, 8, 6
+HEAD = dict(logit_scale=0.5, softcap=4.0)
+
+
+def inputs(dtype=torch.float32, bias=True):
+    generator = torch.Generator().manual_seed(0)
+    shapes = dict(
+        student_hidden=(N, H), student_weight=(V, H), teacher_hidden=(N, H2), teacher_weight=(V, H2),
+        student_bias=(V,), teacher_bias=(V,),
+    )  # fmt: skip
+    made = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return made if bias else {name: x for name, x in made.items() if "bias" not in name}
+
+
+def projected(made, dtype, head=HEAD):
+    """(student, teacher) logits from the true inputs, softcapped and scaled."""
+    made = {name: x.to(dtype) for name, x in made.items()}
+    return tuple(
+        scaled_logits(made[f"{role}_hidden"] @ made[f"{role}_weight"].T + made.get(f"{role}_bias", 0), **head)
+        for role in ("student", "teacher")
+    )
+
+
+def to(made, device):
+    return {name: x.to(device) for name, x in made.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_scores_from_hidden_states(divergence, dtype, backend, device):
+    made = inputs(dtype)
+    ids = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+    heads = to(made, device)
+    positional = [heads.pop(n) for n in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+    got = linear_token_scores(
+        *positional, ids.to(device), **heads, **HEAD, divergence=divergence, backend=backend, workspace_mb=0.003
+    )
+    truth = token_scores(*projected(made, torch.float64), ids, divergence=divergence)
+    plain = token_scores(*projected(made, torch.float32), ids, divergence=divergence)
+    for name in got._fields:
+        assert_within_budget(getattr(got, name), getattr(plain, name), getattr(truth, name), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_topk", [None, 10])
+def test_divergence_and_every_gradient(vocab_topk, dtype, backend, device):
+    made = inputs(dtype)
+    rows = torch.tensor([4, -1, 0, 8])
+    names = ("student_hidden", "student_weight", "student_bias")
+    upstream = torch.tensor([1.0, 2.0, -0.5, 3.0])
+
+    def ours():
+        leaves = {n: x.to(device).requires_grad_(n in names) for n, x in made.items()}
+        heads = dict(leaves)
+        positional = [heads.pop(n) for n in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+        result = linear_token_divergence(
+            *positional, rows=rows.to(device), **heads, **HEAD, vocab_topk=vocab_topk, workspace_mb=0.002,
+            backend=backend,
+        )  # fmt: skip
+        return result, torch.autograd.grad(result, [leaves[n] for n in names], upstream.to(device))
+
+    def direct(dtype):
+        leaves = {n: x.to(dtype).requires_grad_(n in names) for n, x in made.items()}
+        student, teacher = projected(leaves, dtype)
+        # The support is of the logits before softcap, which keeps their order.
+        result = token_divergence(student, teacher, vocab_topk=vocab_topk)[rows.clamp_min(0)] * (rows >= 0)
+        return result, torch.autograd.grad(result, [leaves[n] for n in names], upstream.to(dtype))
+
+    (got, grads), (plain, plain_grads), (truth, truth_grads) = ours(), direct(torch.float32), direct(torch.float64)
+    assert_within_budget(got, plain, truth, "divergence")
+    for name, grad, plain_grad, truth_grad in zip(names, grads, plain_grads, truth_grads, strict=True):
+        assert grad.dtype == dtype
+        assert_within_budget(grad, plain_grad.to(dtype), truth_grad, name)
+    others = [i for i in range(N) if i not in (4, 0, 8)]
+    assert not grads[0][others].any(), "rows not named get exactly zero"
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest tensor that any operation makes; a view of what it was given is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_the_logits_of_all_rows_never_exist(backend):
+    skip_unless_served(backend)
+    rows, vocab, hidden_size = 600, 2000, 4
+    hidden = torch.randn(rows, hidden_size, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, requires_grad=True)
+    ids = torch.zeros(rows, dtype=torch.int64)
+    options = dict(workspace_mb=1, backend=backend)
+    with Largest() as largest:
+        linear_token_scores(hidden, weight, hidden, weight, ids, **options)
+        linear_token_divergence(hidden, weight, hidden.detach(), weight.detach(), **options).sum().backward()
+    assert largest.numel <= 2**20 / 4 < rows * vocab / 4
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_only_named_rows_reach_the_head(backend):
+    skip_unless_served(backend)
+    hidden, weight = torch.randn(500, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
+    with Largest() as largest:
+        rows = torch.tensor([3, 77])
+        result = linear_token_divergence(hidden, weight, hidden.detach(), weight.detach(), rows=rows, backend=backend)
+        result.sum().backward()
+    assert largest.numel <= 500 * 4, "hidden states' gradient is the largest tensor"
+
+
+def test_a_frozen_head_costs_no_weight_gradient():
+    hidden, weight = torch.randn(3, 50, requires_grad=True), torch.randn(40, 50)
+    with Largest() as largest:
+        linear_token_divergence(hidden, weight, hidden.detach(), weight).sum().backward()
+    assert largest.numel < weight.numel()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_a_workspace_changes_nothing():
+    made = inputs(bias=False)
+    ids = torch.zeros(N, dtype=torch.int64)
+    results = [
+        (
+            linear_token_scores(*made.values(), ids, workspace_mb=mb),
+            linear_token_divergence(*made.values(), workspace_mb=mb),
+        )
+        for mb in (1e-6, 0.004, 64)
+    ]
+    for scores, divergence in results[1:]:
+        torch.testing.assert_close(scores, results[0][0])
+        torch.testing.assert_close(divergence, results[0][1])
+
+
+def test_leading_shapes_come_back():
+    made = inputs(bias=False)
+    made |= {name: made[name].view(3, 3, -1) for name in ("student_hidden", "teacher_hidden")}
+    scores = linear_token_scores(*made.values(), torch.zeros(3, 3, dtype=torch.int64))
+    assert scores.divergence.shape == (3, 3)
+    torch.testing.assert_close(linear_token_divergence(*made.values()), scores.divergence.flatten())
+
+
+def test_no_rows_still_belong_to_the_graph():
+    made = inputs(bias=False)
+    made["student_hidden"].requires_grad_()
+    for rows in (torch.empty(0, dtype=torch.int64), torch.tensor([-1, -1])):
+        result = linear_token_divergence(*made.values(), rows=rows)
+        assert result.tolist() == [0.0] * len(rows)
+        (grad,) = torch.autograd.grad(result.sum(), made["student_hidden"])
+        assert not grad.any()
+
+
+def test_a_tied_head_gets_the_gradient_of_the_student_alone():
+    """One weight serves both models; the teacher's use of it is detached."""
+    hidden, weight, _ = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    teacher = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    tied = weight.clone().requires_grad_()
+    linear_token_divergence(hidden, tied, teacher, tied).sum().backward()
+    alone = weight.clone().requires_grad_()
+    linear_token_divergence(hidden, alone, teacher, weight).sum().backward()
+    assert torch.equal(tied.grad, alone.grad)
+    assert tied.grad.abs().sum() > 0
