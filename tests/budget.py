@@ -58,7 +58,7 @@ def _scores(backend, student, teacher, ids, *, logit_scale=1.0, softcap=None, **
     )
 
 
-def check_scores(backend, student, teacher, ids, *, device="cpu", allow_rounding=False, **options) -> rk.TokenScores:
+def check_scores(backend, student, teacher, ids, *, device="cpu", allow_rounding=0.0, **options) -> rk.TokenScores:
     """Holds every score of `backend` to the budget; inputs are made on the CPU."""
     got = _scores(backend, student.to(device), teacher.to(device), ids.to(device), **options)
     plain = _scores("torch", student, teacher, ids, **options)
@@ -66,7 +66,7 @@ def check_scores(backend, student, teacher, ids, *, device="cpu", allow_rounding
     for name in rk.TokenScores._fields:
         have, want = getattr(got, name), getattr(truth, name).view(ids.shape)
         assert have.dtype == torch.float32
-        rounding = rounding_of(want, torch.float32) if allow_rounding else 0.0
+        rounding = rounding_of(want, torch.float32) + allow_rounding if allow_rounding else 0.0
         assert_within_budget(have, getattr(plain, name), want, name, rounding)
     return got
 
@@ -90,7 +90,7 @@ def _divergence(backend, student, teacher, rows, *, logit_scale=1.0, softcap=Non
     return result, grad
 
 
-def check_divergence(backend, student, teacher, *, rows=None, device="cpu", allow_rounding=False, **options):
+def check_divergence(backend, student, teacher, *, rows=None, device="cpu", allow_rounding=0.0, **options):
     """Holds the divergence and its gradient to the budget; returns both."""
     on_device = [None if tensor is None else tensor.to(device) for tensor in (student, teacher, rows)]
     got, got_grad = _divergence(backend, *on_device, **options)
@@ -98,9 +98,9 @@ def check_divergence(backend, student, teacher, *, rows=None, device="cpu", allo
     truth, truth_grad = _divergence("torch", student.double(), teacher.double(), rows, **options)
     assert got.dtype == torch.float32
     assert got_grad.dtype == student.dtype
-    rounding = rounding_of(truth, torch.float32) if allow_rounding else 0.0
+    rounding = rounding_of(truth, torch.float32) + allow_rounding if allow_rounding else 0.0
     assert_within_budget(got, plain, truth, "divergence", rounding)
-    rounding = rounding_of(truth_grad, student.dtype) if allow_rounding else 0.0
+    rounding = rounding_of(truth_grad, student.dtype) + allow_rounding if allow_rounding else 0.0
     assert_within_budget(got_grad, plain_grad, truth_grad, "gradient", rounding)
     return got, got_grad
 

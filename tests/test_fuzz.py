@@ -1,8 +1,9 @@
 """Whatever the shape, strides, dtype, options and values: every backend agrees with the reference.
 
-The budget is the one of tests/budget.py with one allowance: plain torch's error is never taken as less than a unit in
-the last place of the largest value, since a drawn row may be one that plain torch happens to round well. (With half a
-unit, one drawn row in 2,000 overran: 2.6 times plain torch's error, where the teacher's logits were -1e4.)
+The budget is the one of tests/budget.py with an allowance for luck, since a drawn case may be a single row that plain
+torch happens to round well: its error counts as at least a unit in the last place of the largest value, and half a unit
+of the scaled logits (up to 256 of them), which a temperature alone may cost. Without it one drawn row in some thousands
+overruns: 2.23e-6 where plain torch had 3.8e-7, logits of +-60 divided by 0.7.
 HYPOTHESIS_PROFILE=thorough runs 2,000 examples of each. FUZZ_BACKENDS=torch,cpu leaves the slow interpreter out.
 """
 
@@ -76,6 +77,11 @@ def examples(backend: str) -> settings:
     return settings(max_examples=2000 if thorough else 25 if backend == "triton" else 120)
 
 
+def luck(student, teacher, temperature, teacher_temperature, **_) -> float:
+    largest = max((x[x.isfinite()].abs().max().item() for x in (student, teacher) if x.isfinite().any()), default=0.0)
+    return min(largest / min(temperature, teacher_temperature or temperature), 256.0) * 2**-24
+
+
 def widest(backend: str) -> int:
     """Several tiles: of 64 logits in the interpreter, of 2,048 in the C++ kernels."""
     return 150 if backend == "triton" else 4500
@@ -94,7 +100,9 @@ def test_scores_and_candidates(backend):
         generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
         ids = torch.randint(limit, student.shape[:-1], generator=generator)
         device = device_of(backend)
-        scores = budget.check_scores(backend, student, teacher, ids, device=device, allow_rounding=True, **options)
+        scores = budget.check_scores(
+            backend, student, teacher, ids, device=device, allow_rounding=luck(student, teacher, **options), **options
+        )
 
         mask = torch.rand(ids.shape, generator=generator) < 0.8
         selection = dict(
@@ -149,7 +157,13 @@ def test_divergence_and_gradient(backend):
             rows = torch.tensor(data.draw(st.permutations(range(num_rows)))[: data.draw(st.integers(0, 5))])
             rows = torch.cat([rows.long(), torch.tensor([-1])])
         _, grad = budget.check_divergence(
-            backend, student, teacher, rows=rows, device=device_of(backend), allow_rounding=True, **options
+            backend,
+            student,
+            teacher,
+            rows=rows,
+            device=device_of(backend),
+            allow_rounding=luck(student, teacher, **options),
+            **options,
         )
         if rows is not None:
             others = torch.ones(num_rows, dtype=torch.bool)
