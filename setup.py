@@ -1,6 +1,6 @@
 """Builds the C++ kernels ahead of time, once for every instruction set that they are specialised for. The processor
-chooses between them at run time, so a wheel built here runs on the next machine. Without torch or a compiler the install
-succeeds all the same, says so, and the `torch` backend serves."""
+chooses between them at run time, so a wheel built here runs on the next machine. Without torch or a compiler the
+install succeeds all the same, says so, and the `torch` backend serves."""
 
 import platform
 import sys
@@ -18,7 +18,7 @@ FLAGS = {
 
 def warn(reason):
     bar = "*" * 78
-    message = f"rmsd-kernels: the C++ kernels are NOT built ({reason}).\nCPU tensors will take the slower torch backend."
+    message = f"rmsd-kernels: the C++ kernels are NOT built ({reason}).\nCPU tensors take the slower torch backend."
     print(f"\n{bar}\n{message}\n{bar}\n", file=sys.stderr)
 
 

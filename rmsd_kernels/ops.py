@@ -19,7 +19,7 @@ from torch.library import custom_op
 
 BACKENDS = {"triton": "rmsd_kernels.triton", "cpu": "rmsd_kernels.cpu"}
 
-# divergence() hands this many fp32 numbers a row to its backward; what they are is each backend's own affair. With f the
+# divergence() hands this many fp32 numbers a row to its backward; what they are is each backend's affair. With f the
 # divergence's summand and g = df/dp, the gradient by scaled logit j is p_j (g_j - c) inside the support and
 # p_j (g_rest - c) outside it (drop: g_rest = 0; renorm: 0 altogether), where c is the sum of p g over the support and
 # the bucket. Of these, the log-sum-exps, c, the bucket's slope and where the support ends are worth saving.
