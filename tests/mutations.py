@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-KERNEL_TESTS = ["tests/test_fuzz.py", "tests/test_scores.py"]
+KERNEL_TESTS = [f"tests/test_{stem}.py" for stem in ("fuzz", "selection", "scores", "divergence")]
 
 # Tests that must catch a mutation, cheapest first, and pytest's -k.
 SUITES = {
@@ -196,15 +196,16 @@ MUTATIONS = {
 
 def build_cpu(tree: Path) -> None:
     """One library for any processor, quickly, in place of the three that setup.py builds."""
-    from torch.utils.cpp_extension import include_paths
+    from torch.utils.cpp_extension import include_paths, library_paths
 
     cpu = tree / "rmsd_kernels/cpu"
     includes = [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
     subprocess.run(
         ["g++", "-O1", "-w", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DCPU_CAPABILITY=DEFAULT",
          "-DCPU_CAPABILITY_DEFAULT", *includes, cpu / "scores.cpp", cpu / "divergence.cpp",
+         *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10",
          "-o", cpu / f"_default{sysconfig.get_config_var('EXT_SUFFIX')}"],
-        check=True,
+        check=True, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
 
@@ -229,12 +230,14 @@ def killed_by(file: str, old: str, new: str) -> str | None:
         parts = file.split("/")
         tests, keyword = SUITES[parts[1]]
         result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--durations=0", *tests,
+            [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=no", "-rf", *tests,
              *(["-k", keyword] if keyword else [])],
             cwd=tree, env=environment, capture_output=True, text=True,
         )  # fmt: skip
     if result.returncode not in (0, 1):
         raise SystemExit(f"pytest ended with {result.returncode}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+    if result.returncode == 0 and " passed" not in result.stdout.splitlines()[-1]:
+        raise SystemExit(f"every test was skipped:\n{result.stdout[-2000:]}")
     failed = [line.split(" ")[1] for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return failed[0].removeprefix("tests/") if failed else None
 
