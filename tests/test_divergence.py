@@ -51,11 +51,11 @@ def test_shapes_and_values(request, backend, device, name, divergence, tail):
     expect_known_overrun(request, backend, name, divergence, tail)
     if inputs.too_slow_to_interpret(name, backend, device):
         pytest.skip("70,000 programs take the interpreter an hour")
-    if name == "many_rows" and tail is not None:
-        pytest.skip("its two entries leave no tail")
+    if name == "many_rows" and (tail is not None or divergence == "jsd"):
+        pytest.skip("its two entries leave no tail, and a KL has every index a jsd has")
     parts = (name, list(inputs.CASES)), (divergence, budget.DIVERGENCES), (tail, budget.TAILS)
-    if backend == "triton" and device == "cpu" and tail is not None and sum(v.index(p) for p, v in parts) % 6:
-        pytest.skip("the interpreter takes one in six of these")
+    if backend == "triton" and device == "cpu" and tail is not None and sum(v.index(p) for p, v in parts) % 10:
+        pytest.skip("the interpreter takes one in ten of these")
     for dtype in cycled(backend, *parts):
         case = inputs.make(name, dtype, backend)
         got, _ = budget.check_divergence(
@@ -80,7 +80,10 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(request, backend, device, option, divergence, tail):
     expect_known_overrun(request, backend, option, divergence, tail)
-    for dtype in cycled(backend, (option, list(OPTIONS)), (divergence, budget.DIVERGENCES), (tail, budget.TAILS)):
+    parts = (option, list(OPTIONS)), (divergence, budget.DIVERGENCES), (tail, budget.TAILS)
+    if backend == "triton" and device == "cpu" and tail is not None and sum(v.index(p) for p, v in parts) % 3:
+        pytest.skip("the interpreter takes one in three of these")
+    for dtype in cycled(backend, *parts):
         case = inputs.far_apart((2, 331), dtype)
         case.student[:, 5] = case.teacher[:, 5] = -inputs.INF  # a softcap must not give a banned token mass
         budget.check_divergence(backend, *case[:2], device=device, **options_of(divergence, tail, **OPTIONS[option]))
@@ -95,8 +98,8 @@ def test_options(request, backend, device, option, divergence, tail):
 def test_support(backend, device, name, k, tail):
     """One entry, most of them, all but one, all, and more than there are; among distinct logits and ties."""
     parts = (k, [1, 2, 77, 330, 331, 332]), (tail, budget.TAILS)
-    if backend == "triton" and device == "cpu" and sum(v.index(p) for p, v in parts) % 6:
-        pytest.skip("the interpreter takes one in six of these")
+    if backend == "triton" and device == "cpu" and sum(v.index(p) for p, v in parts) % 10:
+        pytest.skip("the interpreter takes one in ten of these")
     for dtype in cycled(backend, *parts):
         case = inputs.make(name, dtype, backend)
         budget.check_divergence(backend, *case[:2], device=device, vocab_topk=k, tail=tail)
