@@ -7,7 +7,7 @@ import torch
 
 import rmsd_kernels as rk
 
-# Overruns of the budget, measured: (backend, case, divergence, tail or None for any). docs/log.md.
+# Overruns of the budget, measured: (backend, case, divergence, tail or None for any).
 KNOWN = {
     ("cpu", "sliced_columns", "reverse_kl", None): "fp32 gradient off by 2.2e-6 where plain torch is off by 1.9e-7",
     ("cpu", "huge", "forward_kl", "bucket"): "gradient off by 4.5e-5 where plain torch is off by 1.9e-8",
@@ -98,8 +98,12 @@ def test_options(request, backend, device, option, divergence, tail):
 def test_support(backend, device, name, k, tail):
     """One entry, most of them, all but one, all, and more than there are; among distinct logits and ties."""
     parts = (k, [1, 2, 77, 330, 331, 332]), (tail, budget.TAILS)
-    if backend == "triton" and device == "cpu" and sum(v.index(p) for p, v in parts) % 10:
-        pytest.skip("the interpreter takes one in ten of these")
+    if (
+        backend == "triton"
+        and device == "cpu"
+        and (name not in ("tied", "constant") or sum(v.index(p) for p, v in parts) % 3)
+    ):
+        pytest.skip("the interpreter takes every k and every tail once, on ties")
     for dtype in cycled(backend, *parts):
         case = inputs.make(name, dtype, backend)
         budget.check_divergence(backend, *case[:2], device=device, vocab_topk=k, tail=tail)
