@@ -86,7 +86,7 @@ def test_compiled_equals_eager_at_every_shape(backend, device, function):
     torch._dynamo.reset()
     compiled = torch.compile(function, **COMPILE)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for shape in ((1, 3, 20), (2, 2, 27)):
+    for shape in ((3, 2, 20), (2, 4, 27)):  # no size of 1: torch.compile specialises on it
 
         def run(function, shape=shape):
             student, teacher, ids, mask = batch(device, shape)

@@ -50,11 +50,24 @@ struct Slope {
   int32_t divergence;
   float beta;
   float one;  // 1 where the reverse KL's slope log p - log q + 1 keeps its 1, i.e. where probabilities do not sum to 1
+  Normaliser student_logprob, teacher_logprob;
+  float shift;  // student's log-sum-exp less the teacher's
 
-  // p (g - mean_slope) from log-probabilities kept above -inf.
-  Vec operator()(Vec ls, Vec lt, Vec mean_slope) const {
+  Slope(const Problem& p, bool keeps_one, const Stats& stats)
+      : divergence(p.divergence), beta(p.beta), one(keeps_one ? 1.f : 0.f), student_logprob(stats.student),
+        teacher_logprob(stats.teacher),
+        shift(static_cast<float>((double(stats.student.peak) - stats.teacher.peak) +
+                                 (double(stats.student.log_total) - stats.teacher.log_total))) {}
+
+  // p (g - mean_slope) from scaled logits.
+  Vec operator()(Vec s, Vec t, Vec mean_slope) const {
+    const Vec ls = student_logprob(s), lt = teacher_logprob(t), lowest(kLowest);
     const Vec p = exp_nonpositive(at::vec::clamp_max(ls, Vec(0.f)));
-    if (divergence == kReverseKL) return p * (((ls - lt) + Vec(one)) - mean_slope);
+    if (divergence == kReverseKL) {
+      // The logits' difference first: log p and log q are each off by half a bit of a number of size 10.
+      const Vec gap = (at::vec::clamp_min(s, lowest) - at::vec::clamp_min(t, lowest)) - Vec(shift);
+      return p * ((gap + Vec(one)) - mean_slope);
+    }
     const Vec q = exp_nonpositive(at::vec::clamp_max(lt, Vec(0.f)));
     if (divergence == kForwardKL) return (q + p * mean_slope).neg();
     const Vec m = at::vec::fmadd(Vec(beta), q, Vec(1.f - beta) * p);
@@ -64,13 +77,12 @@ struct Slope {
 };
 
 // Sum of p g over scaled logits that lie together, padded with -inf to whole vectors.
-double slope_sum(const Slope& slope, const Normaliser& student_logprob, const Normaliser& teacher_logprob,
-                 const float* student, const float* teacher, int64_t count) {
+double slope_sum(const Slope& slope, const float* student, const float* teacher, int64_t count) {
   Vec total(0.f);
   blocks(count, [&](int64_t begin, int64_t end) {
     Vec part(0.f);
     for (int64_t i = begin; i < end; i += Vec::size()) {
-      part = part + slope(student_logprob(Vec::loadu(student + i)), teacher_logprob(Vec::loadu(teacher + i)), Vec(0.f));
+      part = part + slope(Vec::loadu(student + i), Vec::loadu(teacher + i), Vec(0.f));
     }
     total = total + part;
   });
@@ -149,8 +161,8 @@ double topk_row(const Problem& p, const Row<scalar_t>& row, const Scan& scan, in
     divergence += term(p, (double(student[i]) - student_peak) - student_log_total,
                        (double(teacher[i]) - teacher_peak) - teacher_log_total);
   }
-  const Slope slope{p.divergence, p.beta, tail == kDrop ? 1.f : 0.f};
-  double mean_slope = slope_sum(slope, stats.student, stats.teacher, student.data(), teacher.data(), student.size());
+  const Slope slope(p, tail == kDrop, stats);
+  double mean_slope = slope_sum(slope, student.data(), teacher.data(), student.size());
   if (tail == kBucket) {
     const auto [student_rest, teacher_rest] = rest_lse(row, support);
     const double log_p = (student_rest - student_peak) - student_log_total;
@@ -178,10 +190,10 @@ double whole_row(const Problem& p, const Row<scalar_t>& row, const Scan& scan, S
   }
   // c is the divergence, but for roundings that must be the backward's: for a saturated row, p = 1 at one token, g - c
   // is then exactly 0. The row is in cache.
-  const Slope slope{p.divergence, p.beta, 0.f};
+  const Slope slope(p, false, stats);
   double mean_slope = 0;
   row.tiles([&](const float* student, const float* teacher, int64_t, int64_t count) {
-    mean_slope += slope_sum(slope, stats.student, stats.teacher, student, teacher, count);
+    mean_slope += slope_sum(slope, student, teacher, count);
   });
   stats.mean_slope = static_cast<float>(mean_slope);
   return scan.reverse_kl();
@@ -203,7 +215,7 @@ template <typename scalar_t>
 void backward_row(const Problem& p, int64_t index, int64_t k, int32_t tail, float grad_divergence, const Stats& stats,
                   scalar_t* grad) {
   const Row<scalar_t> row(p, index);
-  const Slope slope{p.divergence, p.beta, k > 0 && tail == kDrop ? 1.f : 0.f};
+  const Slope slope(p, k > 0 && tail == kDrop, stats);
   const Vec mean_slope(stats.mean_slope), scale(grad_divergence);
   const Vec kth(stats.kth_logit), last_tied(stats.last_tied_id);
   // Slope outside the support, less c. The forward KL's bucket has -Q / P, which may overflow where p_j Q / P does not.
@@ -219,9 +231,9 @@ void backward_row(const Problem& p, int64_t index, int64_t k, int32_t tail, floa
     const float* raw = k > 0 ? raw_tile(row.student + start, real, raw_buffer) : nullptr;
     for (int64_t i = 0; i < count; i += Vec::size()) {
       const Vec s = Vec::loadu(student + i);
-      const Vec ls = stats.student(s), lt = stats.teacher(Vec::loadu(teacher + i));
-      Vec result = slope(ls, lt, mean_slope);
+      Vec result = slope(s, Vec::loadu(teacher + i), mean_slope);
       if (k > 0) {
+        const Vec ls = stats.student(s);
         const Vec r = Vec::loadu(raw + i), id = Vec::arange(static_cast<float>(start + i), 1.f);
         const Vec inside = (r > kth) | ((r == kth) & (id <= last_tied));
         Vec outside = exp_nonpositive(at::vec::clamp_max(ls, Vec(0.f))) * outside_slope;
