@@ -106,7 +106,11 @@ def _table(columns: dict[str, dict[str, float]]) -> str:
     names = [name for name in next(iter(columns.values())) if name not in ("kind", "step", "epoch")]
     width = max(map(len, names))
     lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
-    lines += [f"{name:<{width}}" + "".join(f"{metrics[name]:12.3f}" for metrics in columns.values()) for name in names]
+    # + 0.0: a drift of -1e-9 should not read -0.000.
+    lines += [
+        f"{name:<{width}}" + "".join(f"{round(metrics[name], 3) + 0.0:12.3f}" for metrics in columns.values())
+        for name in names
+    ]
     return "\n".join(lines)
 
 
