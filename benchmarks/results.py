@@ -39,9 +39,9 @@ def table(columns: list[str], names: list[str], runs: dict[tuple[str, int], list
     for name in names:
         of_method = {seed: found for (method, seed), found in runs.items() if method == name}
         for seed, found in of_method.items():
-            cells = (f"{found[0][column]:.2f} → {found[-1][column]:.2f}" for column in columns)
+            cells = (f"{found[0][column]:.2f} → {found[-1][column]:.3f}" for column in columns)
             lines.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
-        means = (f"**{mean(found[-1][column] for found in of_method.values()):.2f}**" for column in columns)
+        means = (f"**{mean(found[-1][column] for found in of_method.values()):.3f}**" for column in columns)
         lines.append(f"| {name} | mean | " + " | ".join(means) + " |")
     return "\n".join(lines)
 
