@@ -8,7 +8,7 @@ A backend is a module with the five functions `scores`, `select`, `scores_and_ca
 `divergence_backward`, of the signatures below less `backend`, and `why_not(tensor) -> str | None`, which says why
 it cannot serve a tensor.
 
-`divergence` hands its backward eight fp32 numbers a row (`NUM_STATS`), in place of anything of size V.
+`divergence` hands its backward sixteen fp32 numbers a row (`NUM_STATS`), in place of anything of size V.
 """
 
 import importlib
@@ -23,7 +23,7 @@ BACKENDS = {"triton": "rmsd_kernels.triton", "cpu": "rmsd_kernels.cpu"}
 # divergence's summand and g = df/dp, the gradient by scaled logit j is p_j (g_j - c) inside the support and
 # p_j (g_rest - c) outside it (drop: g_rest = 0; renorm: 0 altogether), where c is the sum of p g over the support and
 # the bucket. Of these, the log-sum-exps, c, the bucket's slope and where the support ends are worth saving.
-NUM_STATS = 8
+NUM_STATS = 16
 
 
 def implementation(backend: str):
@@ -118,7 +118,7 @@ def divergence(
     logit_scale: float,
     softcap: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # (R,) fp32, 0 at rows of -1; (R, 8) fp32, see NUM_STATS
+) -> tuple[Tensor, Tensor]:  # (R,) fp32, 0 at rows of -1; (R, 16) fp32, see NUM_STATS
     return implementation(backend).divergence(
         student_logits, teacher_logits, rows, divergence, beta, vocab_topk, tail,
         temperature, teacher_temperature, vocab_size, logit_scale, softcap,
@@ -140,7 +140,7 @@ def divergence_backward(
     student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
     teacher_logits: Tensor,  # (B, L, V), same dtype
     rows: Tensor | None,  # (R,) int64, distinct but for -1
-    stats: Tensor,  # (R, 8) fp32
+    stats: Tensor,  # (R, 16) fp32
     divergence: str,
     beta: float,
     vocab_topk: int,

@@ -43,6 +43,8 @@ def test_selection_by_hand(backend):
     assert select(score, mask, backend, num_tokens=2, threshold=3.0).tolist() == [[4, -1]]
     assert select(score, ~mask, backend, num_tokens=2).tolist() == [[7, -1]]
     assert select(score, mask & False, backend, num_tokens=1).tolist() == [[-1]]
+    below = torch.tensor([[-3.0, -0.0, 0.0, -1.0, -0.0]])  # the zeros tie, whatever their signs
+    assert select(below, below < 1, backend, num_tokens=6, threshold=-4.0).tolist() == [[1, 2, 4, 3, 0, -1]]
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import NUM_STATS
 from ..reference import CRITERIA, DIVERGENCES, TAILS
 
 # Best first. at::vec is specialised at compile time, so each is a library of its own.
@@ -132,7 +133,7 @@ def divergence(
 ) -> tuple[Tensor, Tensor]:
     num_rows = student_logits.shape[0] * student_logits.shape[1] if rows is None else rows.shape[0]
     rows = None if rows is None else rows.contiguous()
-    out, stats = torch.empty(num_rows), torch.empty(num_rows, 8)
+    out, stats = torch.empty(num_rows), torch.empty(num_rows, NUM_STATS)
     problem = _problem(student_logits, teacher_logits, divergence, beta, *options)
     library().rmsd_divergence(
         ctypes.byref(problem), _pointer(rows), *map(ctypes.c_int64, (num_rows, vocab_topk)), TAILS.index(tail),

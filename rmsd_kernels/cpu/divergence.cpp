@@ -5,16 +5,23 @@
 namespace rmsd {
 namespace {
 
-// What the backward needs of a row: 8 floats, see ops.NUM_STATS.
+// What the backward needs of a row: ops.NUM_STATS floats, g and c as in triton/divergence_backward.py.
 struct Stats {
   Normaliser student, teacher;  // of the vocabulary, or of the support for renorm; NaN where the divergence is not finite
-  float mean_slope = 0;         // c, as the backward's own fp32 arithmetic gives it, so that g - c cancels where it should
+  float mean_slope = 0;         // c
+  float offset_high = 0, offset_low = 0;       // reverse KL: g_j - c = (s_j - t_j) - offset, to twice fp32's digits
   float kth_logit = -kInf, last_tied_id = -1;  // where the support ends, among raw logits
-  float rest_log_ratio = 0;                    // log P / Q of the bucket
+  float outside_slope = 0;                     // g - c outside the support, but for the forward KL's bucket
+  Normaliser rest{0, 0};                       // forward KL's bucket: log(p_j Q / P) of its scaled logit
+  float unused[4] = {};
 
   bool is_finite() const { return !std::isnan(student.peak); }
+  void set_offset(double offset) {
+    offset_high = static_cast<float>(offset);
+    offset_low = static_cast<float>(offset - offset_high);
+  }
 };
-static_assert(sizeof(Stats) == 8 * sizeof(float));
+static_assert(sizeof(Stats) == 16 * sizeof(float));
 
 // p log(p / q): 0 where p = 0, +inf where only q = 0.
 double kl_term(double log_p, double log_q) {
@@ -37,36 +44,30 @@ double term(const Problem& p, double log_p, double log_q) {
   return p.beta * kl_term(log_q, log_m) + (1.0 - p.beta) * kl_term(log_p, log_m);
 }
 
-// p g of the bucket's entry, P and Q its masses.
-double bucket_slope(const Problem& p, double log_p, double log_q) {
-  if (p.divergence == kForwardKL) return -std::exp(log_q);
-  if (log_p == -kInf || log_q == -kInf) return 0;
+// g of an entry of a reverse KL, less its 1, or of a JSD; 0 where p is, and where the divergence is infinite.
+double slope_of(const Problem& p, double log_p, double log_q) {
+  if (log_p == -kInf || (p.divergence == kReverseKL && log_q == -kInf)) return 0;
   const double other = p.divergence == kReverseKL ? log_q : log_mixture(log_p, log_q, p.beta);
-  return std::exp(log_p) * (p.divergence == kReverseKL ? 1.0 : 1.0 - p.beta) * (log_p - other);
+  return (p.divergence == kReverseKL ? 1.0 : 1.0 - p.beta) * (log_p - other);
 }
 
-// p g, entry by entry, in fp32.
+// p (g - c), entry by entry, in fp32.
 struct Slope {
   int32_t divergence;
   float beta;
-  float one;  // 1 where the reverse KL's slope log p - log q + 1 keeps its 1, i.e. where probabilities do not sum to 1
-  Normaliser student_logprob, teacher_logprob;
-  float shift;  // student's log-sum-exp less the teacher's
+  Stats stats;
 
-  Slope(const Problem& p, bool keeps_one, const Stats& stats)
-      : divergence(p.divergence), beta(p.beta), one(keeps_one ? 1.f : 0.f), student_logprob(stats.student),
-        teacher_logprob(stats.teacher),
-        shift(static_cast<float>((double(stats.student.peak) - stats.teacher.peak) +
-                                 (double(stats.student.log_total) - stats.teacher.log_total))) {}
+  Slope(const Problem& p, const Stats& stats) : divergence(p.divergence), beta(p.beta), stats(stats) {}
 
-  // p (g - mean_slope) from scaled logits.
-  Vec operator()(Vec s, Vec t, Vec mean_slope) const {
-    const Vec ls = student_logprob(s), lt = teacher_logprob(t), lowest(kLowest);
+  // From scaled logits.
+  Vec operator()(Vec s, Vec t) const {
+    const Vec ls = stats.student(s), lt = stats.teacher(t), lowest(kLowest), mean_slope(stats.mean_slope);
     const Vec p = exp_nonpositive(at::vec::clamp_max(ls, Vec(0.f)));
     if (divergence == kReverseKL) {
-      // The logits' difference first: log p and log q are each off by half a bit of a number of size 10.
-      const Vec gap = (at::vec::clamp_min(s, lowest) - at::vec::clamp_min(t, lowest)) - Vec(shift);
-      return p * ((gap + Vec(one)) - mean_slope);
+      // The logits' difference first, and then all that is the row's at once: log p, log q, the log-sum-exps and c are
+      // numbers of size 10, and rounding each to fp32 cost 2e-6 of a gradient that plain torch had to 2e-7.
+      const Vec gap = at::vec::clamp_min(s, lowest) - at::vec::clamp_min(t, lowest);
+      return p * ((gap - Vec(stats.offset_high)) - Vec(stats.offset_low));
     }
     const Vec q = exp_nonpositive(at::vec::clamp_max(lt, Vec(0.f)));
     if (divergence == kForwardKL) return (q + p * mean_slope).neg();
@@ -76,13 +77,13 @@ struct Slope {
   }
 };
 
-// Sum of p g over scaled logits that lie together, padded with -inf to whole vectors.
+// Sum of p (g - c) over scaled logits that lie together, padded with -inf to whole vectors.
 double slope_sum(const Slope& slope, const float* student, const float* teacher, int64_t count) {
   Vec total(0.f);
   blocks(count, [&](int64_t begin, int64_t end) {
     Vec part(0.f);
     for (int64_t i = begin; i < end; i += Vec::size()) {
-      part = part + slope(Vec::loadu(student + i), Vec::loadu(teacher + i), Vec(0.f));
+      part = part + slope(Vec::loadu(student + i), Vec::loadu(teacher + i));
     }
     total = total + part;
   });
@@ -93,6 +94,9 @@ double slope_sum(const Slope& slope, const float* student, const float* teacher,
 struct LogSumExp {
   float peak = -kInf;
   double total = 0;
+
+  LogSumExp() = default;
+  LogSumExp(float peak, double total) : peak(peak), total(total) {}
 
   void add(const float* tile, int64_t count) {
     Vec tile_max(-kInf), sum(0.f);
@@ -110,13 +114,16 @@ struct LogSumExp {
     });
     total += sum_lanes(sum);
   }
-  double value() const { return peak + std::log(total); }
+  // log of the share that this has of `all`.
+  double log_mass(const LogSumExp& all) const {
+    return (double(peak) - all.peak) + (std::log(total) - std::log(all.total));
+  }
 };
 
-// log-sum-exp of what is outside the support, summed directly: 1 - P would lose it where P is near 1, and the row's own
+// log-sum-exps of what is outside the support, summed directly: 1 - P would lose it where P is near 1, and the row's own
 // maximum would make it underflow.
 template <typename scalar_t>
-std::pair<double, double> rest_lse(const Row<scalar_t>& row, const Support& support) {
+std::pair<LogSumExp, LogSumExp> rest_of(const Row<scalar_t>& row, const Support& support) {
   LogSumExp student_rest, teacher_rest;
   alignas(64) float student_tile[kTile], teacher_tile[kTile];
   size_t next = 0;
@@ -129,7 +136,7 @@ std::pair<double, double> rest_lse(const Row<scalar_t>& row, const Support& supp
     student_rest.add(student_tile, count);
     teacher_rest.add(teacher_tile, count);
   });
-  return {student_rest.value(), teacher_rest.value()};
+  return {student_rest, teacher_rest};
 }
 
 template <typename scalar_t>
@@ -142,36 +149,52 @@ double topk_row(const Problem& p, const Row<scalar_t>& row, const Scan& scan, in
     student[i] = row.student_transform(static_cast<float>(row.student[support.ids[i]]));
     teacher[i] = row.teacher_transform(static_cast<float>(row.teacher[support.ids[i]]));
   }
-  double student_log_total = scan.student.log_total(), teacher_log_total = scan.teacher.log_total();
-  float student_peak = scan.student.peak, teacher_peak = scan.teacher.peak;
+  LogSumExp student_all(scan.student.peak, scan.student.total), teacher_all(scan.teacher.peak, scan.teacher.total);
   if (tail == kRenorm) {
-    LogSumExp student_inside, teacher_inside;
-    student_inside.add(student.data(), student.size());
-    teacher_inside.add(teacher.data(), teacher.size());
+    student_all = teacher_all = LogSumExp();
+    student_all.add(student.data(), student.size());
+    teacher_all.add(teacher.data(), teacher.size());
     // A teacher with no mass in the support cannot be renormalised over it; it is as far away as can be.
-    if (teacher_inside.peak == -kInf) return kInf;
-    student_peak = student_inside.peak, student_log_total = std::log(student_inside.total);
-    teacher_peak = teacher_inside.peak, teacher_log_total = std::log(teacher_inside.total);
+    if (teacher_all.peak == -kInf) return kInf;
   }
-  stats.student = Normaliser(student_peak, student_log_total);
-  stats.teacher = Normaliser(teacher_peak, teacher_log_total);
+  const double student_log_total = std::log(student_all.total), teacher_log_total = std::log(teacher_all.total);
+  stats.student = Normaliser(student_all.peak, student_log_total);
+  stats.teacher = Normaliser(teacher_all.peak, teacher_log_total);
 
-  double divergence = 0;
+  // g = log(p / q) + 1. The 1 drops out of g - c only where the masses summed are all of them.
+  const double one = p.divergence == kReverseKL && tail == kDrop ? 1 : 0;
+  double divergence = 0, mass = 0, inside_slope = 0;
   for (int64_t i = 0; i < k; ++i) {
-    divergence += term(p, (double(student[i]) - student_peak) - student_log_total,
-                       (double(teacher[i]) - teacher_peak) - teacher_log_total);
-  }
-  const Slope slope(p, tail == kDrop, stats);
-  double mean_slope = slope_sum(slope, student.data(), teacher.data(), student.size());
-  if (tail == kBucket) {
-    const auto [student_rest, teacher_rest] = rest_lse(row, support);
-    const double log_p = (student_rest - student_peak) - student_log_total;
-    const double log_q = (teacher_rest - teacher_peak) - teacher_log_total;
+    const double log_p = (double(student[i]) - student_all.peak) - student_log_total;
+    const double log_q = (double(teacher[i]) - teacher_all.peak) - teacher_log_total;
+    const double prob = std::exp(log_p);
     divergence += term(p, log_p, log_q);
-    mean_slope += bucket_slope(p, log_p, log_q);
-    if (log_p > -kInf && log_q > -kInf) stats.rest_log_ratio = static_cast<float>(log_p - log_q);
+    mass += prob;
+    inside_slope += p.divergence == kForwardKL ? -std::exp(log_q) : prob * (slope_of(p, log_p, log_q) + one);
+  }
+  double mean_slope = inside_slope, rest_slope = 0;
+  if (tail == kBucket) {
+    const auto [student_rest, teacher_rest] = rest_of(row, support);
+    const double log_p = student_rest.log_mass(student_all), log_q = teacher_rest.log_mass(teacher_all);
+    divergence += term(p, log_p, log_q);
+    if (p.divergence == kForwardKL) {
+      mean_slope -= std::exp(log_q);
+      if (log_p > -kInf) stats.rest = Normaliser(student_rest.peak, std::log(student_rest.total) - log_q);
+    } else {
+      rest_slope = slope_of(p, log_p, log_q);
+      mean_slope += std::exp(log_p) * rest_slope;
+    }
+  }
+  if (!std::isfinite(divergence)) return divergence;
+  if (p.divergence == kReverseKL) {
+    const double shift = (double(student_all.peak) - teacher_all.peak) + (student_log_total - teacher_log_total) - one;
+    stats.set_offset(shift + mean_slope);
+    const double rounding = slope_sum(Slope(p, stats), student.data(), teacher.data(), student.size());
+    mean_slope += rounding - (inside_slope - mean_slope * mass);
+    stats.set_offset(shift + mean_slope);
   }
   stats.mean_slope = static_cast<float>(mean_slope);
+  stats.outside_slope = tail == kRenorm ? 0.f : static_cast<float>(rest_slope - mean_slope);
   return divergence;
 }
 
@@ -188,15 +211,19 @@ double whole_row(const Problem& p, const Row<scalar_t>& row, const Scan& scan, S
     stats.mean_slope = static_cast<float>((1.0 - p.beta) * jsd.student_kl);
     return jsd.divergence;
   }
-  // c is the divergence, but for roundings that must be the backward's: for a saturated row, p = 1 at one token, g - c
-  // is then exactly 0. The row is in cache.
-  const Slope slope(p, false, stats);
-  double mean_slope = 0;
+  const double divergence = scan.reverse_kl();
+  if (!std::isfinite(divergence)) return divergence;
+  // c is the divergence, and with it the p (g - c) sum to 0, but for the roundings of the backward's own fp32: added to
+  // c they cancel there, and a saturated row, p = 1 at one token, has a gradient of exactly 0. The row is in cache.
+  const double shift = (double(scan.student.peak) - scan.teacher.peak) + (scan.student.log_total() - scan.teacher.log_total());
+  stats.set_offset(shift + divergence);
+  const Slope slope(p, stats);
+  double rounding = 0;
   row.tiles([&](const float* student, const float* teacher, int64_t, int64_t count) {
-    mean_slope += slope_sum(slope, student, teacher, count);
+    rounding += slope_sum(slope, student, teacher, count);
   });
-  stats.mean_slope = static_cast<float>(mean_slope);
-  return scan.reverse_kl();
+  stats.set_offset(shift + divergence + rounding);
+  return divergence;
 }
 
 template <typename scalar_t>
@@ -215,15 +242,10 @@ template <typename scalar_t>
 void backward_row(const Problem& p, int64_t index, int64_t k, int32_t tail, float grad_divergence, const Stats& stats,
                   scalar_t* grad) {
   const Row<scalar_t> row(p, index);
-  const Slope slope(p, k > 0 && tail == kDrop, stats);
-  const Vec mean_slope(stats.mean_slope), scale(grad_divergence);
-  const Vec kth(stats.kth_logit), last_tied(stats.last_tied_id);
-  // Slope outside the support, less c. The forward KL's bucket has -Q / P, which may overflow where p_j Q / P does not.
-  const float ratio = stats.rest_log_ratio;
-  float rest_slope = 0;
-  if (p.divergence == kReverseKL) rest_slope = ratio;
-  if (p.divergence == kJSD) rest_slope = static_cast<float>((1.0 - p.beta) * (ratio - log_mixture(ratio, 0, p.beta)));
-  const Vec outside_slope(tail == kRenorm ? 0.f : (tail == kBucket ? rest_slope : 0.f) - stats.mean_slope);
+  const Slope slope(p, stats);
+  const Vec scale(grad_divergence), kth(stats.kth_logit), last_tied(stats.last_tied_id);
+  const Vec outside_slope(stats.outside_slope);
+  // The slope of the forward KL's bucket, -Q / P, may overflow where p_j Q / P does not.
   const bool by_ratio = k > 0 && tail == kBucket && p.divergence == kForwardKL;
   alignas(64) float raw_buffer[kTile], out[kTile];
   row.tiles([&](const float* student, const float* teacher, int64_t start, int64_t count) {
@@ -231,13 +253,12 @@ void backward_row(const Problem& p, int64_t index, int64_t k, int32_t tail, floa
     const float* raw = k > 0 ? raw_tile(row.student + start, real, raw_buffer) : nullptr;
     for (int64_t i = 0; i < count; i += Vec::size()) {
       const Vec s = Vec::loadu(student + i);
-      Vec result = slope(s, Vec::loadu(teacher + i), mean_slope);
+      Vec result = slope(s, Vec::loadu(teacher + i));
       if (k > 0) {
-        const Vec ls = stats.student(s);
         const Vec r = Vec::loadu(raw + i), id = Vec::arange(static_cast<float>(start + i), 1.f);
         const Vec inside = (r > kth) | ((r == kth) & (id <= last_tied));
-        Vec outside = exp_nonpositive(at::vec::clamp_max(ls, Vec(0.f))) * outside_slope;
-        if (by_ratio) outside = outside - at::vec::clamp_min(ls - Vec(ratio), Vec(kLowest)).exp();
+        Vec outside = exp_nonpositive(at::vec::clamp_max(stats.student(s), Vec(0.f))) * outside_slope;
+        if (by_ratio) outside = outside - exp_nonpositive(at::vec::clamp_max(stats.rest(s), Vec(0.f)));
         result = Vec::blendv(outside, result, inside);
       }
       (result * scale * row.student_transform.slope(s)).store(out + i);
@@ -251,7 +272,7 @@ void backward_row(const Problem& p, int64_t index, int64_t k, int32_t tail, floa
 
 extern "C" {
 
-// rows (R,) int64 or null for all, -1 for none; divergence (R,) fp32; stats (R, 8) fp32. vocab_topk 0 for all.
+// rows (R,) int64 or null for all, -1 for none; divergence (R,) fp32; stats (R, 16) fp32. vocab_topk 0 for all.
 void rmsd_divergence(const rmsd::Problem* p, const int64_t* rows, int64_t num_rows, int64_t vocab_topk, int32_t tail,
                      float* divergence, float* stats) {
   rmsd::with_dtype(p->dtype, [&](auto zero) {

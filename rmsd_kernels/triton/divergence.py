@@ -5,17 +5,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import ops
 from .launch import launch, log2_scales, row_strides, tile_options
 from .tiles import ALL, FLOOR, INF, INSIDE, LN2, LOG2E, OUTSIDE, row_pointer
 from .topk import kth_largest
-from .visits import kl_from_cross, log_sum_exp, log_to_mixture, nats, normalised_visit, online_visit
+from .visits import (
+    high_low,
+    kl_from_cross,
+    log_ratio,
+    log_sum_exp,
+    log_to_mixture,
+    nats,
+    normalised_visit,
+    online_visit,
+)
 
-NUM_STATS = tl.constexpr(8)
+NUM_STATS = tl.constexpr(ops.NUM_STATS)
 
 
 @triton.jit
 def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
-    """The term, p g and g of one more vocabulary entry of log-masses log_p and log_q, either of which may be -inf."""
+    """The term, p g and g of one more vocabulary entry of log-masses log_p and log_q, either of which may be -inf. No g
+    for the forward KL: -Q / P may overflow."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if DIVERGENCE == "reverse_kl":
         slope = tl.where(log_p > FLOOR, log_p - log_q, 0.0)
@@ -23,7 +34,7 @@ def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
         return term, term, slope
     elif DIVERGENCE == "forward_kl":
         distance = tl.where(log_q > FLOOR, log_q - log_p, 0.0)
-        return tl.where(distance < INF, q * distance, INF), -q, -tl.exp(distance)
+        return tl.where(distance < INF, q * distance, INF), -q, 0.0
     else:
         to_p, to_q = log_to_mixture(log_p * LOG2E, log_q * LOG2E, p, q, beta)
         slope = (1.0 - beta) * to_p * LN2
@@ -44,7 +55,7 @@ def divergence_kernel(
     teacher_logits_ptr,  # (B, L, V)
     rows_ptr,  # (R,) int64, with HAS_ROWS
     divergence_ptr,  # (R,) fp32
-    stats_ptr,  # (R, 8) fp32, ops.STATS
+    stats_ptr,  # (R, 16) fp32, ops.NUM_STATS
     student_stride_b: tl.int64,
     student_stride_l: tl.int64,
     teacher_stride_b: tl.int64,
@@ -102,83 +113,81 @@ def divergence_kernel(
             student_ptr, size, vocab_topk, student_logits_ptr.dtype.element_ty, UNROLL, LANES, VEC, PAIRED
         )
     if TAIL == "renorm":
-        if FORWARD:
-            teacher_m, student_m, teacher_z, student_z, _, _, cross, gap = online_visit(
-                teacher_ptr, student_ptr, size, inner_scale, teacher_scale, student_scale, kth_logit, last_tied_id,
-                HAS_SOFTCAP, False, True, False, INSIDE, UNROLL, LANES, VEC, PAIRED,
-            )  # fmt: skip
-        else:
-            student_m, teacher_m, student_z, teacher_z, _, _, cross, gap = online_visit(
-                student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, kth_logit, last_tied_id,
-                HAS_SOFTCAP, False, HAS_CROSS, True, INSIDE, UNROLL, LANES, VEC, PAIRED,
-            )  # fmt: skip
+        student_m, teacher_m, student_z, teacher_z, _, _, _, _ = online_visit(
+            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, kth_logit, last_tied_id,
+            HAS_SOFTCAP, False, False, True, INSIDE, UNROLL, LANES, VEC, PAIRED,
+        )  # fmt: skip
     student_log_z, teacher_log_z = tl.log2(student_z), tl.log2(teacher_z)
+    # KL(first || second) in nats: the logits' differences times `scale`, less the log-sum-exps' difference.
+    centre, scale, exact_gap = 0.0, 1.0, 0.0
+    if FORWARD:
+        scale = nats(student_scale, student_correction)
+        exact_gap = log_ratio(teacher_m, teacher_z, student_m, student_z, teacher_correction, student_correction)
+    elif DIVERGENCE == "reverse_kl":
+        scale = nats(teacher_scale, teacher_correction)
+        exact_gap = log_ratio(student_m, student_z, teacher_m, teacher_z, student_correction, teacher_correction)
 
-    if HAS_CROSS and (TAIL == "all" or TAIL == "renorm"):
+    if HAS_CROSS and TAIL == "all":
         mass, slope = 1.0, 0.0
-        cross = cross / (teacher_z if FORWARD else student_z)
     else:
+        if HAS_CROSS:
+            centre = exact_gap.to(tl.float32) / scale.to(tl.float32)
         cross, slope, mass, gap = normalised_visit(
             student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale,
-            student_m, teacher_m, student_log_z, teacher_log_z, beta, kth_logit, last_tied_id,
+            student_m, teacher_m, student_log_z, teacher_log_z, beta, centre, kth_logit, last_tied_id,
             DIVERGENCE, HAS_SOFTCAP, ALL if TAIL == "all" else INSIDE, UNROLL, LANES, VEC, PAIRED,
         )  # fmt: skip
 
-    # The backward takes p g from the log-sum-exps as they are stored: with the same rounding here, it cancels there.
-    student_lse = log_sum_exp(student_m, student_z, student_correction)
-    teacher_lse = log_sum_exp(teacher_m, teacher_z, teacher_correction)
-    lse_gap = student_lse - teacher_lse
-    if FORWARD:
-        divergence = kl_from_cross(
-            cross, mass, teacher_m, student_m, teacher_z, student_z, student_scale,
-            teacher_correction, student_correction,
-        )  # fmt: skip
-        mean_slope = -mass  # p g = -q
-    elif DIVERGENCE == "reverse_kl":
-        divergence = kl_from_cross(
-            cross, mass, student_m, teacher_m, student_z, teacher_z, teacher_scale,
-            student_correction, teacher_correction,
-        )  # fmt: skip
-        mean_slope = (nats(teacher_scale, teacher_correction) * cross - lse_gap * mass).to(tl.float32)
-        if TAIL == "drop":
+    if HAS_CROSS:
+        divergence = kl_from_cross(cross, mass, centre, scale, exact_gap)
+        mean_slope = -mass if FORWARD else divergence  # sum p g, where forward p g = -q
+        if DIVERGENCE == "reverse_kl" and TAIL == "drop":
             # g = log(p / q) + 1. The 1 drops out of g - mean_slope only where the masses summed are all of them.
             mean_slope += mass
     else:
         divergence, mean_slope, gap = cross * LN2, slope * LN2, 0.0
     divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence)
     if TAIL == "renorm":  # a teacher without mass in the support
-        divergence = tl.where(teacher_z == 0.0, 0.0 if FORWARD else INF, divergence)
+        divergence = tl.where(teacher_z == 0.0, INF, divergence)
 
-    rest_slope, rest_distance = 0.0, 0.0
+    rest_slope = 0.0
+    stats_ptr += item * NUM_STATS
     if TAIL == "bucket":
         rest_student_m, rest_teacher_m, rest_student_z, rest_teacher_z, _, _, _, _ = online_visit(
             student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, kth_logit, last_tied_id,
             HAS_SOFTCAP, False, False, True, OUTSIDE, UNROLL, LANES, VEC, PAIRED,
         )  # fmt: skip
-        rest_log_p = ((rest_student_m - student_m) + (tl.log2(rest_student_z) - student_log_z)) * LN2
-        rest_log_q = ((rest_teacher_m - teacher_m) + (tl.log2(rest_teacher_z) - teacher_log_z)) * LN2
+        rest_log_p = log_ratio(
+            rest_student_m, rest_student_z, student_m, student_z, student_correction, student_correction
+        ).to(tl.float32)
+        rest_log_q = log_ratio(
+            rest_teacher_m, rest_teacher_z, teacher_m, teacher_z, teacher_correction, teacher_correction
+        ).to(tl.float32)
         rest_term, rest_weighted, rest_slope = bucket_entry(rest_log_p, rest_log_q, beta, DIVERGENCE)
         divergence += rest_term
-        if DIVERGENCE == "reverse_kl":
-            exact_gap = nats(student_m, student_correction) - nats(teacher_m, teacher_correction)
-            rounding = (exact_gap - tl.log(teacher_z / student_z) - lse_gap).to(tl.float32)
-            rest_slope += rounding
-            rest_weighted += tl.exp(rest_log_p) * rounding
         mean_slope += rest_weighted
-        rest_distance = tl.where(rest_log_p > FLOOR, rest_log_p - rest_log_q, 0.0)
+        rest_lse = log_sum_exp(rest_student_m, rest_student_z, student_correction)
+        rest_lse, rest_lse_low = high_low(rest_lse - tl.maximum(rest_log_q, FLOOR))
+        tl.store(stats_ptr + 7, rest_lse)
+        tl.store(stats_ptr + 11, rest_lse_low)
 
-    divergence = tl.where(valid, divergence, float("nan"))
+    divergence = tl.where(valid, divergence, float("nan")).to(tl.float32)
     is_finite = tl.abs(divergence) < INF
     tl.store(divergence_ptr + item, divergence)
-    stats_ptr += item * NUM_STATS
+    student_lse, student_lse_low = high_low(log_sum_exp(student_m, student_z, student_correction))
+    teacher_lse, teacher_lse_low = high_low(log_sum_exp(teacher_m, teacher_z, teacher_correction))
+    # What the reverse KL's backward subtracts from the logits' difference to have g - mean_slope.
+    offset, offset_low = high_low(exact_gap + mean_slope - (1.0 if TAIL == "drop" else 0.0))
     tl.store(stats_ptr, student_lse)
     tl.store(stats_ptr + 1, teacher_lse)
-    tl.store(stats_ptr + 2, mean_slope)
-    tl.store(stats_ptr + 3, rest_slope)
+    tl.store(stats_ptr + 2, offset if DIVERGENCE == "reverse_kl" else mean_slope.to(tl.float32))
+    tl.store(stats_ptr + 3, (rest_slope - mean_slope).to(tl.float32))
     tl.store(stats_ptr + 4, kth_logit)
     tl.store(stats_ptr + 5, last_tied_id.to(tl.float32))
     tl.store(stats_ptr + 6, is_finite.to(tl.float32))
-    tl.store(stats_ptr + 7, rest_distance)
+    tl.store(stats_ptr + 8, student_lse_low)
+    tl.store(stats_ptr + 9, teacher_lse_low)
+    tl.store(stats_ptr + 10, offset_low)
 
 
 def divergence(
@@ -188,7 +197,7 @@ def divergence(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_rows = student_logits.shape[0] * student_logits.shape[1]
     result = torch.empty(num_rows if rows is None else len(rows), dtype=torch.float32, device=student_logits.device)
-    stats = torch.empty((len(result), NUM_STATS.value), dtype=torch.float32, device=student_logits.device)
+    stats = torch.zeros((len(result), NUM_STATS.value), dtype=torch.float32, device=student_logits.device)
     if len(result):
         launch(
             divergence_kernel, len(result), student_logits,

@@ -1,11 +1,14 @@
 """Gradient of chosen rows' divergence by the student's logits, written in their dtype; other rows stay zero.
 
-By the scaled logit of entry j, with g and c = mean_slope as in ops.STATS:
+By the scaled logit of entry j, with g and c = mean_slope as in ops.NUM_STATS:
 
     in the support   p_j (g_j - c)
     outside it       p_j (rest_slope - c), where rest_slope is 0 for "drop"; 0 for "renorm"
 
     g_j:  reverse_kl  log(p_j / q_j), + 1 for "drop"      forward_kl  -q_j / p_j      jsd  (1 - beta) log(p_j / m_j)
+
+The row's own numbers come in twice fp32's digits, high and low: with logits of 1e4 one log-sum-exp rounded to fp32 is
+off by 5e-4, and so is every p.
 
 Everything a row needs is in its stats, so a row is cut into as many programs as it has chunks.
 """
@@ -15,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .divergence import NUM_STATS
 from .launch import INTERPRETED, launch, row_strides, scales, tile_options
 from .tiles import FLOOR, LN2, LOG2E, block_ids, in_support, load_tile, row_pointer, softcapped
 from .visits import log_to_mixture
@@ -33,20 +37,21 @@ def gradient(
     raw_student, raw_teacher, ids, row_stats, scalars,
     DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    student_lse, teacher_lse, mean_slope, rest_slope, rest_distance, kth_logit, last_tied_id = row_stats
+    (
+        student_lse, student_lse_low, teacher_lse, teacher_lse_low, mean_slope, offset_low, outside_slope, rest_lse,
+        rest_lse_low, kth_logit, last_tied_id,
+    ) = row_stats  # fmt: skip
     upstream, inner_scale, student_scale, teacher_scale, raw_scale, beta = scalars
     student = tl.maximum(softcapped(raw_student, inner_scale, HAS_SOFTCAP), FLOOR)
     teacher = tl.maximum(softcapped(raw_teacher, inner_scale, HAS_SOFTCAP), FLOOR)
-    # Nats here: the log-sum-exps come rounded to fp32, and a product with log2(e) would round them again.
-    log_p = tl.fma(student, student_scale, -student_lse)
-    log_q = tl.fma(teacher, teacher_scale, -teacher_lse)
+    # Nats here: a product with log2(e) would round the log-sum-exps again.
+    log_p = tl.fma(student, student_scale, -student_lse) - student_lse_low
+    log_q = tl.fma(teacher, teacher_scale, -teacher_lse) - teacher_lse_low
     p = tl.exp2(log_p * LOG2E)
     if DIVERGENCE == "reverse_kl":
         # The logits' difference first, as in the forward: nearly equal rows, and gradients that vanish, stay accurate.
-        slope = tl.fma(student, student_scale, -(teacher * teacher_scale)) - (student_lse - teacher_lse)
-        if TAIL == "drop":
-            slope += 1.0
-        grad = p * (slope - mean_slope)
+        difference = tl.fma(student, student_scale, -(teacher * teacher_scale))
+        grad = p * ((difference - mean_slope) - offset_low)
     elif DIVERGENCE == "forward_kl":
         grad = -tl.exp2(log_q * LOG2E) - p * mean_slope
     else:
@@ -57,9 +62,10 @@ def gradient(
             outside = p * 0.0
         elif TAIL == "bucket" and DIVERGENCE == "forward_kl":
             # p rest_slope = -p Q / P of the rest, whose ratio alone may overflow.
-            outside = -tl.exp2((log_p - rest_distance) * LOG2E) - p * mean_slope
+            outside = p * outside_slope
+            outside -= tl.exp2((tl.fma(student, student_scale, -rest_lse) - rest_lse_low) * LOG2E)
         else:
-            outside = p * (rest_slope - mean_slope)
+            outside = p * outside_slope
         grad = tl.where(in_support(raw_student, ids, kth_logit, last_tied_id), grad, outside)
     grad *= upstream * raw_scale
     if HAS_SOFTCAP:
@@ -100,7 +106,7 @@ def divergence_backward_kernel(
     student_logits_ptr,  # (B, L, V) fp32 | fp16 | bf16
     teacher_logits_ptr,  # (B, L, V)
     rows_ptr,  # (R,) int64, with HAS_ROWS
-    stats_ptr,  # (R, 8) fp32
+    stats_ptr,  # (R, 16) fp32
     grad_logits_ptr,  # (B * L, V), contiguous
     student_stride_b: tl.int64,
     student_stride_l: tl.int64,
@@ -133,7 +139,7 @@ def divergence_backward_kernel(
     row = item
     if HAS_ROWS:
         row = tl.load(rows_ptr + item)
-    stats_ptr += item * 8
+    stats_ptr += item * NUM_STATS
     if (row < 0) | (row >= num_rows) | (tl.load(stats_ptr + 6) == 0.0):
         return  # its gradient is zero already
     student_ptr = row_pointer(student_logits_ptr, row, length, student_stride_b, student_stride_l, ALIGNED)
@@ -143,9 +149,14 @@ def divergence_backward_kernel(
 
     upstream = tl.load(grad_divergence_ptr + item)
     student_lse, teacher_lse = tl.load(stats_ptr), tl.load(stats_ptr + 1)
-    mean_slope, rest_slope, rest_distance = tl.load(stats_ptr + 2), tl.load(stats_ptr + 3), tl.load(stats_ptr + 7)
+    student_lse_low, teacher_lse_low = tl.load(stats_ptr + 8), tl.load(stats_ptr + 9)
+    mean_slope, offset_low = tl.load(stats_ptr + 2), tl.load(stats_ptr + 10)  # reverse KL: the offset, high and low
+    outside_slope, rest_lse, rest_lse_low = tl.load(stats_ptr + 3), tl.load(stats_ptr + 7), tl.load(stats_ptr + 11)
     kth_logit, last_tied_id = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5).to(tl.int32)
-    row_stats = (student_lse, teacher_lse, mean_slope, rest_slope, rest_distance, kth_logit, last_tied_id)
+    row_stats = (
+        student_lse, student_lse_low, teacher_lse, teacher_lse_low, mean_slope, offset_low, outside_slope, rest_lse,
+        rest_lse_low, kth_logit, last_tied_id,
+    )  # fmt: skip
     scalars = (upstream, inner_scale, student_scale, teacher_scale, raw_scale, beta)
     end, whole = tl.minimum(chunk + CHUNK_TILES * TILE, size), size // TILE * TILE
     for start in range(chunk, tl.minimum(end, whole), TILE):

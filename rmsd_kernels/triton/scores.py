@@ -8,7 +8,7 @@ from torch import Tensor
 from .candidates import select_sequence
 from .launch import BLOCK_L, launch, log2_scales, row_strides, tile_options
 from .tiles import ALL, FLOOR, INF, LN2, row_pointer, softcapped
-from .visits import kl_from_cross, log_sum_exp, nats, normalised_visit, online_visit
+from .visits import kl_from_cross, log_ratio, log_sum_exp, nats, normalised_visit, online_visit
 
 _RUNTIME_SIZES = ["length", "size", "num_candidates"]  # a new L or V compiles nothing
 _POINTERS = [
@@ -73,11 +73,8 @@ def scores_kernel(
             teacher_ptr, student_ptr, size, inner_scale, teacher_scale, student_scale, 0.0, 0,
             HAS_SOFTCAP, True, True, False, ALL, UNROLL, LANES, VEC, PAIRED,
         )  # fmt: skip
-        divergence = kl_from_cross(
-            cross / teacher_z, 1.0, teacher_m, student_m, teacher_z, student_z, student_scale,
-            teacher_correction, student_correction,
-        )  # fmt: skip
-        divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence)
+        lse_gap = log_ratio(teacher_m, teacher_z, student_m, student_z, teacher_correction, student_correction)
+        divergence = kl_from_cross(cross, 1.0, 0.0, nats(student_scale, student_correction), lse_gap)
     else:
         (
             student_m, teacher_m, student_z, teacher_z, student_e, teacher_e, cross, gap
@@ -85,16 +82,14 @@ def scores_kernel(
             student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, 0.0, 0,
             HAS_SOFTCAP, True, DIVERGENCE == "reverse_kl", True, ALL, UNROLL, LANES, VEC, PAIRED,
         )  # fmt: skip
-        divergence = kl_from_cross(
-            cross / student_z, 1.0, student_m, teacher_m, student_z, teacher_z, teacher_scale,
-            student_correction, teacher_correction,
-        )  # fmt: skip
-        divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence)
+        lse_gap = log_ratio(student_m, student_z, teacher_m, teacher_z, student_correction, teacher_correction)
+        divergence = kl_from_cross(cross, 1.0, 0.0, nats(teacher_scale, teacher_correction), lse_gap)
+    divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence.to(tl.float32))
     if DIVERGENCE == "jsd":
         # The mixture needs both log-sum-exps first, so the rows are visited again, in L2.
         total, _, _, _ = normalised_visit(
             student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale,
-            student_m, teacher_m, tl.log2(student_z), tl.log2(teacher_z), beta, 0.0, 0,
+            student_m, teacher_m, tl.log2(student_z), tl.log2(teacher_z), beta, 0.0, 0.0, 0,
             DIVERGENCE, HAS_SOFTCAP, ALL, UNROLL, LANES, VEC, PAIRED,
         )  # fmt: skip
         divergence = total * LN2
@@ -116,8 +111,10 @@ def scores_kernel(
     tl.store(out_ptr, tl.where(valid, student_logprob, nan))
     tl.store(out_ptr + plane, tl.where(valid, teacher_logprob, nan))
     tl.store(out_ptr + 2 * plane, tl.where(valid, divergence, nan))
-    tl.store(out_ptr + 3 * plane, tl.where(valid, log_sum_exp(student_m, student_z, student_correction), nan))
-    tl.store(out_ptr + 4 * plane, tl.where(valid, log_sum_exp(teacher_m, teacher_z, teacher_correction), nan))
+    student_lse = log_sum_exp(student_m, student_z, student_correction).to(tl.float32)
+    teacher_lse = log_sum_exp(teacher_m, teacher_z, teacher_correction).to(tl.float32)
+    tl.store(out_ptr + 3 * plane, tl.where(valid, student_lse, nan))
+    tl.store(out_ptr + 4 * plane, tl.where(valid, teacher_lse, nan))
     tl.store(out_ptr + 5 * plane, tl.where(valid, tl.log(student_z) - (student_e / student_z) * LN2, nan))
     tl.store(out_ptr + 6 * plane, tl.where(valid, tl.log(teacher_z) - (teacher_e / teacher_z) * LN2, nan))
 

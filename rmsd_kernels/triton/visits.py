@@ -74,7 +74,7 @@ def online_visit(
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_CROSS: tl.constexpr, STUDENT_FIRST: tl.constexpr,
     PART: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """Reads both rows once; the sums of `online_tile` for the whole row, as eight scalars."""
+    """Reads both rows once; the sums of `online_tile` for the whole row, as eight scalars, cross divided by first_z."""
     TILE: tl.constexpr = UNROLL * LANES * VEC
     ratio = first_scale / second_scale
     zeros = tl.zeros([LANES], tl.float32)
@@ -97,11 +97,13 @@ def online_visit(
     first_m, second_m = tl.max(first_lanes, axis=0), tl.max(second_lanes, axis=0)
     first_shift, second_shift = first_lanes - first_m, second_lanes - second_m
     first_rescale, second_rescale = tl.exp2(first_shift), tl.exp2(second_shift)
-    cross = tl.sum(cross * first_rescale, axis=0)
     first_e = tl.sum(tl.fma(first_shift, first_z, first_e) * first_rescale, axis=0)
     second_e = tl.sum(tl.fma(second_shift, second_z, second_e) * second_rescale, axis=0)
-    first_z, second_z = tl.sum(first_z * first_rescale, axis=0), tl.sum(second_z * second_rescale, axis=0)
-    return first_m, second_m, first_z, second_z, first_e, second_e, cross, tl.max(gap, axis=0)
+    second_z = tl.sum(second_z * second_rescale, axis=0)
+    # fp64 for the lanes' sums: fp32 cost four units in the last place of a divergence of 40.
+    first_z = tl.sum((first_z * first_rescale).to(tl.float64), axis=0).to(tl.float32)
+    mean_cross = tl.sum((cross * first_rescale).to(tl.float64), axis=0).to(tl.float32) / first_z
+    return first_m, second_m, first_z, second_z, first_e, second_e, mean_cross, tl.max(gap, axis=0)
 
 
 @triton.jit
@@ -113,14 +115,28 @@ def nats(log2_units, correction):
 
 @triton.jit
 def log_sum_exp(m, z, correction):
-    return (nats(m, correction) + tl.log(z)).to(tl.float32)
+    return nats(m, correction) + tl.log(z)
 
 
 @triton.jit
-def kl_from_cross(cross, mass, first_m, second_m, first_z, second_z, second_scale, first_correction, second_correction):
-    """sum p log(p / q) from cross = sum p (s ratio - t) and mass = sum p, over any part of the vocabulary."""
-    distance = nats(first_m, first_correction) - nats(second_m, second_correction) - tl.log(second_z / first_z)
-    return (nats(second_scale, second_correction) * cross - distance * mass).to(tl.float32)
+def high_low(x):
+    """An fp64 number as the sum of two fp32 ones; infinities are cut to the largest finite ones first."""
+    x = tl.minimum(tl.maximum(x, -3e38), 3e38)
+    high = x.to(tl.float32)
+    return high, (x - high).to(tl.float32)
+
+
+@triton.jit
+def log_ratio(first_m, first_z, second_m, second_z, first_correction, second_correction):
+    """log-sum-exp of the first less the second's, fp64. One logarithm: two would be off by 5e-7 each."""
+    return nats(first_m, first_correction) - nats(second_m, second_correction) + tl.log(first_z / second_z)
+
+
+@triton.jit
+def kl_from_cross(cross, mass, centre, second_scale, lse_gap):
+    """sum p log(p / q), fp64, over any part of the vocabulary, from cross = sum p (s ratio - t - centre), mass = sum p,
+    the second scale in nats and the first log-sum-exp less the second."""
+    return second_scale * cross + (second_scale * centre - lse_gap) * mass
 
 
 @triton.jit
@@ -133,7 +149,7 @@ def log_to_mixture(log_p, log_q, p, q, beta):
 @triton.jit
 def normalised_tile(
     state, student, teacher, student_scale, teacher_scale, student_m, teacher_m, student_log_z, teacher_log_z, beta,
-    DIVERGENCE: tl.constexpr,
+    centre, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile to every lane's sums; see `normalised_visit`. jsd has no gap: its terms are always finite."""
     total, slope, mass, gap = state
@@ -157,7 +173,7 @@ def normalised_tile(
                 t, s = floor_pair(teacher[block], student[block], teacher_scale / student_scale)
                 weight = tl.exp2(tl.fma(t, teacher_scale, -teacher_m) - teacher_log_z)
                 difference = tl.fma(t, teacher_scale / student_scale, -s)
-            totals = tl.fma(weight, difference, totals)
+            totals = tl.fma(weight, difference - centre, totals)
             masses += weight
             gaps = tl.maximum(gaps, difference)
     total += tl.sum(totals, axis=1)
@@ -172,12 +188,13 @@ def normalised_tile(
 @triton.jit
 def normalised_visit(
     student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale,
-    student_m, teacher_m, student_log_z, teacher_log_z, beta, kth_logit, last_tied_id,
+    student_m, teacher_m, student_log_z, teacher_log_z, beta, centre, kth_logit, last_tied_id,
     DIVERGENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PART: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """A part of the vocabulary, from L2 as the rows were just read. Four scalars: for jsd, in log2 units, the sums of
-    its terms and of p g; for a KL the cross of `kl_from_cross`, 0, the mass, and the gap of `online_tile`."""
+    its terms and of p g; for a KL sum p (s ratio - t - centre), 0, the mass, and the gap of `online_tile`. `centre` is
+    of the differences' own size, so that small numbers are summed: without it a divergence was off by 3e-6."""
     TILE: tl.constexpr = UNROLL * LANES * VEC
     zeros = tl.zeros([LANES], tl.float32)
     state = (zeros, zeros, zeros, zeros + 2 * FLOOR)
@@ -189,7 +206,7 @@ def normalised_visit(
         )  # fmt: skip
         state = normalised_tile(
             state, student, teacher, student_scale, teacher_scale, student_m, teacher_m,
-            student_log_z, teacher_log_z, beta, DIVERGENCE,
+            student_log_z, teacher_log_z, beta, centre, DIVERGENCE,
         )  # fmt: skip
     if whole < size:
         student, teacher = load_pair(
@@ -198,7 +215,7 @@ def normalised_visit(
         )  # fmt: skip
         state = normalised_tile(
             state, student, teacher, student_scale, teacher_scale, student_m, teacher_m,
-            student_log_z, teacher_log_z, beta, DIVERGENCE,
+            student_log_z, teacher_log_z, beta, centre, DIVERGENCE,
         )  # fmt: skip
     total, slope, mass, gap = state
     total, slope = tl.sum(total, axis=0), tl.sum(slope, axis=0)
