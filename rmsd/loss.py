@@ -12,7 +12,7 @@ from rmsd_kernels import (
     select_tokens,
     token_divergence,
 )
-from rmsd_kernels.functional import check_ids, check_mask, check_options, check_selection
+from rmsd_kernels.checks import check_ids, check_mask, check_options, check_selection
 
 
 class RMSDLoss(nn.Module):

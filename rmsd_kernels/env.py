@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from . import __version__, cpu, functional
+from . import __version__, checks, cpu, functional
 
 OPERATIONS = (
     "token_scores",
@@ -13,6 +13,7 @@ OPERATIONS = (
     "scores_and_candidates",
     "token_divergence",
     "linear_token_scores",
+    "linear_token_logprobs",
     "linear_token_divergence",
 )
 PACKAGES = ("torch", "triton", "transformers", "flash-attn")
@@ -61,7 +62,7 @@ def report() -> str:
             continue
         lines += ["", f"backend='auto' for {device} tensors"]
         taken: dict[tuple[str, str], list[str]] = {}
-        for dtype in functional.LOGIT_DTYPES:
+        for dtype in checks.LOGIT_DTYPES:
             taken.setdefault(choice(device, dtype), []).append(str(dtype).removeprefix("torch."))
         for operation in OPERATIONS:
             for (backend, why), dtypes in taken.items():

@@ -6,104 +6,17 @@ accepted everywhere and comes back. Options are keyword-only; scores are fp32; l
 
 import functools
 import logging
-import math
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
-from .reference import CRITERIA, DIVERGENCES, TAILS, TokenScores
+from .checks import check_floating, check_ids, check_logits, check_mask, check_options, check_rows, check_selection
+from .reference import TokenScores
 
 log = logging.getLogger("rmsd_kernels")
 
-LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PREFERRED_BACKENDS = {"cuda": "triton", "cpu": "cpu"}  # by device type; ROCm tensors are "cuda" to torch
-
-
-# ---- checks --------------------------------------------------------------------------------------------------------
-
-
-def check_options(
-    *, divergence, beta, temperature, teacher_temperature, vocab_size, width, vocab_topk=None, tail="drop"
-) -> None:
-    """Raises ValueError for an option that no divergence can be computed with."""
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {divergence!r}")
-    if divergence == "jsd" and not 0.0 < beta < 1.0:
-        raise ValueError(f"beta must lie strictly between 0 and 1, not {beta} (at either end the jsd is always 0)")
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {tail!r}")
-    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        if value is not None and not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be a finite number above 0, not {value}")
-    if vocab_size is not None and not 1 <= vocab_size <= width:
-        raise ValueError(f"vocab_size must lie between 1 and the logits' width {width}, not {vocab_size}")
-    if vocab_topk is not None and vocab_topk < 1:
-        raise ValueError(f"vocab_topk must be at least 1 or None, not {vocab_topk}")
-
-
-def check_selection(*, criterion="logprob_gap", num_tokens, threshold, name="num_tokens") -> None:
-    """Raises ValueError for an option that no token can be selected with."""
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
-    if num_tokens < 1:
-        raise ValueError(f"{name} must be at least 1, not {num_tokens}")
-    if threshold != threshold:
-        raise ValueError("threshold must be a number, not NaN")
-
-
-def check_floating(**tensors: Tensor) -> None:
-    """Raises TypeError unless all are floating tensors of one supported dtype, ValueError unless of one device."""
-    (first_name, first), *others = tensors.items()
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if tensor.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, not {tensor.dtype}")
-    for name, tensor in others:
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{name} must have {first_name}'s dtype {first.dtype}, not {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on {first_name}'s device {first.device}, not {tensor.device}")
-
-
-def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    check_floating(student_logits=student_logits, teacher_logits=teacher_logits)
-    if student_logits.ndim not in (2, 3) or student_logits.shape[-1] < 1:
-        raise ValueError(f"student_logits must be (N, V) or (B, L, V), V >= 1, not {tuple(student_logits.shape)}")
-    if teacher_logits.shape != student_logits.shape:
-        raise ValueError(
-            f"teacher_logits must have student_logits' shape {tuple(student_logits.shape)}, "
-            f"not {tuple(teacher_logits.shape)}"
-        )
-
-
-def check_ids(sampled_ids: Tensor, shape: torch.Size, device: torch.device, limit: int, mask: Tensor | None = None):
-    """Raises unless `sampled_ids` is an integer tensor of `shape` whose (unmasked) values lie in [0, limit).
-    The values are looked at on the CPU only; elsewhere that would cost a sync, and a bad id gives NaN scores."""
-    if not isinstance(sampled_ids, Tensor) or sampled_ids.dtype not in (torch.int64, torch.int32):
-        kind = sampled_ids.dtype if isinstance(sampled_ids, Tensor) else type(sampled_ids).__name__
-        raise TypeError(f"sampled_ids must be an int64 tensor, not {kind}")
-    if sampled_ids.shape != shape:
-        raise ValueError(f"sampled_ids must be {tuple(shape)}, one id a row, not {tuple(sampled_ids.shape)}")
-    if sampled_ids.device != device:
-        raise ValueError(f"sampled_ids must be on the logits' device {device}, not {sampled_ids.device}")
-    if sampled_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = (sampled_ids < 0) | (sampled_ids >= limit)
-        if mask is not None:
-            outside &= mask
-        if outside.any():
-            raise ValueError(f"sampled_ids must lie in [0, {limit}), not {sampled_ids[outside][0].item()}")
-
-
-def check_mask(mask: Tensor, shape: torch.Size, device: torch.device, name: str = "mask") -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool tensor, not {kind}")
-    if mask.shape != shape:
-        raise ValueError(f"{name} must be {tuple(shape)}, not {tuple(mask.shape)}")
-    if mask.device != device:
-        raise ValueError(f"{name} must be on {device} like the scores, not {mask.device}")
 
 
 # ---- backends ------------------------------------------------------------------------------------------------------
@@ -191,7 +104,7 @@ def token_scores(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
-    _check_logits(student_logits, teacher_logits)
+    check_logits(student_logits, teacher_logits)
     width = student_logits.shape[-1]
     check_options(
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
@@ -273,7 +186,7 @@ def scores_and_candidates(
         TokenScores of (B, L), and index (B, num_candidates) int64 as `select_tokens` gives it. A row whose divergence
         is not finite is never selected.
     """
-    _check_logits(student_logits, teacher_logits)
+    check_logits(student_logits, teacher_logits)
     if student_logits.ndim != 3:
         raise ValueError(f"student_logits must be (B, L, V), not {tuple(student_logits.shape)}")
     width = student_logits.shape[-1]
@@ -328,7 +241,7 @@ def token_divergence(
         fp32 of the leading shape, or (R,) with `rows`, 0 where the row is -1; fp64 for fp64 logits. NaN for a row
         that is no distribution, +inf where the divergence is; such a row gets zero gradient.
     """
-    _check_logits(student_logits, teacher_logits)
+    check_logits(student_logits, teacher_logits)
     width = student_logits.shape[-1]
     check_options(
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
@@ -343,19 +256,6 @@ def token_divergence(
         vocab_size=vocab_size or width, backend=resolve_backend(backend, student_logits, "token_divergence"),
     )  # fmt: skip
     return result.view(leading) if rows is None else result
-
-
-def check_rows(rows: Tensor, num_rows: int, device: torch.device) -> None:
-    if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-        raise TypeError(f"rows must be an int64 tensor, not {getattr(rows, 'dtype', type(rows).__name__)}")
-    if rows.ndim != 1:
-        raise ValueError(f"rows must be (R,), not {tuple(rows.shape)}")
-    if rows.device != device:
-        raise ValueError(f"rows must be on {device}, not {rows.device}")
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = (rows < -1) | (rows >= num_rows)
-        if outside.any():
-            raise ValueError(f"rows must lie in [0, {num_rows}), or be -1, not {rows[outside][0].item()}")
 
 
 def divergence_of_rows(

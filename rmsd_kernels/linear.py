@@ -5,24 +5,18 @@ logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), the
 before the softmax is where other implementations lose the gradient's accuracy.
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .functional import (
-    _scores,
-    check_floating,
-    check_ids,
-    check_options,
-    check_rows,
-    divergence_of_rows,
-    gradient_of_rows,
-    resolve_backend,
-)
+from .checks import check_head, check_heads, check_ids, check_options, check_rows, check_transform
+from .functional import _scores, divergence_of_rows, gradient_of_rows, resolve_backend
 from .reference import TokenScores
 
-WORKSPACE_MB = 32  # both chunks' logits: stays in a last-level cache and leaves GEMMs of 80 rows at V = 50k
+# A chunk's logits of both models. 128 rows at V = 50k, whose GEMM is as fast as that of all rows at once (80 rows: 1.15
+# times its time, 40: 1.5), and in a last-level cache; each below the 32 MB from which glibc maps new pages every time.
+WORKSPACE_MB = 48
 _UPCAST_COLUMNS = 4096  # rows of a low-precision weight brought to fp32 at a time on a CPU
 
 
@@ -50,11 +44,13 @@ def linear_token_scores(
     Args:
         logit_scale: factor on the projected logits (Cohere; 1 / logits_scaling for Granite).
         softcap: Gemma's final cap, applied after the scale; None for none.
-        workspace_mb: room for one chunk's logits; None for 32.
+        workspace_mb: room for one chunk's logits; None for 48.
         The rest as in `token_scores`.
+
+    A head that is the very same tensor for both models is read once a chunk for both.
     """
-    _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
-    _check_transform(logit_scale, softcap)
+    check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
+    check_transform(logit_scale, softcap)
     width = student_weight.shape[0]
     check_options(
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
@@ -68,19 +64,60 @@ def linear_token_scores(
         backend=backend,
     )  # fmt: skip
     student_hidden, teacher_hidden = student_hidden.flatten(0, -2), teacher_hidden.flatten(0, -2)
+    heads = Heads(student_weight, student_bias, teacher_weight, teacher_bias)
+    shared = teacher_weight is student_weight and teacher_bias is student_bias
     flat_ids = sampled_ids.flatten()
     chunks = [
-        torch.stack(
-            _scores(
-                _project(student_hidden[part], student_weight, student_bias),
-                _project(teacher_hidden[part], teacher_weight, teacher_bias),
-                flat_ids[part],
-                **options,
-            )
-        )
-        for part in _row_chunks(flat_ids.shape[0], width, workspace_mb)
+        _scores(*_project_both(student_hidden[part], teacher_hidden[part], heads, shared), flat_ids[part], **options)
+        for part in _row_chunks(flat_ids.shape[0], 2 * width, workspace_mb)
     ]
-    return TokenScores(*torch.cat(chunks, 1).view(7, *sampled_ids.shape).unbind())
+    return TokenScores(*(torch.cat(parts).view(sampled_ids.shape) for parts in zip(*chunks, strict=True)))
+
+
+class TokenLogprobs(NamedTuple):
+    """What one model alone says of each token; fp32."""
+
+    logprob: Tensor  # of the sampled token
+    lse: Tensor  # log-sum-exp of the scaled logits
+    entropy: Tensor
+
+
+def linear_token_logprobs(
+    hidden: Tensor,  # (N, H) | (B, L, H)  fp32 | fp16 | bf16 | fp64
+    weight: Tensor,  # (V, H)
+    sampled_ids: Tensor,  # (N,) | (B, L)  int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    workspace_mb: float | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> TokenLogprobs:
+    """One model's side of `linear_token_scores`: half its projections. With the log-probabilities that a sampler
+    recorded it is all that the criterion "logprob_gap" needs; the divergence needs both models' rows."""
+    check_head("", hidden, weight, bias)
+    check_transform(logit_scale, softcap)
+    width = weight.shape[0]
+    check_options(
+        divergence="reverse_kl", beta=0.5, temperature=temperature, teacher_temperature=None, vocab_size=vocab_size,
+        width=width,
+    )  # fmt: skip
+    check_ids(sampled_ids, hidden.shape[:-1], hidden.device, vocab_size or width)
+    options = dict(
+        divergence="reverse_kl", beta=0.5, temperature=temperature, teacher_temperature=temperature,
+        vocab_size=vocab_size or width, logit_scale=logit_scale, softcap=softcap,
+        backend=resolve_backend(backend, hidden, "linear_token_logprobs"),
+    )  # fmt: skip
+    hidden, flat_ids = hidden.flatten(0, -2), sampled_ids.flatten()
+    chunks = []
+    for part in _row_chunks(flat_ids.shape[0], width, workspace_mb):
+        logits = _project(hidden[part], weight, bias)
+        # The two-model scan with one row in both roles: it is in cache, and the projection is 20 times the scan.
+        scores = _scores(logits, logits, flat_ids[part], **options)
+        chunks.append(torch.stack([scores.student_logprob, scores.student_lse, scores.student_entropy]))
+    return TokenLogprobs(*torch.cat(chunks, 1).view(3, *sampled_ids.shape).unbind())
 
 
 def linear_token_divergence(
@@ -113,8 +150,8 @@ def linear_token_divergence(
     Returns:
         (R,) fp32 (fp64 for fp64 inputs), differentiable in `student_hidden`, `student_weight` and `student_bias`.
     """
-    _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
-    _check_transform(logit_scale, softcap)
+    check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
+    check_transform(logit_scale, softcap)
     width = student_weight.shape[0]
     check_options(
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
@@ -133,75 +170,91 @@ def linear_token_divergence(
     if not rows.numel() or not student_hidden.shape[0]:
         # No row at all: zeros that still belong to the graph, so that a caller's backward() runs.
         return rows.new_zeros(rows.shape, dtype=torch.float32) + 0.0 * student_hidden.sum()
+    shared = teacher_weight is student_weight and teacher_bias is student_bias
     # Detached also for torch.compile, which refuses one tensor twice, as a head shared by both roles would be.
     return _LinearDivergence.apply(
         student_hidden[rows.clamp_min(0)], student_weight, student_bias,
         teacher_hidden.detach()[rows.clamp_min(0)], teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(), rows >= 0, workspace_mb, options,
+        None if teacher_bias is None else teacher_bias.detach(), rows >= 0, shared, workspace_mb, options,
     )  # fmt: skip
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """Divergence of R gathered rows in chunks; the backward projects each chunk again instead of keeping (R, V)."""
+    """Divergence of R gathered rows in chunks. The backward uses the logits again where they were one chunk, as a few
+    kept rows are, and else projects each chunk again instead of keeping (R, V)."""
 
     @staticmethod
     def forward(
         ctx, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
-        live, workspace_mb, options,
+        live, shared, workspace_mb, options,
     ):  # fmt: skip
-        ctx.save_for_backward(
-            student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, live
-        )
-        ctx.chunks = _row_chunks(student_hidden.shape[0], student_weight.shape[0], workspace_mb)
-        ctx.options = options
-        result = [
-            divergence_of_rows(
-                _project(student_hidden[part], student_weight, student_bias),
-                _project(teacher_hidden[part], teacher_weight, teacher_bias),
-                None,
-                **options,
-            )
-            for part in ctx.chunks
-        ]
+        heads = Heads(student_weight, student_bias, teacher_weight, teacher_bias)
+        # Three: the backward holds the gradient by a chunk's logits beside them.
+        ctx.chunks = _row_chunks(student_hidden.shape[0], 3 * student_weight.shape[0], workspace_mb)
+        ctx.options, ctx.shared = options, shared
+        result = []
+        for part in ctx.chunks:
+            logits = _project_both(student_hidden[part], teacher_hidden[part], heads, shared)
+            result.append(divergence_of_rows(*logits, None, **options))
+        kept = logits if len(ctx.chunks) == 1 and any(ctx.needs_input_grad) else ()
+        ctx.save_for_backward(student_hidden, teacher_hidden, live, *heads, *kept)
         return torch.cat(result).masked_fill(~live, 0.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_divergence):
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, live = (
-            ctx.saved_tensors
-        )
+        student_hidden, teacher_hidden, live, *heads = ctx.saved_tensors
+        heads, kept = Heads(*heads[:4]), heads[4:]
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        sum_dtype = torch.promote_types(student_weight.dtype, torch.float32)
+        weight = heads.student_weight
+        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.zeros_like(student_hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(student_weight, dtype=sum_dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(student_bias, dtype=sum_dtype) if needs_bias else None
+        grad_weight = grad_bias = None
         grad_divergence = grad_divergence.masked_fill(~live, 0.0)
         for part in ctx.chunks:
-            grad_logits = gradient_of_rows(
-                grad_divergence[part],
-                _project(student_hidden[part], student_weight, student_bias),
-                _project(teacher_hidden[part], teacher_weight, teacher_bias),
-                **ctx.options,
-            )
+            logits = kept or _project_both(student_hidden[part], teacher_hidden[part], heads, ctx.shared)
+            grad_logits = gradient_of_rows(grad_divergence[part], *logits, **ctx.options)
             if needs_hidden:
-                grad_hidden[part] = _backproject(grad_logits, student_weight)
+                grad_hidden[part] = _backproject(grad_logits, weight)
             if needs_weight:
-                grad_weight.addmm_(grad_logits.T, student_hidden[part].to(sum_dtype))
+                hidden = student_hidden[part].to(sum_dtype)
+                # The first product is written, not added to zeros: those 113 MB at V = 50k are a third of the backward.
+                if grad_weight is None:
+                    grad_weight = grad_logits.T @ hidden
+                else:
+                    grad_weight.addmm_(grad_logits.T, hidden)
             if needs_bias:
-                grad_bias += grad_logits.sum(0)
+                grad_bias = grad_logits.sum(0) if grad_bias is None else grad_bias.add_(grad_logits.sum(0))
         return (
             grad_hidden,
-            grad_weight.to(student_weight.dtype) if needs_weight else None,
-            grad_bias.to(student_bias.dtype) if needs_bias else None,
-            *(None,) * 6,
+            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_bias.to(heads.student_bias.dtype) if needs_bias else None,
+            *(None,) * 7,
         )
 
 
-def _row_chunks(num_rows: int, width: int, workspace_mb: float | None) -> list[slice]:
-    """Slices of rows whose student and teacher logits, fp32, fit the workspace together; at least one, maybe empty."""
-    rows = max(1, int((workspace_mb or WORKSPACE_MB) * 2**20 / (2 * 4 * width)))
+class Heads(NamedTuple):
+    student_weight: Tensor  # (V, H)
+    student_bias: Tensor | None  # (V,)
+    teacher_weight: Tensor  # (V, H')
+    teacher_bias: Tensor | None  # (V,)
+
+
+def _row_chunks(num_rows: int, logits_a_row: int, workspace_mb: float | None) -> list[slice]:
+    """Slices of rows whose fp32 logits fit the workspace together; at least one, maybe empty."""
+    rows = max(1, int((workspace_mb or WORKSPACE_MB) * 2**20 / (4 * logits_a_row)))
     return [slice(start, start + rows) for start in range(0, max(num_rows, 1), rows)]
+
+
+def _project_both(student_hidden, teacher_hidden, heads: Heads, shared: bool) -> tuple[Tensor, Tensor]:
+    """Both models' logits of a chunk, (n, V) fp32; from one product where they have one head."""
+    if shared:
+        both = _project(torch.cat([student_hidden, teacher_hidden]), heads.student_weight, heads.student_bias)
+        return both[: len(student_hidden)], both[len(student_hidden) :]
+    return (
+        _project(student_hidden, heads.student_weight, heads.student_bias),
+        _project(teacher_hidden, heads.teacher_weight, heads.teacher_bias),
+    )
 
 
 @torch.no_grad()
@@ -232,41 +285,3 @@ def _backproject(grad_logits: Tensor, weight: Tensor) -> Tensor:
         part = slice(start, start + _UPCAST_COLUMNS)
         grad_hidden.addmm_(grad_logits[:, part], weight[part].float())
     return grad_hidden.to(weight.dtype)
-
-
-def _check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias) -> None:
-    tensors = dict(
-        student_hidden=student_hidden, student_weight=student_weight, teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight, student_bias=student_bias, teacher_bias=teacher_bias,
-    )  # fmt: skip
-    check_floating(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
-    if student_hidden.ndim not in (2, 3):
-        raise ValueError(f"student_hidden must be (N, H) or (B, L, H), not {tuple(student_hidden.shape)}")
-    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-        raise ValueError(
-            f"teacher_hidden must have student_hidden's leading shape {tuple(student_hidden.shape[:-1])}, "
-            f"not {tuple(teacher_hidden.shape[:-1])}"
-        )
-    for role, hidden, weight in (
-        ("student", student_hidden, student_weight),
-        ("teacher", teacher_hidden, teacher_weight),
-    ):
-        if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
-            raise ValueError(
-                f"{role}_weight must be (V, {hidden.shape[-1]}) to match {role}_hidden, not {tuple(weight.shape)}"
-            )
-    if teacher_weight.shape[0] != student_weight.shape[0]:
-        raise ValueError(
-            f"teacher_weight must have student_weight's vocabulary {student_weight.shape[0]}, "
-            f"not {teacher_weight.shape[0]}"
-        )
-    for name, bias in (("student_bias", student_bias), ("teacher_bias", teacher_bias)):
-        if bias is not None and bias.shape != student_weight.shape[:1]:
-            raise ValueError(f"{name} must be ({student_weight.shape[0]},), not {tuple(bias.shape)}")
-
-
-def _check_transform(logit_scale: float, softcap: float | None) -> None:
-    if not 0.0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be a finite number above 0, not {logit_scale}")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a finite number above 0 or None, not {softcap}")

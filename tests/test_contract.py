@@ -14,6 +14,7 @@ import rmsd
 import rmsd_kernels
 from rmsd_kernels import (
     linear_token_divergence,
+    linear_token_logprobs,
     linear_token_scores,
     scores_and_candidates,
     select_tokens,
@@ -38,6 +39,13 @@ PAIR = "student_logits teacher_logits"
 SIGNATURES = {
     token_scores: (f"{PAIR} sampled_ids", OPTIONS),
     linear_token_scores: (f"{HEADS} sampled_ids", HEAD | OPTIONS),
+    linear_token_logprobs: (
+        "hidden weight sampled_ids",
+        dict(
+            bias=None, logit_scale=1.0, softcap=None, workspace_mb=None, temperature=1.0, vocab_size=None,
+            backend="auto",
+        ),
+    ),
     select_tokens: ("score mask", dict(num_tokens=NEEDED, threshold=0.0, backend="auto")),
     scores_and_candidates: (
         f"{PAIR} sampled_ids mask", dict(num_candidates=20, criterion="logprob_gap", threshold=0.0) | OPTIONS,
@@ -72,8 +80,8 @@ def test_the_losses_forward():
 
 def test_exports():
     assert set(rmsd_kernels.__all__) == {
-        "TokenScores", "criterion_score", "linear_token_divergence", "linear_token_scores", "scores_and_candidates",
-        "select_tokens", "token_divergence", "token_scores",
+        "TokenLogprobs", "TokenScores", "criterion_score", "linear_token_divergence", "linear_token_logprobs",
+        "linear_token_scores", "scores_and_candidates", "select_tokens", "token_divergence", "token_scores",
     }  # fmt: skip
     assert rmsd_kernels.TokenScores._fields == (
         "student_logprob", "teacher_logprob", "divergence", "student_lse", "teacher_lse", "student_entropy",
@@ -92,6 +100,7 @@ HIDDEN, WEIGHT = torch.randn(2, 3, 4), torch.randn(8, 4)
 GOOD = dict(
     student_logits=STUDENT, teacher_logits=TEACHER, sampled_ids=IDS, mask=MASK, score=STUDENT[..., 0], num_tokens=2,
     student_hidden=HIDDEN, student_weight=WEIGHT, teacher_hidden=HIDDEN, teacher_weight=WEIGHT,
+    hidden=HIDDEN, weight=WEIGHT,
 )  # fmt: skip
 
 
@@ -150,6 +159,7 @@ WRONG = [
     (token_divergence, "rows", [0], TypeError, "list", "int64"),
     (token_divergence, "rows", torch.tensor([[0]]), ValueError, "(1, 1)", "(R,)"),
     (token_divergence, "rows", torch.tensor([0], device="meta"), ValueError, "meta", "cpu"),
+    (linear_token_logprobs, "weight", WEIGHT.T, ValueError, "(4, 8)", "(V, 4)"),
     (linear_token_scores, "student_hidden", HIDDEN[0, 0], ValueError, "(4,)", "(N, H) or (B, L, H)"),
     (linear_token_scores, "teacher_hidden", HIDDEN[:, :1], ValueError, "(2, 1)", "(2, 3)"),
     (linear_token_scores, "student_weight", WEIGHT.T, ValueError, "(4, 8)", "(V, 4)"),

@@ -7,7 +7,7 @@ from conftest import skip_unless_served
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rmsd_kernels import linear_token_divergence, linear_token_scores
+from rmsd_kernels import linear_token_divergence, linear_token_logprobs, linear_token_scores
 from rmsd_kernels.reference import scaled_logits, token_divergence, token_scores
 
 N, V, H, H2 = 9, 120, 8, 6
@@ -101,6 +101,62 @@ class Largest(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
                 self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
         return result
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products that read a weight of V rows."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.vocab, self.count = vocab, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.count += any(isinstance(x, torch.Tensor) and self.vocab in x.shape for x in args[-2:])
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_head_of_both_models_is_read_once_a_chunk():
+    made = inputs(bias=False)
+    ids = torch.zeros(N, dtype=torch.int64)
+    student, weight = made["student_hidden"], made["student_weight"]
+    same, copy = (student, weight, student.flip(0), weight), (student, weight, student.flip(0), weight.clone())
+    for function, arguments in ((linear_token_scores, (ids,)), (linear_token_divergence, ())):
+        with Products(V) as once:
+            got = function(*same, *arguments)
+        with Products(V) as twice:
+            expected = function(*copy, *arguments)
+        torch.testing.assert_close(got, expected)
+        assert (once.count, twice.count) == (1, 2)
+
+
+def test_few_rows_are_projected_once_for_forward_and_backward():
+    """Two projections and the two products of the gradient; in two chunks, each of them, and both projections again."""
+    made = inputs(bias=False)
+    made["student_hidden"].requires_grad_()
+    made["student_weight"].requires_grad_()
+    counts = []
+    for workspace_mb in (None, 3 * 4 * V * 5 / 2**20):
+        with Products(V) as products:
+            linear_token_divergence(*made.values(), workspace_mb=workspace_mb, backend="torch").sum().backward()
+        counts.append(products.count)
+    assert counts == [4, 2 * 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_models_logprobs(backend, device, dtype):
+    made = inputs(dtype)
+    hidden, weight, bias = made["student_hidden"], made["student_weight"], made["student_bias"]
+    ids = torch.arange(N)
+    options = dict(HEAD, workspace_mb=0.002, temperature=0.7)
+    arguments = [x.to(device) for x in (hidden, weight, ids)]
+    got = linear_token_logprobs(*arguments, bias=bias.to(device), **options, backend=backend)
+    truth = linear_token_logprobs(hidden.double(), weight.double(), ids, bias=bias.double(), **options)
+    logits = scaled_logits(hidden.float() @ weight.float().T + bias.float(), temperature=0.7, **HEAD)
+    logprobs = logits.log_softmax(-1)
+    plain = logprobs[ids, ids], logits.logsumexp(-1), -(logprobs.exp() * logprobs).sum(-1)
+    for name, plain_value in zip(got._fields, plain, strict=True):
+        assert_within_budget(getattr(got, name), plain_value, getattr(truth, name), name)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
