@@ -143,7 +143,7 @@ MUTATIONS = {
         ("divergence += rest_term", "divergence += 0.0"),
         ("mean_slope += rest_weighted", "mean_slope += 0.0"),
         ("tl.where(row == -1, 0.0, float(\"nan\"))", "float(\"nan\")"),
-        ("divergence = tl.where(valid, divergence, float(\"nan\"))", "pass"),
+        ("divergence = tl.where(valid, divergence, float(\"nan\"))", "divergence = divergence"),
         ("divergence = tl.where(teacher_z == 0.0, INF, divergence)", "pass"),
         ("tl.store(stats_ptr + 5, last_tied_id.to(tl.float32))", "tl.store(stats_ptr + 5, 0.0)"),
         ("tl.store(stats_ptr + 6, is_finite.to(tl.float32))", "tl.store(stats_ptr + 6, 1.0)"),
@@ -268,6 +268,8 @@ def killed_by(file: str, old: str, new: str) -> str | None:
              *(["-k", keyword] if keyword else [])],
             cwd=tree, env=environment, capture_output=True, text=True,
         )  # fmt: skip
+    if result.returncode < 0:
+        return f"the process died of signal {-result.returncode}"
     if result.returncode not in (0, 1):
         raise SystemExit(f"pytest ended with {result.returncode}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
     if result.returncode == 0 and " passed" not in result.stdout.splitlines()[-1]:
