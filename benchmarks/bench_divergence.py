@@ -90,7 +90,7 @@ def main() -> None:
         with torch.no_grad():
             for rows, vocab in topks:
                 results += bench_topk(rows, vocab, dtype_name, arguments.repeats)
-    report(results, arguments.json)
+    report(results, arguments, "divergence")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main() -> None:
         for dtype_name in arguments.dtype
         for result in bench(rows, vocab, dtype_name, arguments.repeats)
     ]
-    report(results, arguments.json)
+    report(results, arguments, "scores")
 
 
 if __name__ == "__main__":

@@ -29,20 +29,31 @@ class Result:
     work: str
     contestant: str
     milliseconds: float  # median
-    gigabytes_a_second: float  # the bytes that must be read and written, over the median
+    rate: float  # the bytes that must be read and written, or the FLOPs of the products, over the median
+    unit: str  # of the rate
     times_ours: float  # median over the rounds of (its time / ours)
     extra_megabytes: float  # peak of the tensors allocated meanwhile, less `must_exist`
-    extra_percent: float  # of the two logits tensors
+    extra_percent: float  # of the two logits tensors, which from hidden states never exist
+    spread: float  # (third quartile - first) / median
 
 
-def command_line(description: str, sizes: list[tuple[int, int]]) -> argparse.Namespace:
-    """`sizes` of (rows, vocab) unless both are given."""
+def command_line(
+    description: str,
+    sizes: list[tuple[int, int]],
+    hidden: int | None = None,
+    dtypes: tuple[str, ...] = ("fp32", "bf16"),
+) -> argparse.Namespace:
+    """`sizes` of (rows, vocab) unless both are given; `hidden` adds --hidden, `dtypes` adds --dtype."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--vocab", type=int)
-    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    if hidden is not None:
+        parser.add_argument("--hidden", type=int, default=hidden, help="width of the hidden states")
+    if dtypes:
+        parser.add_argument("--dtype", nargs="+", default=list(dtypes), choices=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument("--write", type=Path, help="folder that also gets the JSON, and the plots where there are any")
     arguments = parser.parse_args()
     if (arguments.rows is None) != (arguments.vocab is None):
         parser.error("--rows and --vocab go together")
@@ -61,10 +72,11 @@ def logits(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def compare(
     work: str,
     contestants: dict[str, Callable[[], object]],  # ours first
-    num_bytes: int,
+    amount: int,  # bytes, or FLOPs
     logits_bytes: int,
     repeats: int,
     must_exist: int = 0,  # bytes of the result that the caller asked for, a gradient say
+    unit: str = "GB/s",
 ) -> list[Result]:
     for run in contestants.values():
         run()
@@ -81,12 +93,19 @@ def compare(
         extra = max(0, peak_bytes(run) - must_exist)
         results.append(
             Result(
-                work=work, contestant=name, milliseconds=median * 1e3, gigabytes_a_second=num_bytes / median / 1e9,
+                work=work, contestant=name, milliseconds=median * 1e3, rate=amount / median / 1e9, unit=unit,
                 times_ours=statistics.median(its / our for its, our in zip(seconds[name], ours, strict=True)),
-                extra_megabytes=extra / 2**20, extra_percent=100 * extra / logits_bytes,
+                extra_megabytes=extra / 2**20, extra_percent=100 * extra / logits_bytes, spread=spread(seconds[name]),
             )
         )  # fmt: skip
     return results
+
+
+def spread(seconds: list[float]) -> float:
+    if len(seconds) < 2:
+        return 0.0
+    first, median, third = statistics.quantiles(seconds, n=4)
+    return (third - first) / median
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -127,14 +146,21 @@ def machine() -> dict:
     )  # fmt: skip
 
 
-def report(results: list[Result], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(dict(machine=machine(), results=[dataclasses.asdict(result) for result in results]), indent=1))
+def report(results: list[Result], arguments: argparse.Namespace, stem: str) -> None:
+    """Prints the table or the JSON; writes the JSON where asked to."""
+    text = json.dumps(dict(machine=machine(), results=[dataclasses.asdict(result) for result in results]), indent=1)
+    if arguments.write:
+        arguments.write.mkdir(parents=True, exist_ok=True)
+        (arguments.write / f"{stem}.json").write_text(text + "\n")
+    if arguments.json:
+        print(text)
         return
     print(", ".join(f"{name} {value}" for name, value in machine().items()), "\n")
-    print("| work | contestant | ms | GB/s | times ours | extra MB | % of the logits |\n|---|---|---|---|---|---|---|")
+    print("| work | contestant | ms | spread | rate | times ours | extra MB | % of the logits |")
+    print("|---|---|---|---|---|---|---|---|")
     for result in results:
         print(
-            f"| {result.work} | {result.contestant} | {result.milliseconds:.1f} | {result.gigabytes_a_second:.1f} "
-            f"| {result.times_ours:.2f} | {result.extra_megabytes:.2f} | {result.extra_percent:.2f} |"
+            f"| {result.work} | {result.contestant} | {result.milliseconds:.1f} | {result.spread:.0%} "
+            f"| {result.rate:.1f} {result.unit} | {result.times_ours:.2f} | {result.extra_megabytes:.2f} "
+            f"| {result.extra_percent:.2f} |"
         )
