@@ -1,5 +1,6 @@
 """Fused kernels for Relevance-Masked Self-Distillation: tensors in, tensors out."""
 
+from .distributed import vocab_parallel_linear_token_divergence, vocab_parallel_linear_token_scores
 from .functional import scores_and_candidates, select_tokens, token_divergence, token_scores
 from .linear import TokenLogprobs, linear_token_divergence, linear_token_logprobs, linear_token_scores
 from .reference import TokenScores, criterion_score
@@ -17,4 +18,6 @@ __all__ = [
     "select_tokens",
     "token_divergence",
     "token_scores",
+    "vocab_parallel_linear_token_divergence",
+    "vocab_parallel_linear_token_scores",
 ]

@@ -310,13 +310,13 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Ten
 
 
 def _backproject(grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """(n, V) @ (V, H) accumulated in fp32, in the weight's dtype."""
+    """(n, V) @ (V, H) in fp32 (fp64 for fp64)."""
     if weight.dtype == grad_logits.dtype:
         return grad_logits @ weight
     if weight.is_cuda:
-        return grad_logits.to(weight.dtype) @ weight
+        return torch.mm(grad_logits.to(weight.dtype), weight, out_dtype=torch.float32)
     grad_hidden = grad_logits.new_zeros(len(grad_logits), weight.shape[1])
     for start in range(0, len(weight), _UPCAST_COLUMNS):
         part = slice(start, start + _UPCAST_COLUMNS)
         grad_hidden.addmm_(grad_logits[:, part], weight[part].float())
-    return grad_hidden.to(weight.dtype)
+    return grad_hidden

@@ -1,0 +1,248 @@
+"""What one shard of the vocabulary knows of a row, and how the shards' numbers make the whole row's.
+
+No process group here: a partial is a small tensor, and merging takes P of them stacked. Merges are computed in fp64 and
+in rank order, so every rank gets the same bits. With shard i's log-sum-exp l_i, the row's l and w_i = e^(l_i - l),
+
+    reverse KL = sum_i w_i (KL_i + (l_i - l)_student - (l_i - l)_teacher)        w_i of the student
+    forward KL = the same with the roles exchanged
+    entropy    = sum_i w_i (H_i - (l_i - l))
+
+where KL_i and H_i are of the shard's own, normalised distributions: what `token_scores` of the shard gives.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .functional import _scores
+from .reference import (
+    TokenScores,
+    divergence_terms,
+    kl_terms,
+    log_mixture,
+    logsumexp,
+    scaled_logits,
+    token_scores,
+    topk_support,
+)
+
+_INF = math.inf
+
+
+def scaled_pair(student_logits: Tensor, teacher_logits: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+    """Both rows after scale, softcap and temperature."""
+    transform = dict(logit_scale=options["logit_scale"], softcap=options["softcap"])
+    return (
+        scaled_logits(student_logits, options["temperature"], **transform),
+        scaled_logits(teacher_logits, options["teacher_temperature"], **transform),
+    )
+
+
+# ---- the whole vocabulary ------------------------------------------------------------------------------------------
+
+
+def shard_scores(
+    student_logits: Tensor,  # (n, V_i) fp32 | fp64, maybe V_i = 0
+    teacher_logits: Tensor,  # (n, V_i)
+    sampled_ids: Tensor,  # (n,) int64 within the shard; any id of it where another shard holds the token
+    backend: str,
+    options: dict,
+) -> Tensor:  # (7, n): log-sum-exps, divergence, entropies, the token's scaled logits; student before teacher
+    if student_logits.shape[-1] == 0:
+        partial = student_logits.new_zeros(7, len(student_logits))
+        partial[[0, 1, 5, 6]] = -_INF
+        return partial
+    peaks = scaled_pair(student_logits.amax(-1, keepdim=True), teacher_logits.amax(-1, keepdim=True), options)
+    student_empty, teacher_empty = (peak == -_INF for peak in peaks)
+    sampled_ids = sampled_ids.unsqueeze(-1)
+    tokens = scaled_pair(student_logits.gather(-1, sampled_ids), teacher_logits.gather(-1, sampled_ids), options)
+    # A shard without mass is no distribution, yet the other model's numbers are wanted: give it some, then take it back
+    student_logits = student_logits.masked_fill(student_empty, 0.0)
+    teacher_logits = teacher_logits.masked_fill(teacher_empty, 0.0)
+    arguments = student_logits, teacher_logits, torch.zeros_like(sampled_ids).squeeze(-1)
+    if backend == "torch":
+        scores = token_scores(*arguments, **options)
+    else:
+        scores = _scores(*arguments, backend=backend, vocab_size=student_logits.shape[-1], **options)
+    student_empty, teacher_empty = student_empty.squeeze(-1), teacher_empty.squeeze(-1)
+    numerator, denominator = student_empty, teacher_empty
+    if options["divergence"] == "forward_kl":
+        numerator, denominator = teacher_empty, student_empty
+    return torch.stack(
+        [
+            scores.student_lse.masked_fill(student_empty, -_INF),
+            scores.teacher_lse.masked_fill(teacher_empty, -_INF),
+            scores.divergence.masked_fill(denominator, _INF).masked_fill(numerator, 0.0),
+            scores.student_entropy,
+            scores.teacher_entropy,
+            *(token.squeeze(-1) for token in tokens),
+        ]
+    )
+
+
+def merged_scores(partials: Tensor, owner: Tensor, divergence: str) -> TokenScores:
+    """(P, 7, n) partials in fp64 and (P, n) bool, which shard holds the sampled token -> the whole row's scores, fp64.
+    The divergence of a jsd is not among them: see `shard_jsd`."""
+    student_lses, teacher_lses, divergences, *entropies, student_token, teacher_token = partials.unbind(1)
+    student_lse, teacher_lse = student_lses.logsumexp(0), teacher_lses.logsumexp(0)
+    student_shift, teacher_shift = student_lses - student_lse, teacher_lses - teacher_lse
+
+    def mean(values, shift):  # over shards, by their mass
+        return torch.where(shift > -_INF, shift.exp() * values, 0.0).sum(0)
+
+    first, second = (student_shift, teacher_shift) if divergence != "forward_kl" else (teacher_shift, student_shift)
+    # Infinite also where the shard's mass underflows: e^(l_i - l) may be 0, but a finite logit has mass.
+    merged = mean(divergences + first - second, first).masked_fill((divergences == _INF).any(0), _INF)
+    scores = TokenScores(
+        student_logprob=student_token.masked_fill(~owner, -_INF).amax(0) - student_lse,
+        teacher_logprob=teacher_token.masked_fill(~owner, -_INF).amax(0) - teacher_lse,
+        divergence=merged,
+        student_lse=student_lse,
+        teacher_lse=teacher_lse,
+        student_entropy=mean(entropies[0] - student_shift, student_shift),
+        teacher_entropy=mean(entropies[1] - teacher_shift, teacher_shift),
+    )
+    valid = student_lse.isfinite() & teacher_lse.isfinite() & owner.any(0)
+    return TokenScores(*(torch.where(valid, score, math.nan) for score in scores))
+
+
+def shard_jsd(student_logits: Tensor, teacher_logits: Tensor, lses: tuple[Tensor, Tensor], options: dict) -> Tensor:
+    """(2, n): the shard's summands of the jsd, and of its slope (see `weighted_slope`), under the whole row's
+    log-sum-exps: a mixture needs both distributions normalised, so it is no function of the shards' own."""
+    log_p, log_q = _logprobs(student_logits, teacher_logits, lses, options)
+    terms = divergence_terms(log_p, log_q, "jsd", options["beta"])
+    return torch.stack([terms.sum(-1), weighted_slope(log_p, log_q, options).sum(-1)])
+
+
+def weighted_slope(log_p: Tensor, log_q: Tensor, options: dict) -> Tensor:
+    """p df/dp for the divergence's summand f, less a constant times p that cancels over the whole vocabulary."""
+    if options["divergence"] == "reverse_kl":
+        return kl_terms(log_p, log_q)
+    if options["divergence"] == "forward_kl":
+        return -log_q.exp()
+    return (1 - options["beta"]) * kl_terms(log_p, log_mixture(log_p, log_q, options["beta"]))
+
+
+def shard_gradient(
+    student_logits: Tensor,  # (n, V_i)
+    teacher_logits: Tensor,  # (n, V_i)
+    options: dict,
+    student_lse: Tensor,  # (n,) of the whole row
+    teacher_lse: Tensor,  # (n,)
+    slope: Tensor,  # (n,) sum over the whole row of `weighted_slope`
+) -> Tensor:
+    """(n, V_i) gradient of the whole row's divergence by the shard's scaled logits."""
+    log_p, log_q = _logprobs(student_logits, teacher_logits, (student_lse, teacher_lse), options)
+    return weighted_slope(log_p, log_q, options) - log_p.exp() * slope.to(log_p.dtype).unsqueeze(-1)
+
+
+def through_transform(grad_scaled: Tensor, student_logits: Tensor, options: dict) -> Tensor:
+    """Gradient by scaled logits -> gradient by logits as projected."""
+    factor = options["logit_scale"] / options["temperature"]
+    if options["softcap"] is None:
+        return grad_scaled * factor
+    capped = torch.tanh(student_logits * (options["logit_scale"] / options["softcap"]))
+    return grad_scaled * factor * (1 - capped.square())
+
+
+def _logprobs(student_logits, teacher_logits, lses, options):
+    pair = scaled_pair(student_logits, teacher_logits, options)
+    return tuple(logits - lse.to(logits.dtype).unsqueeze(-1) for logits, lse in zip(pair, lses, strict=True))
+
+
+# ---- the student's k largest logits --------------------------------------------------------------------------------
+
+
+def shard_candidates(
+    student_logits: Tensor,  # (n, V_i)
+    teacher_logits: Tensor,  # (n, V_i)
+    num_candidates: int,  # at most V_i
+    width: int,  # of the partial, at least num_candidates
+    options: dict,
+) -> tuple[Tensor, Tensor]:
+    """Partial (n, 4 + 2 * width): log-sum-exps of the shard and of what is not a candidate (student, teacher, student,
+    teacher), then both models' logits, as projected, at the candidates: the shard's largest student logits. NaN fills
+    up a shard that has fewer than `width`. And the candidates' ids (n, num_candidates) int64, rising."""
+    support = topk_support(student_logits, num_candidates) if num_candidates else student_logits > _INF
+    ids = support.to(torch.uint8).topk(num_candidates, dim=-1).indices.sort(-1).values
+    pair = scaled_pair(student_logits, teacher_logits, options)
+    lses = [logits.logsumexp(-1, keepdim=True) for logits in pair]
+    rests = [logits.scatter(-1, ids, -_INF).logsumexp(-1, keepdim=True) for logits in pair]
+    fill = student_logits.new_full((len(ids), width - num_candidates), math.nan)
+    candidates = [student_logits.gather(-1, ids), fill, teacher_logits.gather(-1, ids), fill]
+    return torch.cat([*lses, *rests, *candidates], -1), ids
+
+
+class MergedTopK:
+    """The divergence over the k largest of P shards' candidates, and its derivatives by what the shards sent.
+
+    partials: (P, n, 4 + 2 * width) fp64; counts: how many candidates each shard has.
+    """
+
+    def __init__(self, partials: Tensor, counts: list[int], vocab_topk: int, tail: str, options: dict):
+        lses, rests, candidates = partials[..., :2], partials[..., 2:4], partials[..., 4:]
+        width = candidates.shape[-1] // 2
+        real = torch.arange(width, device=partials.device) < torch.tensor(counts, device=partials.device).unsqueeze(-1)
+        real = real.flatten()  # (C,) with C = P * width, shard after shard: ids rise along it
+        student, teacher = (half.transpose(0, 1).flatten(1) for half in candidates.split(width, -1))  # (n, C)
+        # NaN sorts behind -inf, and a stable sort gives ties to the lower id.
+        order = (-student).where(real, math.nan).sort(dim=-1, stable=True).indices[:, :vocab_topk]
+        support = torch.zeros_like(student, dtype=torch.bool).scatter(1, order, True)
+        self.student_lse, self.teacher_lse = lses.logsumexp(0).unbind(-1)
+        valid = self.student_lse.isfinite() & self.teacher_lse.isfinite()
+        student, teacher = student.where(real, -_INF), teacher.where(real, -_INF)
+        student, teacher = (logits.where(valid.unsqueeze(-1), 0.0) for logits in (student, teacher))
+        student, teacher = scaled_pair(student, teacher, options)
+        student_lse, teacher_lse = self.student_lse.where(valid, 0.0), self.teacher_lse.where(valid, 0.0)
+        student_rest, teacher_rest = rests.where(valid.unsqueeze(-1), 0.0).permute(2, 1, 0)  # (n, P) each
+
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in (student, student_lse, student_rest)]
+            result = _topk_divergence(
+                *leaves, teacher, teacher_lse, teacher_rest, support, tail, options["divergence"], options["beta"]
+            )
+            finite = valid & result.isfinite()
+            grads = torch.autograd.grad(result.where(finite, 0.0).sum(), leaves, materialize_grads=True)
+        self.divergence = result.detach().where(valid, math.nan)
+        by_candidate, by_lse, by_rest = (grad.nan_to_num(0.0, 0.0, 0.0) for grad in grads)
+        probability = (student - student_lse.unsqueeze(-1)).exp()
+        by_candidate = by_candidate + probability * by_lse.unsqueeze(-1)
+        self.by_candidate = by_candidate.view(len(student), -1, width)  # (n, P, width), by scaled logit
+        # By any other logit of shard i: p_j (d/d lse + d/d rest_i e^(lse - rest_i)). Below e^-700 a rest has no slope.
+        share = student_rest - student_lse.unsqueeze(-1)
+        by_rest = torch.where(share > -700, by_rest * (-share.clamp_min(-700)).exp(), 0.0)
+        self.by_other = by_lse.unsqueeze(-1) + by_rest  # (n, P), times p_j
+
+
+def _topk_divergence(student, student_lse, student_rest, teacher, teacher_lse, teacher_rest, support, tail, *formula):
+    """(n,) by reference.token_divergence's rules, from (n, C) candidates, (n,) log-sum-exps and (n, P) rests."""
+    inside_student, inside_teacher = student.masked_fill(~support, -_INF), teacher.masked_fill(~support, -_INF)
+    unreachable = torch.zeros_like(student_lse, dtype=torch.bool)
+    if tail == "renorm":
+        unreachable = (inside_teacher == -_INF).all(-1)
+        inside_student = inside_student.masked_fill(unreachable.unsqueeze(-1), 0.0)
+        inside_teacher = inside_teacher.masked_fill(unreachable.unsqueeze(-1), 0.0)
+        student_lse, teacher_lse = logsumexp(inside_student), logsumexp(inside_teacher)
+    elif tail == "bucket":
+        outside_student = torch.cat([student.masked_fill(support, -_INF), student_rest], -1)
+        outside_teacher = torch.cat([teacher.masked_fill(support, -_INF), teacher_rest], -1)
+        inside_student = torch.cat([inside_student, logsumexp(outside_student).unsqueeze(-1)], -1)
+        inside_teacher = torch.cat([inside_teacher, logsumexp(outside_teacher).unsqueeze(-1)], -1)
+    log_p, log_q = inside_student - student_lse.unsqueeze(-1), inside_teacher - teacher_lse.unsqueeze(-1)
+    return divergence_terms(log_p, log_q, *formula).sum(-1).masked_fill(unreachable, _INF)
+
+
+def shard_topk_gradient(
+    student_logits: Tensor,  # (n, V_i)
+    teacher_logits: Tensor,  # unused: the candidates' part of it is in `by_candidate`
+    options: dict,
+    student_lse: Tensor,  # (n,) of the whole row
+    by_other: Tensor,  # (n,) this shard's, of MergedTopK
+    by_candidate: Tensor,  # (n, k_i)
+    ids: Tensor,  # (n, k_i) int64
+) -> Tensor:
+    """(n, V_i) gradient of the whole row's divergence by the shard's scaled logits."""
+    log_p, _ = _logprobs(student_logits, teacher_logits, (student_lse, student_lse), options)
+    grad = log_p.exp() * by_other.to(log_p.dtype).unsqueeze(-1)
+    return grad.scatter(-1, ids, by_candidate.to(grad.dtype))
