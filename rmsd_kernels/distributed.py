@@ -5,9 +5,10 @@ ids and options are the same on every rank, and so are the results, to the bit. 
 partials.py says what does, and why it is enough:
 
     scores, divergence      one all-gather of 28 bytes a token from each rank (12 for a divergence); 56 and 24 in fp64
-    a jsd                   a second of 8 bytes, and a second projection: it needs the whole row's log-sum-exps first
-    vocab_topk=k            one of 16 + 8 min(k, largest V_i) bytes a row from each rank, for each chunk of rows
-    backward                one all-reduce of the hidden states' gradient, none where they need no gradient
+    a jsd                   a second of 4 bytes, and a second projection: it needs the whole row's log-sum-exps first
+    vocab_topk=k            one of 32 + 8 min(k, largest V_i) bytes a row from each rank, for each chunk of rows
+    backward                one of 8 bytes a row for each chunk (none with vocab_topk); and one all-reduce of the hidden
+                            states' gradient, in fp32, where they need one
 
 Each call first exchanges 32 bytes a rank: the shards' sizes, and whether the arguments are good everywhere, so that bad
 ones raise on all ranks instead of leaving some to wait. With NCCL alone
@@ -159,10 +160,10 @@ class _ShardedDivergence(torch.autograd.Function):
         heads = Heads(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
         ctx.shard, ctx.options, ctx.chunks = shard, options, shard.chunks(heads, workspace_mb)
         if topk["vocab_topk"] is None:
-            ctx.gradient = partials.shard_gradient
+            ctx.gradient = _gradient
             result, *saved = _divergence(shard, heads, options, ctx.chunks)
         else:
-            ctx.gradient = partials.shard_topk_gradient
+            ctx.gradient = _topk_gradient
             chunks = [_topk_divergence(shard, heads.logits(part), options, **topk) for part in ctx.chunks]
             result, *saved = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         ctx.save_for_backward(*heads, live & result.isfinite(), *saved)
@@ -179,7 +180,7 @@ class _ShardedDivergence(torch.autograd.Function):
         ]
         for part in ctx.chunks:
             logits = heads.logits(part)
-            grad_logits = ctx.gradient(*logits, ctx.options, *(tensor[part] for tensor in saved))
+            grad_logits = ctx.gradient(ctx.shard, logits, ctx.options, *(tensor[part] for tensor in saved))
             grad_logits = partials.through_transform(grad_logits, logits[0], ctx.options)
             grad_logits = torch.where(live[part].unsqueeze(-1), grad_logits * grad_divergence[part].unsqueeze(-1), 0.0)
             if grad_hidden is not None:
@@ -208,23 +209,22 @@ def _scores(shard, heads, sampled_ids, options, workspace_mb) -> TokenScores:
     scores = partials.merged_scores(shard.gather(every), owner, options["divergence"])
     if options["divergence"] != "jsd":
         return scores
-    divergence, _ = _jsd(shard, heads, (scores.student_lse, scores.teacher_lse), options, chunks)
+    divergence = _jsd(shard, heads, scores.student_lse, scores.teacher_lse, options, chunks)
     return scores._replace(divergence=torch.where(owner.any(0), divergence, math.nan))
 
 
 def _divergence(shard, heads, options, chunks) -> tuple[Tensor, ...]:
-    """(R,) divergence, both log-sum-exps and the sum of `partials.weighted_slope`, in fp64."""
+    """(R,) divergence and both log-sum-exps, in fp64."""
     no_ids = torch.zeros(len(heads.student_hidden), dtype=torch.int64, device=heads.student_hidden.device)
     every = [_shard_scores(heads.logits(part), no_ids[part], shard.backend, options)[:3] for part in chunks]
     merged = shard.gather(torch.cat(every, 1))
     merged = torch.cat([merged, torch.zeros_like(merged[:, :1]).expand(-1, 4, -1)], 1)
     owner = torch.ones_like(merged[:, 0], dtype=torch.bool)
     scores = partials.merged_scores(merged, owner, options["divergence"])
-    divergence, lses = scores.divergence, (scores.student_lse, scores.teacher_lse)
-    slope = divergence if options["divergence"] == "reverse_kl" else -torch.ones_like(divergence)
     if options["divergence"] == "jsd":
-        divergence, slope = _jsd(shard, heads, lses, options, chunks)
-    return divergence, *lses, slope
+        divergence = _jsd(shard, heads, scores.student_lse, scores.teacher_lse, options, chunks)
+        scores = scores._replace(divergence=divergence)
+    return scores.divergence, scores.student_lse, scores.teacher_lse
 
 
 def _shard_scores(logits, local_ids, backend, options) -> Tensor:
@@ -233,9 +233,20 @@ def _shard_scores(logits, local_ids, backend, options) -> Tensor:
     return partials.shard_scores(*logits, local_ids, backend, options)
 
 
-def _jsd(shard, heads, lses, options, chunks) -> Tensor:
-    every = [partials.shard_jsd(*heads.logits(part), tuple(lse[part] for lse in lses), options) for part in chunks]
-    return shard.gather(torch.cat(every, 1)).sum(0)
+def _jsd(shard, heads, student_lse, teacher_lse, options, chunks) -> Tensor:
+    every = [partials.shard_jsd(*heads.logits(part), student_lse[part], teacher_lse[part], options) for part in chunks]
+    valid = student_lse.isfinite() & teacher_lse.isfinite()
+    return torch.where(valid, shard.gather(torch.cat(every)).sum(0), math.nan)
+
+
+def _gradient(shard, logits, options, student_lse, teacher_lse) -> Tensor:
+    """(n, V_i) by scaled logits, for one chunk."""
+    probability, slope = partials.shard_slopes(*logits, student_lse, teacher_lse, options)
+    sums = torch.stack([probability.sum(-1), slope.sum(-1)])
+    total, mean = shard.gather(sums).sum(0).unsqueeze(-1)
+    # 1 but for the rounding of a log-sum-exp, which every entry would share: sum p, or sum q in the forward KL.
+    scale = -mean if options["divergence"] == "forward_kl" else total
+    return slope * (1 / scale).to(slope.dtype) - probability * (mean / total / scale).to(slope.dtype)
 
 
 def _topk_divergence(shard, logits, options, vocab_topk, tail) -> tuple[Tensor, ...]:
@@ -245,3 +256,7 @@ def _topk_divergence(shard, logits, options, vocab_topk, tail) -> tuple[Tensor, 
     merged = partials.MergedTopK(shard.gather(partial), counts, vocab_topk, tail, options)
     by_candidate = merged.by_candidate[:, shard.rank, : counts[shard.rank]]
     return merged.divergence, merged.student_lse, merged.by_other[:, shard.rank], by_candidate, ids
+
+
+def _topk_gradient(shard, logits, options, *saved) -> Tensor:
+    return partials.shard_topk_gradient(logits[0], *saved, options)

@@ -107,34 +107,37 @@ def merged_scores(partials: Tensor, owner: Tensor, divergence: str) -> TokenScor
     return TokenScores(*(torch.where(valid, score, math.nan) for score in scores))
 
 
-def shard_jsd(student_logits: Tensor, teacher_logits: Tensor, lses: tuple[Tensor, Tensor], options: dict) -> Tensor:
-    """(2, n): the shard's summands of the jsd, and of its slope (see `weighted_slope`), under the whole row's
-    log-sum-exps: a mixture needs both distributions normalised, so it is no function of the shards' own."""
-    log_p, log_q = _logprobs(student_logits, teacher_logits, lses, options)
-    terms = divergence_terms(log_p, log_q, "jsd", options["beta"])
-    return torch.stack([terms.sum(-1), weighted_slope(log_p, log_q, options).sum(-1)])
-
-
-def weighted_slope(log_p: Tensor, log_q: Tensor, options: dict) -> Tensor:
-    """p df/dp for the divergence's summand f, less a constant times p that cancels over the whole vocabulary."""
-    if options["divergence"] == "reverse_kl":
-        return kl_terms(log_p, log_q)
-    if options["divergence"] == "forward_kl":
-        return -log_q.exp()
-    return (1 - options["beta"]) * kl_terms(log_p, log_mixture(log_p, log_q, options["beta"]))
-
-
-def shard_gradient(
+def shard_jsd(
     student_logits: Tensor,  # (n, V_i)
     teacher_logits: Tensor,  # (n, V_i)
-    options: dict,
-    student_lse: Tensor,  # (n,) of the whole row
+    student_lse: Tensor,  # (n,) of the whole row, fp64
     teacher_lse: Tensor,  # (n,)
-    slope: Tensor,  # (n,) sum over the whole row of `weighted_slope`
+    options: dict,
 ) -> Tensor:
-    """(n, V_i) gradient of the whole row's divergence by the shard's scaled logits."""
-    log_p, log_q = _logprobs(student_logits, teacher_logits, (student_lse, teacher_lse), options)
-    return weighted_slope(log_p, log_q, options) - log_p.exp() * slope.to(log_p.dtype).unsqueeze(-1)
+    """(n,): the sum of the shard's summands of the jsd. A mixture needs both distributions normalised, so this is no
+    function of what the shard knows alone."""
+    log_p, log_q = _logprobs(student_logits, teacher_logits, student_lse, teacher_lse, options)
+    return divergence_terms(log_p, log_q, "jsd", options["beta"]).sum(-1)
+
+
+def shard_slopes(
+    student_logits: Tensor,  # (n, V_i)
+    teacher_logits: Tensor,  # (n, V_i)
+    student_lse: Tensor,  # (n,) of the whole row, fp64
+    teacher_lse: Tensor,  # (n,)
+    options: dict,
+) -> tuple[Tensor, Tensor]:
+    """(n, V_i) each: p, and p df/dp for the divergence's summand f, less a multiple of p. The gradient by scaled logits
+    is the second less p times the ratio of their sums over the whole row: taken from these very numbers, the sums leave
+    no rounding error that every logit of the row would share."""
+    log_p, log_q = _logprobs(student_logits, teacher_logits, student_lse, teacher_lse, options)
+    if options["divergence"] == "reverse_kl":
+        slope = kl_terms(log_p, log_q)
+    elif options["divergence"] == "forward_kl":
+        slope = -log_q.exp()
+    else:
+        slope = (1 - options["beta"]) * kl_terms(log_p, log_mixture(log_p, log_q, options["beta"]))
+    return log_p.exp(), slope
 
 
 def through_transform(grad_scaled: Tensor, student_logits: Tensor, options: dict) -> Tensor:
@@ -146,9 +149,21 @@ def through_transform(grad_scaled: Tensor, student_logits: Tensor, options: dict
     return grad_scaled * factor * (1 - capped.square())
 
 
-def _logprobs(student_logits, teacher_logits, lses, options):
-    pair = scaled_pair(student_logits, teacher_logits, options)
-    return tuple(logits - lse.to(logits.dtype).unsqueeze(-1) for logits, lse in zip(pair, lses, strict=True))
+def _logprobs(student_logits, teacher_logits, student_lse, teacher_lse, options) -> tuple[Tensor, Tensor]:
+    student, teacher = scaled_pair(student_logits, teacher_logits, options)
+    return _less(student, student_lse), _less(teacher, teacher_lse)
+
+
+def _less(logits: Tensor, lse: Tensor) -> Tensor:
+    """logits - lse in the logits' dtype, without rounding the fp64 lse to it."""
+    high, low = _split(lse, logits.dtype)
+    return logits - high.unsqueeze(-1) - low.unsqueeze(-1)
+
+
+def _split(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp64 as a sum of two numbers of `dtype`; the second is 0 where the first is not finite."""
+    high = lse.to(dtype)
+    return high, (lse - high).where(high.isfinite(), 0.0).to(dtype)
 
 
 # ---- the student's k largest logits --------------------------------------------------------------------------------
@@ -161,27 +176,38 @@ def shard_candidates(
     width: int,  # of the partial, at least num_candidates
     options: dict,
 ) -> tuple[Tensor, Tensor]:
-    """Partial (n, 4 + 2 * width): log-sum-exps of the shard and of what is not a candidate (student, teacher, student,
-    teacher), then both models' logits, as projected, at the candidates: the shard's largest student logits. NaN fills
-    up a shard that has fewer than `width`. And the candidates' ids (n, num_candidates) int64, rising."""
+    """Partial (n, 8 + 2 * width): log-sum-exps of the shard and of what is not a candidate (student, teacher, student,
+    teacher), each as two numbers, then both models' logits, as projected, at the candidates: the shard's largest
+    student logits. NaN fills up a shard that has fewer than `width`. And the candidates' ids (n, num_candidates) int64,
+    rising."""
     support = topk_support(student_logits, num_candidates) if num_candidates else student_logits > _INF
     ids = support.to(torch.uint8).topk(num_candidates, dim=-1).indices.sort(-1).values
     pair = scaled_pair(student_logits, teacher_logits, options)
-    lses = [logits.logsumexp(-1, keepdim=True) for logits in pair]
-    rests = [logits.scatter(-1, ids, -_INF).logsumexp(-1, keepdim=True) for logits in pair]
+    lses = [_precise_lse(logits) for logits in (*pair, *(logits.scatter(-1, ids, -_INF) for logits in pair))]
+    numbers = torch.stack([half for lse in lses for half in _split(lse, student_logits.dtype)], -1)
     fill = student_logits.new_full((len(ids), width - num_candidates), math.nan)
     candidates = [student_logits.gather(-1, ids), fill, teacher_logits.gather(-1, ids), fill]
-    return torch.cat([*lses, *rests, *candidates], -1), ids
+    return torch.cat([numbers, *candidates], -1), ids
+
+
+def _precise_lse(logits: Tensor) -> Tensor:
+    """(n,) in fp64, off by the relative error of a sum and not of a logit; NaN or +inf where the row holds one."""
+    if logits.shape[-1] == 0:
+        return logits.new_full(logits.shape[:1], -_INF, dtype=torch.float64)
+    peak = logits.amax(-1, keepdim=True)
+    total = (logits - peak.where(peak > -_INF, 0.0).where(peak == peak, math.nan)).exp().sum(-1)
+    return peak.squeeze(-1).double() + total.double().log()
 
 
 class MergedTopK:
     """The divergence over the k largest of P shards' candidates, and its derivatives by what the shards sent.
 
-    partials: (P, n, 4 + 2 * width) fp64; counts: how many candidates each shard has.
+    partials: (P, n, 8 + 2 * width) fp64; counts: how many candidates each shard has.
     """
 
     def __init__(self, partials: Tensor, counts: list[int], vocab_topk: int, tail: str, options: dict):
-        lses, rests, candidates = partials[..., :2], partials[..., 2:4], partials[..., 4:]
+        lses = partials[..., 0:8:2] + partials[..., 1:8:2]
+        lses, rests, candidates = lses[..., :2], lses[..., 2:], partials[..., 8:]
         width = candidates.shape[-1] // 2
         real = torch.arange(width, device=partials.device) < torch.tensor(counts, device=partials.device).unsqueeze(-1)
         real = real.flatten()  # (C,) with C = P * width, shard after shard: ids rise along it
@@ -235,14 +261,13 @@ def _topk_divergence(student, student_lse, student_rest, teacher, teacher_lse, t
 
 def shard_topk_gradient(
     student_logits: Tensor,  # (n, V_i)
-    teacher_logits: Tensor,  # unused: the candidates' part of it is in `by_candidate`
-    options: dict,
-    student_lse: Tensor,  # (n,) of the whole row
+    student_lse: Tensor,  # (n,) of the whole row, fp64
     by_other: Tensor,  # (n,) this shard's, of MergedTopK
     by_candidate: Tensor,  # (n, k_i)
     ids: Tensor,  # (n, k_i) int64
+    options: dict,
 ) -> Tensor:
     """(n, V_i) gradient of the whole row's divergence by the shard's scaled logits."""
-    log_p, _ = _logprobs(student_logits, teacher_logits, (student_lse, student_lse), options)
-    grad = log_p.exp() * by_other.to(log_p.dtype).unsqueeze(-1)
+    student, _ = scaled_pair(student_logits, student_logits, options)
+    grad = _less(student, student_lse).exp() * by_other.to(student.dtype).unsqueeze(-1)
     return grad.scatter(-1, ids, by_candidate.to(grad.dtype))
