@@ -7,8 +7,8 @@ partials.py says what does, and why it is enough:
     scores, divergence      one all-gather of 28 bytes a token from each rank (12 for a divergence); 56 and 24 in fp64
     a jsd                   a second of 4 bytes, and a second projection: it needs the whole row's log-sum-exps first
     vocab_topk=k            one of 32 + 8 min(k, largest V_i) bytes a row from each rank, for each chunk of rows
-    backward                one of 8 bytes a row for each chunk (none with vocab_topk); and one all-reduce of the hidden
-                            states' gradient, in fp32, where they need one
+    backward                one of 16 bytes a row for each chunk (none with vocab_topk), and an all-reduce of the
+                            hidden states' gradient, in fp32, where they need one
 
 Each call first exchanges 32 bytes a rank: the shards' sizes, and whether the arguments are good everywhere, so that bad
 ones raise on all ranks instead of leaving some to wait. With NCCL alone
@@ -241,12 +241,9 @@ def _jsd(shard, heads, student_lse, teacher_lse, options, chunks) -> Tensor:
 
 def _gradient(shard, logits, options, student_lse, teacher_lse) -> Tensor:
     """(n, V_i) by scaled logits, for one chunk."""
-    probability, slope = partials.shard_slopes(*logits, student_lse, teacher_lse, options)
-    sums = torch.stack([probability.sum(-1), slope.sum(-1)])
-    total, mean = shard.gather(sums).sum(0).unsqueeze(-1)
-    # 1 but for the rounding of a log-sum-exp, which every entry would share: sum p, or sum q in the forward KL.
-    scale = -mean if options["divergence"] == "forward_kl" else total
-    return slope * (1 / scale).to(slope.dtype) - probability * (mean / total / scale).to(slope.dtype)
+    slopes = partials.shard_slopes(*logits, student_lse, teacher_lse, options)
+    sums = shard.gather(partials.slope_sums(*slopes, options)).sum(0)
+    return partials.gradient(*slopes, sums, options)
 
 
 def _topk_divergence(shard, logits, options, vocab_topk, tail) -> tuple[Tensor, ...]:

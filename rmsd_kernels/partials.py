@@ -19,7 +19,6 @@ from .functional import _scores
 from .reference import (
     TokenScores,
     divergence_terms,
-    kl_terms,
     log_mixture,
     logsumexp,
     scaled_logits,
@@ -127,17 +126,34 @@ def shard_slopes(
     teacher_lse: Tensor,  # (n,)
     options: dict,
 ) -> tuple[Tensor, Tensor]:
-    """(n, V_i) each: p, and p df/dp for the divergence's summand f, less a multiple of p. The gradient by scaled logits
-    is the second less p times the ratio of their sums over the whole row: taken from these very numbers, the sums leave
-    no rounding error that every logit of the row would share."""
-    log_p, log_q = _logprobs(student_logits, teacher_logits, student_lse, teacher_lse, options)
+    """(n, V_i) each: weights w and slopes g, such that the gradient of D by scaled logits is w (g - sum w g / sum w),
+    the sums over the whole row. For the forward KL, whose gradient is p - q, those two."""
+    student, teacher = scaled_pair(student_logits, teacher_logits, options)
+    log_p, log_q = _less(student, student_lse), _less(teacher, teacher_lse)
+    if options["divergence"] == "forward_kl":
+        return log_p.exp(), log_q.exp()
     if options["divergence"] == "reverse_kl":
-        slope = kl_terms(log_p, log_q)
-    elif options["divergence"] == "forward_kl":
-        slope = -log_q.exp()
+        # log p - log q with two roundings in place of five; that of the constant cancels.
+        slope = student - teacher - (student_lse - teacher_lse).to(student.dtype).unsqueeze(-1)
     else:
-        slope = (1 - options["beta"]) * kl_terms(log_p, log_mixture(log_p, log_q, options["beta"]))
-    return log_p.exp(), slope
+        slope = (1 - options["beta"]) * (log_p - log_mixture(log_p, log_q, options["beta"]))
+    return log_p.exp(), slope.masked_fill(log_p == -_INF, 0.0)
+
+
+def slope_sums(probability: Tensor, slope: Tensor, options: dict) -> Tensor:
+    """(2, n) of one shard; the shards' add up."""
+    other = slope if options["divergence"] == "forward_kl" else probability * slope
+    return torch.stack([probability.sum(-1, dtype=torch.float64), other.sum(-1, dtype=torch.float64)])
+
+
+def gradient(probability: Tensor, slope: Tensor, sums: Tensor, options: dict) -> Tensor:
+    """(n, V_i) by scaled logits, `sums` (2, n) being the whole row's. Taken from the very numbers that they are sums
+    of, they leave no rounding error that every entry would share: a log-sum-exp's makes sum p other than 1."""
+    total, other = sums.unsqueeze(-1)
+    if options["divergence"] == "forward_kl":
+        return probability * (1 / total).to(slope.dtype) - slope * (1 / other).to(slope.dtype)
+    # The difference before the product: of a token with p near 1 both are near its slope.
+    return probability * (1 / total).to(slope.dtype) * (slope - (other / total).to(slope.dtype))
 
 
 def through_transform(grad_scaled: Tensor, student_logits: Tensor, options: dict) -> Tensor:

@@ -82,6 +82,7 @@ def test_exports():
     assert set(rmsd_kernels.__all__) == {
         "TokenLogprobs", "TokenScores", "criterion_score", "linear_token_divergence", "linear_token_logprobs",
         "linear_token_scores", "scores_and_candidates", "select_tokens", "token_divergence", "token_scores",
+        "vocab_parallel_linear_token_divergence", "vocab_parallel_linear_token_scores",
     }  # fmt: skip
     assert rmsd_kernels.TokenScores._fields == (
         "student_logprob", "teacher_logprob", "divergence", "student_lse", "teacher_lse", "student_entropy",
