@@ -81,18 +81,22 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
 
 def check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias) -> None:
     """Raises unless both heads project their hidden states to logits of one shape, dtype and device."""
+    tensors = dict(
+        student_hidden=student_hidden, student_weight=student_weight, teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight, student_bias=student_bias, teacher_bias=teacher_bias,
+    )  # fmt: skip
+    check_floating(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
     check_head("student_", student_hidden, student_weight, student_bias)
+    if teacher_weight.ndim == 2 and teacher_weight.shape[0] != student_weight.shape[0]:
+        raise ValueError(
+            f"teacher_weight must have student_weight's vocabulary {student_weight.shape[0]}, "
+            f"not {teacher_weight.shape[0]}"
+        )
     check_head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
-    check_floating(student_hidden=student_hidden, teacher_hidden=teacher_hidden)
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"teacher_hidden must have student_hidden's leading shape {tuple(student_hidden.shape[:-1])}, "
             f"not {tuple(teacher_hidden.shape[:-1])}"
-        )
-    if teacher_weight.shape[0] != student_weight.shape[0]:
-        raise ValueError(
-            f"teacher_weight must have student_weight's vocabulary {student_weight.shape[0]}, "
-            f"not {teacher_weight.shape[0]}"
         )
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import partials
-from .linear import _backproject
+from .projection import backproject
 from .reference import TokenScores
 from .shards import Heads, agree
 
@@ -184,7 +184,7 @@ class _ShardedDivergence(torch.autograd.Function):
             grad_logits = partials.through_transform(grad_logits, logits[0], ctx.options)
             grad_logits = torch.where(live[part].unsqueeze(-1), grad_logits * grad_divergence[part].unsqueeze(-1), 0.0)
             if grad_hidden is not None:
-                grad_hidden[part] = _backproject(grad_logits, heads.student_weight)
+                grad_hidden[part] = backproject(grad_logits, heads.student_weight)
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, heads.student_hidden[part].to(sum_dtype))
             if grad_bias is not None:

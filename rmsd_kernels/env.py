@@ -15,6 +15,8 @@ OPERATIONS = (
     "linear_token_scores",
     "linear_token_logprobs",
     "linear_token_divergence",
+    "vocab_parallel_linear_token_scores",
+    "vocab_parallel_linear_token_divergence",
 )
 PACKAGES = ("torch", "triton", "transformers", "flash-attn")
 
@@ -66,7 +68,7 @@ def report() -> str:
             taken.setdefault(choice(device, dtype), []).append(str(dtype).removeprefix("torch."))
         for operation in OPERATIONS:
             for (backend, why), dtypes in taken.items():
-                lines.append(f"  {operation:<24} {', '.join(dtypes):<27} {backend:<7} {why}")
+                lines.append(f"  {operation:<38} {', '.join(dtypes):<27} {backend:<7} {why}")
         others = [name for name in ("triton", "cpu") if name != functional.PREFERRED_BACKENDS.get(device)]
         tensor = torch.empty(0, device=device)
         for name in others:

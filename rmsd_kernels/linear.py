@@ -5,7 +5,6 @@ logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), the
 before the softmax is where other implementations lose the gradient's accuracy.
 """
 
-import threading
 from typing import NamedTuple
 
 import torch
@@ -13,13 +12,8 @@ from torch import Tensor
 
 from .checks import check_head, check_heads, check_ids, check_options, check_rows, check_transform
 from .functional import _scores, divergence_of_rows, gradient_of_rows, resolve_backend
+from .projection import Heads, backproject, project, project_both, row_chunks, workspace_for
 from .reference import TokenScores
-
-# A chunk's logits of both models. 128 rows at V = 50k, whose GEMM is as fast as that of all rows at once (80 rows: 1.15
-# times its time, 40: 1.5), and in a last-level cache; each below the 32 MB from which glibc maps new pages every time.
-WORKSPACE_MB = 48
-_UPCAST_COLUMNS = 4096  # rows of a low-precision weight brought to fp32 at a time on a CPU
-_per_thread = threading.local()
 
 
 def linear_token_scores(
@@ -69,11 +63,11 @@ def linear_token_scores(
     heads = Heads(student_weight, student_bias, teacher_weight, teacher_bias)
     shared = teacher_weight is student_weight and teacher_bias is student_bias
     flat_ids = sampled_ids.flatten()
-    parts = _row_chunks(flat_ids.shape[0], 2 * width, workspace_mb)
-    workspace = _workspace(student_hidden, parts, 2, width)
+    parts = row_chunks(flat_ids.shape[0], 2 * width, workspace_mb)
+    workspace = workspace_for(student_hidden, parts, 2, width)
     chunks = [
         _scores(
-            *_project_both(student_hidden[part], teacher_hidden[part], heads, shared, workspace),
+            *project_both(student_hidden[part], teacher_hidden[part], heads, shared, workspace),
             flat_ids[part], **options,
         )
         for part in parts
@@ -119,10 +113,10 @@ def linear_token_logprobs(
     )  # fmt: skip
     hidden, flat_ids = hidden.flatten(0, -2), sampled_ids.flatten()
     chunks = []
-    parts = _row_chunks(flat_ids.shape[0], width, workspace_mb)
-    workspace = _workspace(hidden, parts, 1, width)
+    parts = row_chunks(flat_ids.shape[0], width, workspace_mb)
+    workspace = workspace_for(hidden, parts, 1, width)
     for part in parts:
-        logits = _project(hidden[part], weight, bias, workspace)
+        logits = project(hidden[part], weight, bias, workspace)
         # The two-model scan with one row in both roles: it is in cache, and the projection is 20 times the scan.
         scores = _scores(logits, logits, flat_ids[part], **options)
         chunks.append(torch.stack([scores.student_logprob, scores.student_lse, scores.student_entropy]))
@@ -199,13 +193,13 @@ class _LinearDivergence(torch.autograd.Function):
     ):  # fmt: skip
         heads = Heads(student_weight, student_bias, teacher_weight, teacher_bias)
         # Three: the backward holds the gradient by a chunk's logits beside them.
-        ctx.chunks = _row_chunks(student_hidden.shape[0], 3 * student_weight.shape[0], workspace_mb)
+        ctx.chunks = row_chunks(student_hidden.shape[0], 3 * student_weight.shape[0], workspace_mb)
         ctx.options, ctx.shared = options, shared
         result, workspace = [], None
         if len(ctx.chunks) > 1:
-            workspace = _workspace(student_hidden, ctx.chunks, 2, student_weight.shape[0])
+            workspace = workspace_for(student_hidden, ctx.chunks, 2, student_weight.shape[0])
         for part in ctx.chunks:
-            logits = _project_both(student_hidden[part], teacher_hidden[part], heads, shared, workspace)
+            logits = project_both(student_hidden[part], teacher_hidden[part], heads, shared, workspace)
             result.append(divergence_of_rows(*logits, None, **options))
         kept = logits if len(ctx.chunks) == 1 and any(ctx.needs_input_grad) else ()
         ctx.save_for_backward(student_hidden, teacher_hidden, live, *heads, *kept)
@@ -222,12 +216,12 @@ class _LinearDivergence(torch.autograd.Function):
         grad_hidden = torch.zeros_like(student_hidden) if needs_hidden else None
         grad_weight = grad_bias = None
         grad_divergence = grad_divergence.masked_fill(~live, 0.0)
-        workspace = None if kept else _workspace(student_hidden, ctx.chunks, 2, len(weight))
+        workspace = None if kept else workspace_for(student_hidden, ctx.chunks, 2, len(weight))
         for part in ctx.chunks:
-            logits = kept or _project_both(student_hidden[part], teacher_hidden[part], heads, ctx.shared, workspace)
+            logits = kept or project_both(student_hidden[part], teacher_hidden[part], heads, ctx.shared, workspace)
             grad_logits = gradient_of_rows(grad_divergence[part], *logits, **ctx.options)
             if needs_hidden:
-                grad_hidden[part] = _backproject(grad_logits, weight)
+                grad_hidden[part] = backproject(grad_logits, weight)
             if needs_weight:
                 hidden = student_hidden[part].to(sum_dtype)
                 # The first product is written, not added to zeros: those 113 MB at V = 50k are a third of the backward.
@@ -243,80 +237,3 @@ class _LinearDivergence(torch.autograd.Function):
             grad_bias.to(heads.student_bias.dtype) if needs_bias else None,
             *(None,) * 7,
         )
-
-
-class Heads(NamedTuple):
-    student_weight: Tensor  # (V, H)
-    student_bias: Tensor | None  # (V,)
-    teacher_weight: Tensor  # (V, H')
-    teacher_bias: Tensor | None  # (V,)
-
-
-def _row_chunks(num_rows: int, logits_a_row: int, workspace_mb: float | None) -> list[slice]:
-    """Slices of rows whose fp32 logits fit the workspace together; at least one, maybe empty."""
-    rows = max(1, int((workspace_mb or WORKSPACE_MB) * 2**20 / (4 * logits_a_row)))
-    return [slice(start, start + rows) for start in range(0, max(num_rows, 1), rows)]
-
-
-def _workspace(hidden: Tensor, parts: list[slice], models: int, width: int) -> Tensor | None:
-    """Room for one chunk's logits, (models * rows of a chunk, V), which every chunk and the next call use again: on a
-    CPU new pages for every chunk doubled the time, and for every call they took as long as the scan. The allocators of
-    other devices keep memory by themselves, and torch.compile plans its own."""
-    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    rows = models * min(hidden.shape[0], parts[0].stop)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    kept = getattr(_per_thread, "workspace", None)
-    if kept is None or kept.dtype != dtype or kept.numel() < rows * width:
-        kept = _per_thread.workspace = torch.empty(rows * width, dtype=dtype)
-    return kept[: rows * width].view(rows, width)
-
-
-def _project_both(
-    student_hidden, teacher_hidden, heads: Heads, shared: bool, workspace: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Both models' logits of a chunk, (n, V) fp32; from one product where they have one head."""
-    rows = len(student_hidden)
-    if shared:
-        both = torch.cat([student_hidden, teacher_hidden])
-        logits = _project(both, heads.student_weight, heads.student_bias, workspace)
-        return logits[:rows], logits[rows:]
-    return (
-        _project(student_hidden, heads.student_weight, heads.student_bias, workspace),
-        _project(
-            teacher_hidden, heads.teacher_weight, heads.teacher_bias, None if workspace is None else workspace[rows:]
-        ),
-    )
-
-
-@torch.no_grad()
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tensor | None = None) -> Tensor:
-    """(n, H) @ (V, H).T + bias as (n, V) in fp32 (fp64 for fp64), accumulated in fp32; in rows of the workspace."""
-    logits = None if workspace is None else workspace[: len(hidden)]
-    with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.dtype in (torch.float32, torch.float64):
-            logits = torch.mm(hidden, weight.T, out=logits)
-        elif hidden.is_cuda:
-            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        else:
-            # A CPU's low-precision product rounds its result to the inputs' dtype.
-            if logits is None:
-                logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
-            hidden = hidden.float()
-            for start in range(0, len(weight), _UPCAST_COLUMNS):
-                part = slice(start, start + _UPCAST_COLUMNS)
-                torch.mm(hidden, weight[part].float().T, out=logits[:, part])
-        return logits if bias is None else logits.add_(bias)
-
-
-def _backproject(grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """(n, V) @ (V, H) in fp32 (fp64 for fp64)."""
-    if weight.dtype == grad_logits.dtype:
-        return grad_logits @ weight
-    if weight.is_cuda:
-        return torch.mm(grad_logits.to(weight.dtype), weight, out_dtype=torch.float32)
-    grad_hidden = grad_logits.new_zeros(len(grad_logits), weight.shape[1])
-    for start in range(0, len(weight), _UPCAST_COLUMNS):
-        part = slice(start, start + _UPCAST_COLUMNS)
-        grad_hidden.addmm_(grad_logits[:, part], weight[part].float())
-    return grad_hidden

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .functional import check_ids, check_options, check_rows, resolve_backend
-from .linear import _check_heads, _check_transform, _project, _row_chunks
+from .checks import check_heads, check_ids, check_options, check_rows, check_transform
+from .functional import resolve_backend
+from .projection import project, row_chunks
 
 
 class Heads(NamedTuple):
@@ -26,8 +27,8 @@ class Heads(NamedTuple):
 
     def logits(self, part: slice) -> tuple[Tensor, Tensor]:
         return (
-            _project(self.student_hidden[part], self.student_weight, self.student_bias),
-            _project(self.teacher_hidden[part], self.teacher_weight, self.teacher_bias),
+            project(self.student_hidden[part], self.student_weight, self.student_bias),
+            project(self.teacher_hidden[part], self.teacher_weight, self.teacher_bias),
         )
 
 
@@ -62,7 +63,7 @@ class Shard(NamedTuple):
     def chunks(self, heads: Heads, workspace_mb: float | None) -> list[slice]:
         """The same on every rank: for the widest shard."""
         widest = max(stop - start for start, stop in self.ranges)
-        return _row_chunks(len(heads.student_hidden), widest, workspace_mb)
+        return row_chunks(len(heads.student_hidden), 2 * widest, workspace_mb)
 
     def gather(self, partial: Tensor) -> Tensor:
         """Every rank's partial, in rank order: (...) -> (P, ...) in fp64."""
@@ -83,8 +84,8 @@ def agree(
         raise ValueError("group must be one that this process belongs to")
     error, last_id, shared = None, -1, {}
     try:
-        _check_heads(*(heads[i] for i in (0, 1, 3, 4, 2, 5)))
-        _check_transform(options["logit_scale"], options["softcap"])
+        check_heads(*(heads[i] for i in (0, 1, 3, 4, 2, 5)))
+        check_transform(options["logit_scale"], options["softcap"])
         leading, device = heads.student_hidden.shape[:-1], heads.student_hidden.device
         if sampled_ids is not None:
             check_ids(sampled_ids, leading, device, torch.iinfo(torch.int64).max)

@@ -151,12 +151,15 @@ def test_one_models_logprobs(backend, device, dtype):
     options = dict(HEAD, workspace_mb=0.002, temperature=0.7)
     arguments = [x.to(device) for x in (hidden, weight, ids)]
     got = linear_token_logprobs(*arguments, bias=bias.to(device), **options, backend=backend)
-    truth = linear_token_logprobs(hidden.double(), weight.double(), ids, bias=bias.double(), **options)
-    logits = scaled_logits(hidden.float() @ weight.float().T + bias.float(), temperature=0.7, **HEAD)
-    logprobs = logits.log_softmax(-1)
-    plain = logprobs[ids, ids], logits.logsumexp(-1), -(logprobs.exp() * logprobs).sum(-1)
-    for name, plain_value in zip(got._fields, plain, strict=True):
-        assert_within_budget(getattr(got, name), plain_value, getattr(truth, name), name)
+
+    def direct(dtype):
+        logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
+        logits = scaled_logits(logits, temperature=0.7, **HEAD)
+        logprobs = logits.log_softmax(-1)
+        return logprobs[ids, ids], logits.logsumexp(-1), -(logprobs.exp() * logprobs).sum(-1)
+
+    for name, plain, truth in zip(got._fields, direct(torch.float32), direct(torch.float64), strict=True):
+        assert_within_budget(getattr(got, name), plain, truth, name)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -1,0 +1,90 @@
+"""Hidden states @ head, a chunk of rows at a time, in fp32 whatever the inputs' dtype, and back."""
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A chunk's logits of both models. 128 rows at V = 50k, whose GEMM is as fast as that of all rows at once (80 rows: 1.15
+# times its time, 40: 1.5), and in a last-level cache; each below the 32 MB from which glibc maps new pages every time.
+WORKSPACE_MB = 48
+_UPCAST_COLUMNS = 4096  # rows of a low-precision weight brought to fp32 at a time on a CPU
+_per_thread = threading.local()
+
+
+class Heads(NamedTuple):
+    student_weight: Tensor  # (V, H)
+    student_bias: Tensor | None  # (V,)
+    teacher_weight: Tensor  # (V, H')
+    teacher_bias: Tensor | None  # (V,)
+
+
+def row_chunks(num_rows: int, logits_a_row: int, workspace_mb: float | None) -> list[slice]:
+    """Slices of rows whose fp32 logits fit the workspace together; at least one, maybe empty."""
+    rows = max(1, int((workspace_mb or WORKSPACE_MB) * 2**20 / (4 * logits_a_row)))
+    return [slice(start, start + rows) for start in range(0, max(num_rows, 1), rows)]
+
+
+def workspace_for(hidden: Tensor, parts: list[slice], models: int, width: int) -> Tensor | None:
+    """Room for one chunk's logits, (models * rows of a chunk, V), which every chunk and the next call use again: on a
+    CPU new pages for every chunk doubled the time, and for every call they took as long as the scan. The allocators of
+    other devices keep memory by themselves, and torch.compile plans its own."""
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    rows = models * min(hidden.shape[0], parts[0].stop)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    kept = getattr(_per_thread, "workspace", None)
+    if kept is None or kept.dtype != dtype or kept.numel() < rows * width:
+        kept = _per_thread.workspace = torch.empty(rows * width, dtype=dtype)
+    return kept[: rows * width].view(rows, width)
+
+
+def project_both(
+    student_hidden, teacher_hidden, heads: Heads, shared: bool, workspace: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both models' logits of a chunk, (n, V) fp32; from one product where they have one head."""
+    rows = len(student_hidden)
+    if shared:
+        both = torch.cat([student_hidden, teacher_hidden])
+        logits = project(both, heads.student_weight, heads.student_bias, workspace)
+        return logits[:rows], logits[rows:]
+    return (
+        project(student_hidden, heads.student_weight, heads.student_bias, workspace),
+        project(
+            teacher_hidden, heads.teacher_weight, heads.teacher_bias, None if workspace is None else workspace[rows:]
+        ),
+    )
+
+
+@torch.no_grad()
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tensor | None = None) -> Tensor:
+    """(n, H) @ (V, H).T + bias as (n, V) in fp32 (fp64 for fp64), accumulated in fp32; in rows of the workspace."""
+    logits = None if workspace is None else workspace[: len(hidden)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.dtype in (torch.float32, torch.float64):
+            logits = torch.mm(hidden, weight.T, out=logits)
+        elif hidden.is_cuda:
+            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        else:
+            # A CPU's low-precision product rounds its result to the inputs' dtype.
+            if logits is None:
+                logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+            hidden = hidden.float()
+            for start in range(0, len(weight), _UPCAST_COLUMNS):
+                part = slice(start, start + _UPCAST_COLUMNS)
+                torch.mm(hidden, weight[part].float().T, out=logits[:, part])
+        return logits if bias is None else logits.add_(bias)
+
+
+def backproject(grad_logits: Tensor, weight: Tensor) -> Tensor:
+    """(n, V) @ (V, H) in fp32 (fp64 for fp64)."""
+    if weight.dtype == grad_logits.dtype:
+        return grad_logits @ weight
+    if weight.is_cuda:
+        return torch.mm(grad_logits.to(weight.dtype), weight, out_dtype=torch.float32)
+    grad_hidden = grad_logits.new_zeros(len(grad_logits), weight.shape[1])
+    for start in range(0, len(weight), _UPCAST_COLUMNS):
+        part = slice(start, start + _UPCAST_COLUMNS)
+        grad_hidden.addmm_(grad_logits[:, part], weight[part].float())
+    return grad_hidden
