@@ -206,6 +206,12 @@ def huge(dtype, wide):
     return Case((case.student * 3e3).to(dtype), (case.teacher * 3e3).to(dtype))
 
 
+def shifted_apart(dtype, wide):
+    """A constant on every logit of a row changes nothing, and must not cost digits: the rows' differences are 2,000."""
+    case = far_apart((2, 331))
+    return Case((case.student + 1000).to(dtype), (case.teacher - 1000).to(dtype))
+
+
 def constant(dtype, wide):
     """All logits tie: the support of a top-k is the lowest ids."""
     return Case(torch.full((2, 328), 2.5, dtype=dtype), far_apart((2, 328), dtype).teacher)
@@ -230,7 +236,7 @@ SHAPES = (
 )  # fmt: skip
 VALUES = (
     banned_by_both, banned_by_teacher, banned_by_student, banned_where_student_underflows, nan_rows, infinite_rows,
-    empty_rows, equal, huge, constant, tied, one_certain,
+    empty_rows, equal, huge, shifted_apart, constant, tied, one_certain,
 )  # fmt: skip
 CASES = {function.__name__: function for function in (*SHAPES, *VALUES)}
 

@@ -9,17 +9,13 @@ namespace {
 struct Stats {
   Normaliser student, teacher;  // of the vocabulary, or of the support for renorm; NaN where the divergence is not finite
   float mean_slope = 0;         // c
-  float offset_high = 0, offset_low = 0;       // reverse KL: g_j - c = (s_j - t_j) - offset, to twice fp32's digits
+  float offset = 0;  // reverse KL: g - c is the logits' distances from their maxima, subtracted, less this
   float kth_logit = -kInf, last_tied_id = -1;  // where the support ends, among raw logits
   float outside_slope = 0;                     // g - c outside the support, but for the forward KL's bucket
   Normaliser rest{0, 0};                       // forward KL's bucket: log(p_j Q / P) of its scaled logit
-  float unused[4] = {};
+  float unused[5] = {};
 
   bool is_finite() const { return !std::isnan(student.peak); }
-  void set_offset(double offset) {
-    offset_high = static_cast<float>(offset);
-    offset_low = static_cast<float>(offset - offset_high);
-  }
 };
 static_assert(sizeof(Stats) == 16 * sizeof(float));
 
@@ -61,13 +57,12 @@ struct Slope {
 
   // From scaled logits.
   Vec operator()(Vec s, Vec t) const {
-    const Vec ls = stats.student(s), lt = stats.teacher(t), lowest(kLowest), mean_slope(stats.mean_slope);
+    const Vec ls = stats.student(s), lt = stats.teacher(t), mean_slope(stats.mean_slope);
     const Vec p = exp_nonpositive(at::vec::clamp_max(ls, Vec(0.f)));
     if (divergence == kReverseKL) {
-      // The logits' difference first, and then all that is the row's at once: log p, log q, the log-sum-exps and c are
-      // numbers of size 10, and rounding each to fp32 cost 2e-6 of a gradient that plain torch had to 2e-7.
-      const Vec gap = at::vec::clamp_min(s, lowest) - at::vec::clamp_min(t, lowest);
-      return p * ((gap - Vec(stats.offset_high)) - Vec(stats.offset_low));
+      // All that is the row's at once: log-sum-exps and c are numbers of size 10, and rounding each to fp32 cost 2e-6 of
+      // a gradient that plain torch had to 2e-7. A token far below its maximum is rounded more and weighs less.
+      return p * ((stats.student.distance(s) - stats.teacher.distance(t)) - Vec(stats.offset));
     }
     const Vec q = exp_nonpositive(at::vec::clamp_max(lt, Vec(0.f)));
     if (divergence == kForwardKL) return (q + p * mean_slope).neg();
@@ -187,11 +182,11 @@ double topk_row(const Problem& p, const Row<scalar_t>& row, const Scan& scan, in
   }
   if (!std::isfinite(divergence)) return divergence;
   if (p.divergence == kReverseKL) {
-    const double shift = (double(student_all.peak) - teacher_all.peak) + (student_log_total - teacher_log_total) - one;
-    stats.set_offset(shift + mean_slope);
+    const double log_ratio = student_log_total - teacher_log_total;
+    stats.offset = static_cast<float>(log_ratio - one + mean_slope);
     const double rounding = slope_sum(Slope(p, stats), student.data(), teacher.data(), student.size());
     mean_slope += rounding - (inside_slope - mean_slope * mass);
-    stats.set_offset(shift + mean_slope);
+    stats.offset = static_cast<float>(log_ratio - one + mean_slope);
   }
   stats.mean_slope = static_cast<float>(mean_slope);
   stats.outside_slope = tail == kRenorm ? 0.f : static_cast<float>(rest_slope - mean_slope);
@@ -215,14 +210,14 @@ double whole_row(const Problem& p, const Row<scalar_t>& row, const Scan& scan, S
   if (!std::isfinite(divergence)) return divergence;
   // c is the divergence, and with it the p (g - c) sum to 0, but for the roundings of the backward's own fp32: added to
   // c they cancel there, and a saturated row, p = 1 at one token, has a gradient of exactly 0. The row is in cache.
-  const double shift = (double(scan.student.peak) - scan.teacher.peak) + (scan.student.log_total() - scan.teacher.log_total());
-  stats.set_offset(shift + divergence);
+  const double log_ratio = scan.student.log_total() - scan.teacher.log_total();
+  stats.offset = static_cast<float>(log_ratio + divergence);
   const Slope slope(p, stats);
   double rounding = 0;
   row.tiles([&](const float* student, const float* teacher, int64_t, int64_t count) {
     rounding += slope_sum(slope, student, teacher, count);
   });
-  stats.set_offset(shift + divergence + rounding);
+  stats.offset = static_cast<float>(log_ratio + divergence + rounding);
   return divergence;
 }
 

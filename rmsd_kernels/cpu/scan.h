@@ -134,6 +134,7 @@ struct Normaliser {
   explicit Normaliser(const Side& side) : Normaliser(side.peak, side.log_total()) {}
 
   Vec operator()(Vec x) const { return at::vec::clamp_min((x - Vec(peak)) - Vec(log_total), Vec(kLowest)); }
+  Vec distance(Vec x) const { return at::vec::clamp_min(x - Vec(peak), Vec(kLowest)); }
   float operator()(float x) const { return (x - peak) - log_total; }
 };
 
