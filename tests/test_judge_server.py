@@ -78,7 +78,8 @@ def test_one_structured_request_a_rollout(server, judge):
     assert judge()([question(), question()]) == [[1, 2], [1, 2]]
     assert len(server.requests) == 2
     body, headers = server.requests[0]
-    assert body["response_format"]["json_schema"]["schema"]["required"] == ["keep"]
+    schema = body["response_format"]["json_schema"]["schema"]
+    assert schema["required"] == ["keep"] and schema["properties"]["keep"]["maxItems"] == 2
     text = body["messages"][0]["content"]
     assert "It is called zorblat." in text and "<answer>" in text and '3. after "a" wrote "b"' in text
     assert headers["authorization"] == f"Bearer {KEY}" and KEY not in json.dumps(body)

@@ -18,22 +18,23 @@ log = logging.getLogger("rmsd")
 TEMPLATE = Path(__file__).with_name("prompt.jinja")
 ON_ERROR = ("raise", "magnitude", "skip")
 
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "keep": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"candidate": {"type": "integer"}, "relevance": {"type": "number"}},
-                "required": ["candidate", "relevance"],
-                "additionalProperties": False,
-            },
-        }
-    },
-    "required": ["keep"],
-    "additionalProperties": False,
-}
+
+def answer_schema(max_kept: int) -> dict:
+    """What a server with structured output is held to. The bound matters: a small model lists candidates without end,
+    and an answer that `max_tokens` cuts off is none. Numbers are not bounded: one that names no candidate is better
+    dropped and counted than forced onto another."""
+    entry = {
+        "type": "object",
+        "properties": {"candidate": {"type": "integer"}, "relevance": {"type": "number"}},
+        "required": ["candidate", "relevance"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "object",
+        "properties": {"keep": {"type": "array", "items": entry, "maxItems": max_kept}},
+        "required": ["keep"],
+        "additionalProperties": False,
+    }
 
 
 class LLMJudge:
@@ -130,7 +131,7 @@ class LLMJudge:
     def _ask(self, question: Question) -> list[int]:
         self.stats["requests"] += 1
         try:
-            return self._kept(question, self._complete(self.prompt(question)))
+            return self._kept(question, self._complete(self.prompt(question), question.max_kept))
         except (self._openai.OpenAIError, ValueError) as error:
             self.stats["failures"] += 1
             if self.on_error == "raise":
@@ -139,7 +140,7 @@ class LLMJudge:
             log.warning("judge failed (%s); on_error=%s", type(error).__name__, self.on_error)
             return MagnitudeJudge()([question])[0] if self.on_error == "magnitude" else []
 
-    def _complete(self, prompt: str) -> str:
+    def _complete(self, prompt: str, max_kept: int) -> str:
         request = dict(
             model=self.model,
             messages=[{"role": "user", "content": prompt}],
@@ -147,9 +148,10 @@ class LLMJudge:
             temperature=self.temperature,
         )
         if self._structured:
-            schema = {"type": "json_schema", "json_schema": {"name": "kept", "schema": SCHEMA, "strict": True}}
+            schema = {"name": "kept", "schema": answer_schema(max_kept), "strict": True}
+            response_format = {"type": "json_schema", "json_schema": schema}
             try:
-                return self._text(self._client.chat.completions.create(**request, response_format=schema))
+                return self._text(self._client.chat.completions.create(**request, response_format=response_format))
             except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
                 self._structured = False  # a server without structured output: ask in words from now on
         return self._text(self._client.chat.completions.create(**request))
