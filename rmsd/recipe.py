@@ -53,6 +53,7 @@ class Recipe(_Section):
     task: str | None = None  # a module of rmsd.tasks, or
     data: Path | None = None  # JSONL rows of prompt and privileged_context (then there is no evaluation)
     method: Literal["rmsd", "opsd"] = "rmsd"
+    engine: Literal["transformers", "vllm"] = "transformers"  # who writes the rollouts
     seed: int = 0
     output_dir: Path = Path("runs/rmsd")
     resume: bool = False
@@ -66,7 +67,7 @@ class Recipe(_Section):
 
 
 # These follow from the recipe's own keys; given twice they could disagree.
-_DERIVED = {"output_dir", "seed", "method", "data_seed", "eval_strategy", "eval_steps", "eval_on_start"}
+_DERIVED = {"output_dir", "seed", "method", "engine", "data_seed", "eval_strategy", "eval_steps", "eval_on_start"}
 _TRAIN_KEYS = {field.name for field in dataclasses.fields(RMSDConfig) if field.init} - _DERIVED
 
 _TRAIN_TYPES = typing.get_type_hints(RMSDConfig)
@@ -174,7 +175,12 @@ def trainer_config(recipe: Recipe, output_dir: Path) -> RMSDConfig:
     )
     try:
         return RMSDConfig(
-            output_dir=str(output_dir), seed=recipe.seed, method=recipe.method, **evaluation, **recipe.train
+            output_dir=str(output_dir),
+            seed=recipe.seed,
+            method=recipe.method,
+            engine=recipe.engine,
+            **evaluation,
+            **recipe.train,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"train: {str(error).splitlines()[0]}") from error

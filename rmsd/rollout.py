@@ -1,11 +1,11 @@
-"""The student's answers, with the hidden state that each token was drawn from recorded as it samples."""
+"""The student's answers, and the hidden states that their tokens were drawn from."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .modeling import captured_hidden, left_padded
+from .modeling import captured_hidden, completion_hidden, left_padded
 
 
 @dataclass
@@ -16,6 +16,7 @@ class Rollouts:
     completion_ids: Tensor  # (B, L) int64
     completion_mask: Tensor  # (B, L) bool
     student_hidden: Tensor | None = None  # (B, L, H): row i gave the distribution of completion_ids[i]
+    student_logprob: Tensor | None = None  # (B, L) fp32, as an engine recorded it, at temperature 1
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -63,6 +64,18 @@ def generate(
         completion_mask=(ended == 0) | just_ended,
         student_hidden=torch.stack([hidden[:, -1] for hidden in captured], 1),
     )
+
+
+@torch.no_grad()
+def hidden_states(model, rollouts: Rollouts, pad_id: int) -> Tensor:
+    """(B, L, H): recorded while sampling, or else from a forward over the finished answers."""
+    if rollouts.student_hidden is not None:
+        return rollouts.student_hidden
+    was_training = model.training
+    model.eval()
+    hidden = completion_hidden(model, rollouts.prompt_ids, rollouts.completion_ids, rollouts.completion_mask, pad_id)
+    model.train(was_training)
+    return hidden
 
 
 def eos_ids_of(model, tokenizer) -> list[int]:

@@ -12,11 +12,12 @@ from . import step
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
 from .data import as_dataset, encode, prompt_text, teacher_prompt
+from .engine import engine_for, engine_gap
 from .judge import ContextJudge, Judge
 from .loss import LinearRMSDLoss
 from .modeling import OutputHead, completion_hidden
 from .record import RunRecord, finite
-from .rollout import Rollouts, eos_ids_of, generate
+from .rollout import Rollouts, eos_ids_of, hidden_states
 from .scoring import wishes
 from .selection import ask, keep_mask, questions_of
 from .teacher import Teacher
@@ -73,6 +74,11 @@ class RMSDTrainer(Trainer):
         self._step_metrics: dict[str, float] = defaultdict(float)
         self.add_callback(TeacherSchedule(self))
         self._check_lengths()
+        longest = max(len(encode(processing_class, row["prompt"])) for row in self.train_dataset)
+        self.engine = engine_for(
+            args.engine, self.model, max_length=longest + args.max_completion_length, cache_gb=args.engine_cache_gb,
+            num_processes=self.accelerator.num_processes,
+        )  # fmt: skip
 
     # ---- the step, in the order the data flows ---------------------------------------------------------------------
 
@@ -83,6 +89,7 @@ class RMSDTrainer(Trainer):
         if not batches:
             return [], None
         started = time.monotonic()
+        self.engine.sync(self.accelerator.unwrap_model(self.model))
         parts = [self._rollouts(rows, micro_batch) for micro_batch, rows in enumerate(batches)]
         sequences = sum(len(part["sequences"]) for part in parts)
         sequences = self.accelerator.reduce(torch.tensor(float(sequences), device=device))
@@ -93,8 +100,7 @@ class RMSDTrainer(Trainer):
         """One micro-batch: generate, score, judge."""
         args, tokenizer = self.args, self.processing_class
         model = self.accelerator.unwrap_model(self.model)
-        rollouts = generate(
-            model,
+        rollouts = self.engine(
             [encode(tokenizer, row["prompt"]) for row in rows],
             max_new_tokens=args.max_completion_length,
             pad_id=self.pad_id,
@@ -106,7 +112,7 @@ class RMSDTrainer(Trainer):
         )
         teacher_ids = [encode(tokenizer, teacher_prompt(row, args.teacher_template)) for row in rows]
         teacher_hidden = self.teacher.hidden(teacher_ids, rollouts, self.pad_id)
-        student = (rollouts.student_hidden, self._student_head())
+        student = (hidden_states(model, rollouts, self.pad_id), self._student_head())
         teacher = (teacher_hidden, self.teacher.head)
         scores, candidates = step.score(
             self.loss, *student, *teacher, rollouts.completion_ids, rollouts.completion_mask
@@ -210,6 +216,8 @@ class RMSDTrainer(Trainer):
         metrics["kept_sequences"] += keep.any(1).sum().item()
         metrics["divergence"] = finite_divergence.mean().item() if finite_divergence.numel() else 0.0
         metrics["judge_seconds"] += seconds
+        if rollouts.student_logprob is not None and self.args.temperature == 1.0:
+            metrics["engine_gap"] = engine_gap(rollouts, scores.student_logprob)
 
     def _write_rollouts(self, questions, scores, kept) -> None:
         if self.record is None or not self.is_world_process_zero():

@@ -97,3 +97,40 @@ def test_missing_model_says_so_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot be loaded") as error:
         load_model(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "installed", "expected"),
+    [
+        ("bfloat16", (9, 0), True, "flash_attention_2"),
+        ("float16", (8, 0), True, "flash_attention_2"),
+        ("bfloat16", (9, 0), False, "sdpa"),  # not installed
+        ("float32", (9, 0), True, "sdpa"),  # flash-attn takes 16-bit only
+        ("bfloat16", (7, 5), True, "sdpa"),  # too old a GPU
+        ("bfloat16", None, True, "sdpa"),  # no GPU
+    ],
+)
+def test_auto_takes_flash_attention_where_it_serves(tmp_path, monkeypatch, dtype, capability, installed, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
+    asked = []
+
+    def from_pretrained(path, *, attn_implementation, **kwargs):
+        asked.append(attn_implementation)
+        raise OSError("far enough")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    for attn_implementation in ("auto", "eager"):
+        with pytest.raises(FileNotFoundError, match="far enough"):
+            load_model("m", dtype=dtype, attn_implementation=attn_implementation)
+    assert asked == [expected, "eager"]
+
+
+def test_a_model_loaded_here_runs_on_sdpa(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: what auto takes depends on flash-attn")
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path))
+    assert model.config._attn_implementation == "sdpa"

@@ -40,12 +40,11 @@ def model(kind: str = "llama", seed: int = 0, **overrides):
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
         max_position_embeddings=256,
         bos_token_id=None,
         eos_token_id=tokenizer().eos_token_id,
         pad_token_id=tokenizer().pad_token_id,
-        **overrides,
+        **{"head_dim": 16, **overrides},
     )
     return AutoModelForCausalLM.from_config(config).eval()
 

@@ -1,0 +1,118 @@
+"""Engines: who writes the rollouts. What needs vLLM itself runs from here in a process of its own."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rmsd import RMSDConfig
+from rmsd.engine import TransformersEngine, check_vllm, engine_for, engine_gap, merged_weights
+from rmsd.recipe import load_recipe, trainer_config
+from rmsd.rollout import Rollouts, generate, hidden_states
+
+OPTIONS = dict(max_new_tokens=6, pad_id=0, eos_ids=[0], temperature=1.0, top_p=1.0, top_k=0, seed=3)
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
+
+
+@pytest.fixture
+def without_vllm(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find_spec(name))
+
+
+def test_hidden_states_recorded_or_from_a_forward_are_the_same():
+    model = tiny.model().train()
+    rollouts = TransformersEngine()
+    rollouts.sync(model)
+    rollouts = rollouts(PROMPTS, **OPTIONS)
+    plain = generate(model, PROMPTS, **OPTIONS)
+    assert torch.equal(rollouts.completion_ids, plain.completion_ids)
+    recorded = hidden_states(model, rollouts, 0)
+    assert recorded is rollouts.student_hidden
+    forward = hidden_states(model, dataclasses.replace(rollouts, student_hidden=None), 0)
+    mask = rollouts.completion_mask
+    torch.testing.assert_close(forward[mask], recorded[mask], rtol=1e-4, atol=1e-5)
+    assert model.training, "left as it was found"
+
+
+def test_training_does_not_depend_on_who_recorded_the_hidden_states(tmp_path):
+    class Forgetful(TransformersEngine):
+        def __call__(self, prompt_ids, **options):
+            return dataclasses.replace(super().__call__(prompt_ids, **options), student_hidden=None)
+
+    finals = []
+    for engine in (TransformersEngine(), Forgetful()):
+        made = tiny.trainer(tmp_path, optim="sgd", max_grad_norm=0.0)
+        made.engine = engine
+        before = tiny.weights(made.model)
+        made.train()
+        finals.append({name: value - before[name] for name, value in tiny.weights(made.model).items()})
+    assert any(change.abs().max() > 1e-6 for change in finals[0].values())
+    for name in finals[0]:
+        torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-3, atol=1e-7)
+
+
+def test_merged_weights_are_peft_s_own_and_leave_the_model_alone():
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    before = tiny.weights(model)
+    merged = dict(merged_weights(model))
+    assert tiny.same(tiny.weights(model), before)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(merged[name], tiny.model().state_dict()[name])
+    expected = dict(model.merge_and_unload().named_parameters())
+    assert merged.keys() == expected.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, expected[name].detach(), rtol=0, atol=1e-7)
+
+
+def test_the_gap_is_a_mean_over_the_answers_and_too_large_a_one_is_refused():
+    mask = torch.tensor([[True, True], [True, False]])
+    rollouts = Rollouts(PROMPTS, torch.zeros(2, 2, dtype=torch.long), mask, student_logprob=torch.full((2, 2), -1.0))
+    assert engine_gap(rollouts, torch.tensor([[-1.3, -1.0], [-0.7, 5.0]])) == pytest.approx(0.2)
+    with pytest.raises(RuntimeError, match=r"differ from the student's by 2.00 nats"):
+        engine_gap(rollouts, torch.tensor([[-3.0, -3.0], [-3.0, -1.0]]))
+
+
+def test_without_vllm_one_line_says_what_to_install_before_anything_is_loaded(without_vllm, tmp_path):
+    recipe = load_recipe("recipes/house_tool.yaml", ["engine=vllm", "model=/nowhere"])
+    with pytest.raises(ImportError, match=r"engine=vllm needs vLLM: pip install 'rmsd-kernels\[vllm\]'") as error:
+        trainer_config(recipe, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_engine_is_refused_where_it_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="engine"):
+        load_recipe("recipes/house_tool.yaml", ["engine=sglang"])
+    with pytest.raises(ValueError, match=r"did you mean 'engine'"):
+        load_recipe("recipes/house_tool.yaml", ["train.engine=vllm"])
+    with pytest.raises(ValueError, match="engine must be one of transformers, vllm, not 'sglang'"):
+        RMSDConfig(output_dir=str(tmp_path), engine="sglang")
+    with pytest.raises(ValueError, match="engine_cache_gb must be above 0"):
+        RMSDConfig(output_dir=str(tmp_path), engine_cache_gb=0)
+    with pytest.raises(ValueError, match="one training process, not 2"):
+        engine_for("vllm", tiny.model(), max_length=8, cache_gb=1.0, num_processes=2)
+
+
+def test_with_vllm():
+    """tests/vllm_cases.py in a process of its own: vLLM starts a process group and patches torch in the one it has."""
+    try:
+        check_vllm()
+    except ImportError:
+        pytest.skip("needs vLLM: make vllm, or pip install 'rmsd-kernels[vllm]' on a GPU")
+    cases = Path(__file__).with_name("vllm_cases.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-rs", str(cases)], capture_output=True, text=True, env=dict(os.environ)
+    )
+    print(done.stdout[-4000:])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
