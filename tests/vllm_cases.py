@@ -15,7 +15,7 @@ from rmsd.recipe import load_recipe
 from rmsd.rollout import generate, hidden_states
 from rmsd.run import train
 
-PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12] * 9]
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(5, 145))]  # the last fills a block of vLLM's cache, 128 tokens
 
 
 def options(**changed):
@@ -36,7 +36,7 @@ def student(seed=0, **overrides):
 
 
 def built(model) -> VLLMEngine:
-    engine = VLLMEngine(model, max_length=64, cache_gb=0.05)
+    engine = VLLMEngine(model, max_length=160, cache_gb=0.05)
     engine.sync(model)
     return engine
 
