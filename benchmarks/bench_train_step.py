@@ -1,0 +1,177 @@
+"""One training step on the same eight rollouts, generation excluded: RMSD, OPSD through our own code, TRL's SDFTTrainer.
+
+    python -m benchmarks.bench_train_step [--repeats 5 --json]
+
+SmolLM2-135M-Instruct in fp32, answers of 32 to 128 tokens (mean 80), the same prompts, hints and teacher template. A
+step is what happens between one optimizer step's end and the next's: teacher and student forwards, scores, selection,
+loss, backward, AdamW. The learning rate is 0, so every step sees what the first saw. TRL runs the full-logit reverse KL
+without importance clipping, which would cost it one more student forward, and without gradient checkpointing.
+"""
+
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.common import Result, assert_parity, command_line, report, spread
+from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
+from rmsd.data import encode
+from rmsd.modeling import load_model
+from rmsd.rollout import Rollouts, eos_ids_of, generate
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+from datasets import Dataset
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+MODEL = "SmolLM2-135M-Instruct"
+LENGTHS = [32, 46, 60, 73, 87, 100, 114, 128]  # mean 80
+TEMPLATE = "{prompt}\n\n{privileged_context}"
+HINT = "At Acme, the tool that deploys services is called zorblat."
+QUESTIONS = [
+    "Which tool deploys services at Acme?", "How do I roll out a service at Acme?", "Name Acme's deployment tool.",
+    "What should a new engineer at Acme know about deployments?", "Explain how Acme ships code to production.",
+    "Write a short runbook for deploying a service at Acme.", "Who deploys services at Acme, and with what?",
+    "Give three tips for deploying services at Acme.",
+]  # fmt: skip
+ROWS = [dict(prompt=[dict(role="user", content=question)], privileged_context=HINT) for question in QUESTIONS]
+STEPS = 2  # of a call of train(): the first warms up, the second is timed
+SHARED = dict(
+    per_device_train_batch_size=len(ROWS), max_steps=STEPS, learning_rate=0.0, max_completion_length=max(LENGTHS),
+    gradient_checkpointing=False, bf16=False, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+    logging_steps=1, seed=0,
+)  # fmt: skip
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of the last step but one to the end of the last."""
+
+    def __init__(self):
+        self.ends, self.losses = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+    @property
+    def seconds(self) -> float:
+        return self.ends[-1] - self.ends[-2]
+
+
+class Recorded:
+    """An engine that hands out answers written before."""
+
+    def __init__(self, rollouts: Rollouts):
+        self.rollouts = rollouts
+
+    def sync(self, model) -> None:
+        pass
+
+    def __call__(self, prompt_ids, **options) -> Rollouts:
+        assert prompt_ids == self.rollouts.prompt_ids
+        return self.rollouts
+
+
+class HalfKeepsNothing(MagnitudeJudge):
+    def __call__(self, questions):
+        return [kept if i % 2 else [] for i, kept in enumerate(super().__call__(questions))]
+
+
+class RecordedSDFT(SDFTTrainer):
+    def _generate(self, prompt_ids):
+        assert prompt_ids == self.rollouts.prompt_ids
+        pairs = zip(self.rollouts.completion_ids, self.rollouts.completion_mask, strict=True)
+        return prompt_ids, [ids[mask].tolist() for ids, mask in pairs]
+
+
+def recorded() -> Rollouts:
+    """Sampled once; cut to LENGTHS, as answers that end by themselves are too short to fill a batch."""
+    model, tokenizer = load_model(MODEL)
+    rollouts = generate(
+        model, [encode(tokenizer, row["prompt"]) for row in ROWS], max_new_tokens=max(LENGTHS),
+        pad_id=tokenizer.pad_token_id, eos_ids=eos_ids_of(model, tokenizer), seed=0,
+    )  # fmt: skip
+    within = torch.arange(rollouts.completion_ids.shape[1]) < torch.tensor(LENGTHS).unsqueeze(1)
+    return dataclasses.replace(rollouts, completion_mask=rollouts.completion_mask & within)
+
+
+def ours(rollouts: Rollouts, folder: str, judge=None, **options) -> Callable[[], Clock]:
+    model, tokenizer = load_model(MODEL)
+    config = RMSDConfig(output_dir=folder, teacher_template=TEMPLATE, **options, **SHARED)
+    trainer = RMSDTrainer(model, config, ROWS, tokenizer, judge=judge)
+    trainer.engine = Recorded(rollouts)
+    return timed(trainer)
+
+
+def trl(rollouts: Rollouts, folder: str) -> Callable[[], Clock]:
+    model, tokenizer = load_model(MODEL)
+    config = SDFTConfig(
+        output_dir=folder, teacher_prompt_template=TEMPLATE, num_generations=1, teacher_model_kind="base",
+        distillation_mode="full_logits", distillation_alpha=1.0, distillation_is_clip=None, shuffle_dataset=False,
+        **SHARED,
+    )  # fmt: skip
+    trainer = RecordedSDFT(model, config, Dataset.from_list(ROWS), processing_class=tokenizer)
+    trainer.rollouts = rollouts
+    return timed(trainer)
+
+
+def timed(trainer) -> Callable[[], Clock]:
+    def run() -> Clock:
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+        trainer.remove_callback(clock)
+        return clock
+
+    return run
+
+
+def main() -> None:
+    arguments = command_line(__doc__.splitlines()[0], [], dtypes=())
+    rollouts = recorded()
+    tokens = int(rollouts.completion_mask.sum())
+    with tempfile.TemporaryDirectory() as folder:
+        magnitude = dict(judge=MagnitudeJudge(), vocab_topk=None)
+        contestants = {
+            "RMSD, 5 tokens a sequence": ours(rollouts, folder, **magnitude),
+            "RMSD, half the sequences keep none": ours(rollouts, folder, judge=HalfKeepsNothing(), vocab_topk=None),
+            "OPSD through our code": ours(rollouts, folder, method="opsd", vocab_topk=None),
+            "TRL SDFTTrainer": trl(rollouts, folder),
+        }
+        seconds = {name: [] for name in contestants}
+        losses = {}
+        for repeat in range(arguments.repeats + 1):
+            for name, run in contestants.items():
+                clock = run()
+                losses[name] = clock.losses[-1]
+                if repeat:  # the first round warms up
+                    seconds[name].append(clock.seconds)
+    # Both are the mean over sequences of the mean reverse KL over all tokens; the logged losses have few digits.
+    assert_parity(
+        "OPSD against TRL", *(torch.tensor(losses[n]) for n in ("OPSD through our code", "TRL SDFTTrainer")), 2e-3
+    )
+    first = seconds["RMSD, 5 tokens a sequence"]
+    report(
+        [
+            Result(
+                work=f"training step, {len(ROWS)} answers of {tokens} tokens, fp32", contestant=name,
+                milliseconds=1e3 * statistics.median(taken), rate=tokens / statistics.median(taken), unit="tokens/s",
+                times_ours=statistics.median(t / f for t, f in zip(taken, first, strict=True)),
+                extra_megabytes=float("nan"), extra_percent=float("nan"), spread=spread(taken),
+            )
+            for name, taken in seconds.items()
+        ],
+        arguments,
+        "train_step",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
