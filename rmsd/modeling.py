@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 # Config names under which architectures keep a factor on their logits. Some multiply by it and some divide, so each
 # proposes both and `OutputHead.of` keeps what reproduces the model's own logits.
@@ -31,16 +32,14 @@ class OutputHead(NamedTuple):
         """The head of a causal LM, its transform found by name and confirmed against the model's own logits.
 
         Raises:
-            ValueError: the model has no output head, or computes its logits in a way that is not of this form.
+            ValueError: the model has no output head, or one that cannot be read (see `head_parameters`), or computes
+                its logits in a way that is not of this form.
         """
-        module = model.get_output_embeddings()
-        if module is None or getattr(module, "weight", None) is None:
-            raise ValueError(f"{type(model).__name__} exposes no output head (get_output_embeddings() has no weight)")
+        weight, bias = head_parameters(model)
         config = model.config.get_text_config()
         softcap = next((value for name in _SOFTCAP_NAMES if (value := getattr(config, name, None))), None)
         factors = [value for name in _SCALE_NAMES if (value := getattr(config, name, None))]
         scales = [1.0, *factors, *(1.0 / value for value in factors)]
-        weight, bias = module.weight, getattr(module, "bias", None)
         hidden, logits = _probe(model)
         for scale in reversed(scales):  # a factor the config names before none at all
             head = cls(weight, bias, float(scale), softcap)
@@ -51,6 +50,12 @@ class OutputHead(NamedTuple):
             f"{sorted(set(scales))} and softcap {softcap}: its logits cannot be rebuilt from hidden states"
         )
 
+    @classmethod
+    def current(cls, model: nn.Module, transform: dict) -> "OutputHead":
+        """The head as it is now, of a model whose `transform` is known: of the adapter that is active, if it has one of
+        its own; gathered, if it is sharded."""
+        return cls(*head_parameters(model), **transform)
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
@@ -59,6 +64,47 @@ class OutputHead(NamedTuple):
     @property
     def transform(self) -> dict:
         return dict(logit_scale=self.logit_scale, softcap=self.softcap)
+
+
+def head_parameters(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) of the output head, whole and differentiable.
+
+    A weight that FSDP2 keeps sharded is gathered. Its gradient is averaged over the mesh, as FSDP averages those it
+    gathered itself, and comes back as the shard's.
+
+    Raises:
+        ValueError: there is no head, its logits are not its weight's (LoRA on the head), or the weight is elsewhere
+            (DeepSpeed ZeRO-3); with what to do about it.
+    """
+    name = type(model).__name__
+    module = model.get_output_embeddings()
+    if module is None or getattr(module, "weight", None) is None:
+        raise ValueError(f"{name} exposes no output head (get_output_embeddings() has no weight)")
+    if hasattr(module, "base_layer"):
+        raise ValueError(
+            f"{name} has an adapter layer ({type(module).__name__}) for its output head, whose logits are not its "
+            "weight's: leave the head out of target_modules, or name it in modules_to_save to train it whole"
+        )
+    return _whole(module.weight, name), _whole(getattr(module, "bias", None), name)
+
+
+def _whole(parameter: Tensor | None, model_name: str) -> Tensor | None:
+    if parameter is None:
+        return None
+    if hasattr(parameter, "ds_id") or parameter.numel() == 0:
+        raise ValueError(
+            f"{model_name}'s output head holds no weights on this rank (partitioned by DeepSpeed ZeRO-3?): "
+            "use ZeRO stage 2 or less, or FSDP2, whose shards can be gathered"
+        )
+    if parameter.is_meta:
+        raise ValueError(f"{model_name}'s output head is on the meta device: load its weights before training")
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / mesh.size())
+    return whole
 
 
 @torch.no_grad()

@@ -42,7 +42,13 @@ class Teacher:
             self.is_copy = False
             self._add_adapter()
         self.model = frozen_copy(model) if self.is_copy else model
-        self.head = OutputHead.of(self.model)
+        self._transform = OutputHead.of(self.model).transform
+
+    @property
+    def head(self) -> OutputHead:
+        """As it is now: under PEFT the adapter's own copy, or the original one, where `modules_to_save` names it."""
+        with self._adapter():
+            return OutputHead.current(self.model, self._transform)
 
     @contextlib.contextmanager
     def active(self):

@@ -164,8 +164,7 @@ class RMSDTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def _student_head(self) -> OutputHead:
-        module = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        return OutputHead(module.weight, getattr(module, "bias", None), **self.head_transform)
+        return OutputHead.current(self.accelerator.unwrap_model(self.model), self.head_transform)
 
     def _seed(self, micro_batch: int) -> int:
         """A seed for every micro-batch of every step and rank, so that a resumed run samples what it would have."""

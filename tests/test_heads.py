@@ -1,0 +1,209 @@
+"""Output heads as users have them: each trains what the model's own logits would, or is refused with what to do."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny import trainer
+from torch import nn
+
+from rmsd import LinearRMSDLoss, RMSDLoss
+from rmsd.modeling import OutputHead, captured_hidden
+
+HEADS = {
+    "tied": ("llama", dict(tie_word_embeddings=True)),
+    "untied": ("llama", dict(tie_word_embeddings=False)),
+    "bias": ("phi", dict()),
+    "gemma2": ("gemma2", dict(final_logit_softcapping=2.0)),
+    "gemma3": ("gemma3_text", dict(final_logit_softcapping=2.0)),
+    "granite": ("granite", dict(logits_scaling=0.25)),
+    "granitemoe": ("granitemoe", dict(logits_scaling=0.25, num_local_experts=2)),
+    "cohere": ("cohere", dict(logit_scale=3.0)),
+    "cohere2": ("cohere2", dict(logit_scale=3.0)),
+}
+IDS = torch.arange(20, 32).view(2, 6)
+MASK = torch.ones(2, 6, dtype=torch.bool)
+
+
+def model_with(name: str, seed: int = 0):
+    kind, overrides = HEADS[name]
+    model = tiny.model(kind, seed, **overrides)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        # Away from initial values, at which a bias is 0 and logits are too small for a softcap to bend.
+        for parameter in {model.get_output_embeddings().weight, getattr(model.get_output_embeddings(), "bias", None)}:
+            if parameter is not None:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def hidden_and_logits(model):
+    with captured_hidden(model) as captured:
+        logits = model(IDS).logits
+    return captured[-1], logits
+
+
+def linear_loss(student_hidden, student: OutputHead, teacher_hidden, teacher: OutputHead):
+    return LinearRMSDLoss(vocab_topk=None)(
+        student_hidden, student.weight, teacher_hidden, teacher.weight, IDS, MASK,
+        student_bias=student.bias, teacher_bias=teacher.bias, **student.transform,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_heads_gradients_are_those_of_the_models_own_logits(name):
+    teacher = model_with(name, seed=1)
+    with torch.no_grad():
+        teacher_hidden, teacher_logits = hidden_and_logits(teacher)
+    grads = []
+    for linear in (True, False):
+        student = model_with(name)
+        head = OutputHead.of(student)
+        hidden, logits = hidden_and_logits(student)
+        if linear:
+            loss = linear_loss(hidden, head, teacher_hidden, OutputHead.of(teacher))
+        else:
+            loss = RMSDLoss(vocab_topk=None)(logits, teacher_logits, IDS, MASK)
+        loss.backward()
+        grads.append({name: value.grad for name, value in student.named_parameters()})
+    assert loss > 1e-3
+    for parameter, grad in grads[1].items():
+        torch.testing.assert_close(
+            grads[0][parameter], grad, rtol=1e-3, atol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
+    if name == "bias":
+        assert grads[0]["lm_head.bias"].abs().sum() > 0
+
+
+# ---- padded vocabularies -------------------------------------------------------------------------------------------
+
+
+def padded(rows: int, named: int):
+    model = tiny.model(tie_word_embeddings=False)
+    model.resize_token_embeddings(rows)
+    model.config.vocab_size = named
+    return model
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"), [(320, 320), (320, 300)], ids=["tokenizer smaller", "config and tokenizer smaller"]
+)
+def test_padding_rows_belong_to_the_distribution_as_they_do_for_the_model(rows, named, tmp_path):
+    assert len(tiny.tokenizer()) <= 300
+    model = padded(rows, named)
+    head = OutputHead.of(model)
+    hidden, logits = hidden_and_logits(model)
+    assert logits.shape[-1] == rows
+    torch.testing.assert_close(head(hidden), logits)
+    made = trainer(tmp_path, padded(rows, named), max_steps=1)
+    made.train()
+    assert any("kept_tokens" in entry and entry["kept_tokens"] > 0 for entry in made.state.log_history)
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------------------------
+
+
+def peft_model(**options):
+    peft = pytest.importorskip("peft", reason="peft: pip install peft")
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny.model(tie_word_embeddings=False), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+
+
+@pytest.mark.parametrize("teacher", ["adapter_off", "live", "ema"])
+def test_a_head_in_modules_to_save_is_the_students_and_the_teacher_keeps_its_own(teacher, tmp_path):
+    model = peft_model(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    original = model.get_base_model().lm_head.original_module.weight
+    saved = model.get_base_model().lm_head.modules_to_save["default"].weight
+    before = original.clone()
+    made = trainer(tmp_path, model, teacher=teacher, ema_decay=0.5)
+    made.train()
+    assert not torch.equal(saved, before), "the adapter's copy is what trains"
+    assert torch.equal(original, before)
+    assert made._student_head().weight is saved
+    if teacher == "ema":
+        follower = model.get_base_model().lm_head.modules_to_save["teacher"].weight
+        assert made.teacher.head.weight is follower
+        assert not torch.equal(follower, before)
+        assert not torch.equal(follower, saved)
+    else:
+        assert made.teacher.head.weight is (saved if teacher == "live" else original)
+    assert saved.requires_grad, "asking for the teacher's head leaves the student's trainable"
+    with made.teacher.active() as active:
+        hidden, logits = hidden_and_logits(active)
+        torch.testing.assert_close(made.teacher.head(hidden), logits)
+
+
+def test_lora_on_the_head_is_refused():
+    model = peft_model(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"PeftModelForCausalLM has an adapter layer .*modules_to_save") as error:
+        OutputHead.of(model)
+    assert "\n" not in str(error.value)
+
+
+# ---- sharded heads -------------------------------------------------------------------------------------------------
+
+
+def test_a_head_partitioned_by_zero_3_is_refused():
+    """DeepSpeed leaves an empty tensor with `ds_id` in place of each parameter."""
+    model = tiny.model(tie_word_embeddings=False)
+    model.lm_head.weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(ValueError, match=r"holds no weights on this rank .*ZeRO stage 2 or less"):
+        OutputHead.of(model)
+    model = tiny.model(tie_word_embeddings=False)
+    model.lm_head.weight.ds_id = 7  # gathered for the moment: it would be released under the loss
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        OutputHead.of(model)
+
+
+def test_a_head_on_the_meta_device_is_refused():
+    model = tiny.model(tie_word_embeddings=False)
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="meta device: load its weights"):
+        OutputHead.of(model)
+
+
+def _loss_of_rank(model, rank: int):
+    """As the trainer takes it: the student's forward, then its head, against a fixed teacher."""
+    with captured_hidden(model) as captured:
+        model(IDS + 12 * rank, logits_to_keep=1)
+    generator = torch.Generator().manual_seed(rank)
+    teacher_hidden = torch.randn(captured[-1].shape, generator=generator)
+    student = OutputHead.current(model, dict(logit_scale=1.0, softcap=None))
+    return linear_loss(captured[-1], student, teacher_hidden, OutputHead.of(model_with("bias", seed=1)))
+
+
+def _fully_sharded(rank: int, directory: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    seen = {}
+    for wrapped in ("head and root", "root"):
+        model = model_with("bias")
+        if wrapped == "head and root":  # its weight is sharded again after its forward: the loss has to gather it
+            fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        seen[wrapped, "head"] = OutputHead.of(model).weight.detach()
+        _loss_of_rank(model, rank).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.placements == parameter.placements
+            seen[wrapped, name] = parameter.grad.full_tensor()
+    torch.save(seen, Path(directory) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_head_under_fsdp2_is_gathered_and_its_gradient_comes_back_sharded(tmp_path):
+    mp.spawn(_fully_sharded, (str(tmp_path),), nprocs=2)
+    whole = model_with("bias")
+    for rank in range(2):
+        (_loss_of_rank(whole, rank) / 2).backward()  # FSDP averages over ranks
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"{rank}.pt")
+        for wrapped in ("head and root", "root"):
+            assert torch.equal(seen[wrapped, "head"], whole.lm_head.weight.detach())
+            for name, parameter in whole.named_parameters():
+                torch.testing.assert_close(seen[wrapped, name], parameter.grad, rtol=1e-4, atol=1e-6)
