@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
 # Config names under which architectures keep a factor on their logits. Some multiply by it and some divide, so each
@@ -159,14 +160,32 @@ def completion_hidden(
     width = prompts.shape[1]
     attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
     with captured_hidden(model) as captured:
-        model(
+        output = model(
             input_ids=torch.cat([prompts, completion_ids], 1),
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
             use_cache=False,
             logits_to_keep=1,
         )
-    return captured[-1][:, width - 1 : -1]
+    hidden = captured[-1]
+    if isinstance(model, FSDPModule):
+        hidden = _Joined.apply(hidden, output.logits)
+    return hidden[:, width - 1 : -1]
+
+
+class _Joined(torch.autograd.Function):
+    """The hidden states, with the model's output in their graph at gradient 0. FSDP2 begins and ends its backward by
+    hooks on the output: without it there, gradients of the root's own parameters would stay unsharded and this rank's.
+    Costs the head a backward of one row a sequence."""
+
+    @staticmethod
+    def forward(ctx, hidden, logits):
+        ctx.save_for_backward(logits)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad_hidden):
+        return grad_hidden, torch.zeros_like(ctx.saved_tensors[0])
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------

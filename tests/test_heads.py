@@ -11,7 +11,7 @@ from tiny import trainer
 from torch import nn
 
 from rmsd import LinearRMSDLoss, RMSDLoss
-from rmsd.modeling import OutputHead, captured_hidden
+from rmsd.modeling import OutputHead, captured_hidden, completion_hidden
 
 HEADS = {
     "tied": ("llama", dict(tie_word_embeddings=True)),
@@ -167,12 +167,10 @@ def test_a_head_on_the_meta_device_is_refused():
 
 def _loss_of_rank(model, rank: int):
     """As the trainer takes it: the student's forward, then its head, against a fixed teacher."""
-    with captured_hidden(model) as captured:
-        model(IDS + 12 * rank, logits_to_keep=1)
-    generator = torch.Generator().manual_seed(rank)
-    teacher_hidden = torch.randn(captured[-1].shape, generator=generator)
+    student_hidden = completion_hidden(model, [[7, 8], [9]], IDS + 12 * rank, MASK, pad_id=0)
+    teacher_hidden = torch.randn(student_hidden.shape, generator=torch.Generator().manual_seed(rank))
     student = OutputHead.current(model, dict(logit_scale=1.0, softcap=None))
-    return linear_loss(captured[-1], student, teacher_hidden, OutputHead.of(model_with("bias", seed=1)))
+    return linear_loss(student_hidden, student, teacher_hidden, OutputHead.of(model_with("bias", seed=1)))
 
 
 def _fully_sharded(rank: int, directory: str) -> None:
@@ -190,7 +188,7 @@ def _fully_sharded(rank: int, directory: str) -> None:
         seen[wrapped, "head"] = OutputHead.of(model).weight.detach()
         _loss_of_rank(model, rank).backward()
         for name, parameter in model.named_parameters():
-            assert parameter.grad.placements == parameter.placements
+            assert parameter.grad.placements == parameter.placements, f"{name}, {wrapped}"
             seen[wrapped, name] = parameter.grad.full_tensor()
     torch.save(seen, Path(directory) / f"{rank}.pt")
     dist.destroy_process_group()
