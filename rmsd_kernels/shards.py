@@ -126,10 +126,9 @@ def _exchange(facts: list[int], group) -> list[list[int]]:
 
 
 def _all_gather(mine: Tensor, group) -> Tensor:
-    world = dist.get_world_size(group)
-    every = mine.new_empty(world * mine.numel())
-    dist.all_gather_into_tensor(every, mine.flatten(), group=group)
-    return every.view(world, *mine.shape)
+    every = mine.new_empty(dist.get_world_size(group), *mine.shape)
+    dist.all_gather(list(every), mine.contiguous(), group=group)
+    return every
 
 
 def _raise_everywhere(error: Exception | None, rank: int, group) -> None:

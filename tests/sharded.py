@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_linear import Largest
 
 from rmsd_kernels import vocab_parallel_linear_token_divergence, vocab_parallel_linear_token_scores
 
@@ -168,8 +169,8 @@ class Traffic:
         self.calls: list[tuple[str, int]] = []
 
     def __enter__(self):
-        self.originals = dict(all_gather_into_tensor=dist.all_gather_into_tensor, all_reduce=dist.all_reduce)
-        dist.all_gather_into_tensor = self._counting("all_gather_into_tensor", given=1)
+        self.originals = dict(all_gather=dist.all_gather, all_reduce=dist.all_reduce)
+        dist.all_gather = self._counting("all_gather", given=1)
         dist.all_reduce = self._counting("all_reduce", given=0)
         return self.calls
 
@@ -264,6 +265,18 @@ def _no_rows(group, rank: int, world: int) -> tuple:
     return result.detach(), grad, scores.divergence
 
 
+def _largest(group) -> int:
+    """Elements of the largest tensor that 600 rows of 2,000 logits need in a workspace of 1 MB."""
+    hidden, weight = torch.randn(600, 4, requires_grad=True), torch.randn(2000, 4, requires_grad=True)
+    heads = hidden, weight, hidden.detach(), weight.detach()
+    with Largest() as largest:
+        vocab_parallel_linear_token_scores(*heads, torch.zeros(600, dtype=torch.int64), group=group, workspace_mb=1)
+        for options in (dict(), dict(divergence="jsd"), dict(vocab_topk=20, tail="bucket")):
+            result = vocab_parallel_linear_token_divergence(*heads, group=group, workspace_mb=1, **options)
+            result.sum().backward()
+    return largest.numel
+
+
 def _worker(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=4)
@@ -278,6 +291,8 @@ def _worker(rank: int, directory: str) -> None:
             seen[world, "traffic", name] = _traffic(name, group, rank, world, hidden_needs_grad=True)
         seen[world, "traffic", "frozen decoder"] = _traffic("divergence", group, rank, world, hidden_needs_grad=False)
         seen[world, "no rows"] = _no_rows(group, rank, world)
+    if rank == 0:
+        seen["largest"] = _largest(groups[1])
     if rank < 2:
         for name in SPOILED:
             seen["refused", name] = _refusal(name, groups[2], rank)
