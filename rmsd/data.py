@@ -47,11 +47,10 @@ def as_dataset(rows: Iterable[dict]) -> Dataset:
     """Rows as a Dataset; each is checked. A column has one type, so where one prompt is chat messages all become so;
     completions are all text, or all ids, or none is there."""
     rows = [dict(row) for row in rows]
-    kinds = {type(row.get("completion")) for row in rows}
-    if len(kinds) > 1:
-        raise ValueError("completions must all be text, or all token ids, and no row may be without one")
     for number, row in enumerate(rows):
         check_row(row, f"row {number}")
+        if type(row.get("completion")) is not type(rows[0].get("completion")):
+            raise ValueError(f"row {number}: completions are all text, or all token ids, or no row has one")
         if row.get("completion_mask") is not None:
             row["completion_mask"] = [bool(value) for value in row["completion_mask"]]
     for column in ("prompt", "teacher_prompt"):
