@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 from pathlib import Path
 
 import torch
@@ -59,5 +60,7 @@ def saving(output_dir: str | Path, step: int):
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         last = last_whole_checkpoint(output_dir)
-        left = f"{last.name} is whole: make room, then resume=true" if last else "there is no other"
-        raise OSError(f"checkpoint-{step} in {output_dir} could not be written ({reason}); {left}") from error
+        left = f"{last.name} is whole: resume=true goes on from it" if last else "there is no other"
+        # torch.save says of a full disk only "unexpected pos 64 vs 0".
+        free = f"{shutil.disk_usage(output_dir).free / 2**20:.1f} MB of disk free"
+        raise OSError(f"checkpoint-{step} in {output_dir} could not be written ({reason}; {free}); {left}") from error

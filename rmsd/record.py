@@ -48,8 +48,11 @@ class RunRecord(TrainerCallback):
             self._append("rollouts.jsonl", line)
 
     def _append(self, name: str, line: dict) -> None:
-        with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with (self.directory / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.directory / name} could not be written: {error}") from error
 
 
 def rollout_lines(
