@@ -1,6 +1,7 @@
 """What goes wrong ends in one clear line or a counted skip, and nothing already written is lost."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -165,7 +166,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path, value, max_grad_
     )
     made.train()
     seen = [*poison.seen.values(), weights(made.model)]
-    changed = [not same(before, after) for before, after in zip(seen, seen[1:], strict=False)]
+    changed = [not same(before, after) for before, after in itertools.pairwise(seen)]
     assert changed == [True, False, True, False, True], "not even by weight decay or momentum"
     assert all(torch.isfinite(weight).all() for weight in seen[-1].values())
     assert [entry["skipped_steps"] for entry in made.state.log_history if "loss" in entry] == [0, 1, 1, 2, 2]

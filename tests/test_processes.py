@@ -159,3 +159,17 @@ def test_a_rank_that_fails_stops_the_others_with_its_error(tmp_path, recipe, ser
     said = [line for line in result.stderr.splitlines() if re.match(r"rmsd: rank \d: judge 'm' at .* failed: ", line)]
     assert len(said) == 1 and "Error code: 401" in said[0], result.stderr[-3000:]
     assert not list((tmp_path / "two").glob("model/*"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"version": 2}, "fsdp needs several processes: start with torchrun or accelerate launch"),
+        ({"version": 1}, "version .* must be 2"),
+        ({"version": 2, "cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading .* must be false"),
+    ],
+)
+def test_sharding_that_cannot_be_is_refused(tmp_path, monkeypatch, config, message):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(tmp_path, fsdp=True, fsdp_config=config)
