@@ -67,6 +67,11 @@ class RMSDTrainer(Trainer):
         self.judge = judge or ContextJudge()
         self.evaluator = evaluator
         self.teacher = Teacher(self.model, args.teacher)
+        follows = args.teacher == "ema" or args.continuation_steps or args.continuation_metric
+        if self.is_fsdp_enabled and self.teacher.has_adapter and follows:
+            raise ValueError(
+                "fsdp cannot keep a second adapter for the teacher: use DDP, or no ema and no continuation"
+            )
         self.head_transform = OutputHead.of(self.model).transform
         self.pad_id, self.eos_ids = processing_class.pad_token_id, eos_ids_of(self.model, processing_class)
         self.loss = LinearRMSDLoss(

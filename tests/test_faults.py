@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from rmsd.checkpoint import last_whole_checkpoint
 from rmsd.faults import saving
 from rmsd.judge import CachedJudge, Candidate, MagnitudeJudge, Question
+from rmsd.modeling import load_model
 from rmsd.record import RunRecord, read_lines
 
 # ---- a full disk ---------------------------------------------------------------------------------------------------
@@ -180,6 +181,38 @@ def test_too_many_such_steps_in_a_row_stop_the_run_and_keep_its_checkpoints(tmp_
         made.train()
     assert "\n" not in str(error.value)
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+# ---- what a model folder may do ------------------------------------------------------------------------------------
+
+
+def test_weights_are_loaded_from_safetensors_alone(tmp_path):
+    """A pickle can run code when it is read."""
+    tiny.tokenizer().save_pretrained(tmp_path)
+    model = tiny.model()
+    model.save_pretrained(tmp_path)
+    load_model(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_a_models_own_code_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, marker = tmp_path / "model", tmp_path / "it_ran"
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Own: pass\n")
+    with pytest.raises(FileNotFoundError, match="trust_remote_code"):
+        load_model(str(folder))
+    assert not marker.exists()
+    with contextlib.suppress(Exception):
+        load_model(str(folder), trust_remote_code=True)
+    assert marker.exists(), "and there it does, so this test could fail"
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------

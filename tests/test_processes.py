@@ -165,7 +165,7 @@ def test_a_rank_that_fails_stops_the_others_with_its_error(tmp_path, recipe, ser
     ("config", "message"),
     [
         ({"version": 2}, "fsdp needs several processes: start with torchrun or accelerate launch"),
-        ({"version": 1}, "version .* must be 2"),
+        ({"version": 1}, "fsdp_config.version must be 2"),
         ({"version": 2, "cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading .* must be false"),
     ],
 )
@@ -173,3 +173,13 @@ def test_sharding_that_cannot_be_is_refused(tmp_path, monkeypatch, config, messa
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     with pytest.raises(ValueError, match=message):
         tiny.trainer(tmp_path, fsdp=True, fsdp_config=config)
+
+
+def test_a_second_adapter_is_refused_under_shards(tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    monkeypatch.setattr("rmsd.trainer.check_sharding", lambda accelerator, args: True)
+    adapter = get_peft_model(tiny.model(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    for options in (dict(teacher="ema"), dict(continuation_steps=[1])):
+        with pytest.raises(ValueError, match="fsdp cannot keep a second adapter"):
+            tiny.trainer(tmp_path, adapter, **options)
