@@ -64,6 +64,13 @@ def check_sharding(accelerator, args) -> bool:
     return True
 
 
+def check_sharded_teacher(has_adapter: bool, args) -> None:
+    """Raises ValueError where the teacher would be an adapter beside the student's: one added after the sharding has
+    no shards, and neither is saved whole."""
+    if has_adapter and (args.teacher == "ema" or args.continuation_steps or args.continuation_metric):
+        raise ValueError("fsdp cannot keep a second adapter for the teacher: use DDP, or no ema and no continuation")
+
+
 def as_rank_zero(values: dict) -> dict:
     """Rank 0's `values` on every rank, so that what follows from them is decided alike."""
     return broadcast_object_list([values])[0]

@@ -13,7 +13,7 @@ from .completions import rollouts_of
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
 from .data import as_dataset, check_lengths, encode, prompt_text, teacher_prompt
-from .distributed import as_rank_zero, check_sharding, whole
+from .distributed import as_rank_zero, check_sharded_teacher, check_sharding, whole
 from .faults import NonfiniteGradients, saving
 from .judge import ContextJudge, Judge
 from .loss import LinearRMSDLoss
@@ -67,11 +67,8 @@ class RMSDTrainer(Trainer):
         self.judge = judge or ContextJudge()
         self.evaluator = evaluator
         self.teacher = Teacher(self.model, args.teacher)
-        follows = args.teacher == "ema" or args.continuation_steps or args.continuation_metric
-        if self.is_fsdp_enabled and self.teacher.has_adapter and follows:
-            raise ValueError(
-                "fsdp cannot keep a second adapter for the teacher: use DDP, or no ema and no continuation"
-            )
+        if self.is_fsdp_enabled:
+            check_sharded_teacher(self.teacher.has_adapter, args)
         self.head_transform = OutputHead.of(self.model).transform
         self.pad_id, self.eos_ids = processing_class.pad_token_id, eos_ids_of(self.model, processing_class)
         self.loss = LinearRMSDLoss(

@@ -20,6 +20,8 @@ import yaml
 from safetensors.torch import load_file
 from test_judge_server import Server, keep
 
+from rmsd import RMSDConfig
+from rmsd.distributed import check_sharded_teacher
 from rmsd.recipe import load_recipe
 from rmsd.record import read_lines
 from rmsd.run import train
@@ -175,11 +177,11 @@ def test_sharding_that_cannot_be_is_refused(tmp_path, monkeypatch, config, messa
         tiny.trainer(tmp_path, fsdp=True, fsdp_config=config)
 
 
-def test_a_second_adapter_is_refused_under_shards(tmp_path, monkeypatch):
-    from peft import LoraConfig, get_peft_model
-
-    monkeypatch.setattr("rmsd.trainer.check_sharding", lambda accelerator, args: True)
-    adapter = get_peft_model(tiny.model(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    for options in (dict(teacher="ema"), dict(continuation_steps=[1])):
+def test_a_second_adapter_is_refused_under_shards(tmp_path):
+    plain = RMSDConfig(output_dir=str(tmp_path), use_cpu=True)
+    check_sharded_teacher(True, plain)
+    for options in (dict(teacher="ema"), dict(continuation_steps=[1]), dict(continuation_metric="loss")):
+        args = RMSDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+        check_sharded_teacher(False, args)
         with pytest.raises(ValueError, match="fsdp cannot keep a second adapter"):
-            tiny.trainer(tmp_path, adapter, **options)
+            check_sharded_teacher(True, args)
