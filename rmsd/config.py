@@ -85,7 +85,7 @@ class RMSDConfig(TrainingArguments):
             raise ValueError(f"sampling_temperature must be at least 0, not {self.sampling_temperature}")
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be at least 1, not {self.max_completion_length}")
-        if (self.fsdp_plugin_args or {}).get("fsdp_version", 2) != 2:
+        if (getattr(self, "fsdp_plugin_args", None) or {}).get("fsdp_version", 2) != 2:
             raise ValueError("fsdp_config.version must be 2")
         if self.max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps must be at least 0, not {self.max_skipped_steps}")
