@@ -96,8 +96,9 @@ def _leave(message: str) -> None:
     """One of several processes leaves at once, for the others wait for it in a collective operation: a launcher stops
     them when it sees it gone, and threads that still wait for a judge would keep it."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    rank = f"rank {os.environ.get('RANK', 0)}: " if several else ""
-    tqdm.write(f"rmsd: {rank}{message}", file=sys.stderr)  # on a line of its own, not behind a progress bar
+    # On a line of its own, not behind a progress bar, which another process may have drawn.
+    prefix = f"\nrmsd: rank {os.environ.get('RANK', 0)}: " if several else "rmsd: "
+    tqdm.write(prefix + message, file=sys.stderr)
     if several:
         sys.stderr.flush()
         os._exit(1)

@@ -145,18 +145,21 @@ def test_two_processes_end_in_the_weights_of_one_with_the_whole_batch(
 
 
 def test_a_rank_that_fails_stops_the_others_with_its_error(tmp_path, recipe, server):
-    """The judge refuses one row's question: the process that has it says so, and the other does not wait for it."""
+    """The judge refuses one row's question and leaves the others unanswered: the process that has it says so at once,
+    and neither waits."""
 
     def refuse(body):
         if "Which services?" in body["messages"][0]["content"]:
             return 401, {}, {"error": {"message": "no"}}
+        time.sleep(150)
         return keep(1)
 
     server.script = [refuse]
+    path = recipe(tiny.model())
+    rows = [{**row, "privileged_context": "It is called zorblat."} for row in tiny.ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     started = time.monotonic()
-    result = launch(
-        "torchrun", recipe(tiny.model()), f"output_dir={tmp_path / 'two'}", "train.per_device_train_batch_size=1"
-    )
+    result = launch("torchrun", path, f"output_dir={tmp_path / 'two'}", "train.per_device_train_batch_size=2")
     assert result.returncode != 0 and time.monotonic() - started < 120
     said = [line for line in result.stderr.splitlines() if re.match(r"rmsd: rank \d: judge 'm' at .* failed: ", line)]
     assert len(said) == 1 and "Error code: 401" in said[0], result.stderr[-3000:]
