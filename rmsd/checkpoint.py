@@ -41,7 +41,10 @@ def _problem(checkpoint: Path) -> str | None:
                 pass
         except (SafetensorError, OSError) as error:
             return f"{path.name} is damaged ({error})"
-    for path in checkpoint.glob("*.pt"):
+    weights = [*checkpoint.glob("*.safetensors"), *checkpoint.glob("pytorch_model_fsdp*")]
+    if not any(path.name != "teacher.safetensors" for path in weights):
+        return "it holds no weights"
+    for path in (path for ending in ("pt", "pth", "bin") for path in checkpoint.glob(f"*.{ending}")):
         if not zipfile.is_zipfile(path):
             return f"{path.name} is truncated"
     return None

@@ -55,6 +55,9 @@ class RMSDConfig(TrainingArguments):
     continuation_patience: int = field(default=3, metadata={"help": "Entries without improvement that make a plateau."})
     continuation_min_delta: float = field(default=0.0, metadata={"help": "An improvement is more than this."})
     max_continuations: int = field(default=1, metadata={"help": "By the metric, at most."})
+    max_skipped_steps: int = field(
+        default=5, metadata={"help": "Steps in a row skipped for a gradient that is not finite before training stops."}
+    )
     recorded_rollouts: int = field(default=8, metadata={"help": "Rollouts a step written for the report."})
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Prompts, and so rollouts, a device a step."})
@@ -91,6 +94,10 @@ class RMSDConfig(TrainingArguments):
             raise ValueError(f"sampling_temperature must be at least 0, not {self.sampling_temperature}")
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be at least 1, not {self.max_completion_length}")
+        if (getattr(self, "fsdp_plugin_args", None) or {}).get("fsdp_version", 2) != 2:
+            raise ValueError("fsdp_config.version must be 2")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps must be at least 0, not {self.max_skipped_steps}")
         for name in ("{privileged_context}", "{prompt}"):
             if name not in self.teacher_template:
                 raise ValueError(f"teacher_template must hold {name}, not {self.teacher_template!r}")

@@ -1,7 +1,8 @@
 """Rows of `prompt` and `privileged_context`, and the two prompts that the student and the teacher read.
 
 A prompt is a string (one user message) or a list of chat messages. An empty `privileged_context` makes an anchor
-row: the teacher reads the student's own prompt, so that every gap is drift from the initial model.
+row: the teacher reads the student's own prompt, so that every gap is drift from the initial model. Rows that bring a
+`completion` are rollouts made elsewhere (rmsd.completions).
 """
 
 import json
@@ -10,13 +11,15 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from .completions import check_completion, completion_ids
+
 Prompt = str | list[dict[str, str]]
 
 TEACHER_TEMPLATE = "{privileged_context}\n\n{prompt}"
 
 
-def load_rows(path: str | Path) -> Dataset:
-    """Reads training rows from a JSONL file.
+def load_rows(path: str | Path, completions: bool = False) -> Dataset:
+    """Reads training rows from a JSONL file; with `completions`, each must bring one.
 
     Raises:
         FileNotFoundError, ValueError: naming the file, the line and what is wrong with it.
@@ -33,16 +36,23 @@ def load_rows(path: str | Path) -> Dataset:
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
                 check_row(rows[-1], f"{path}, line {number}")
+                if completions and rows[-1].get("completion") is None:
+                    raise ValueError(f"{path}, line {number}: has no 'completion'")
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return as_dataset(rows)
 
 
 def as_dataset(rows: Iterable[dict]) -> Dataset:
-    """Rows as a Dataset; each is checked. A column has one type, so where one prompt is chat messages all become so."""
+    """Rows as a Dataset; each is checked. A column has one type, so where one prompt is chat messages all become so;
+    completions are all text, or all ids, or none is there."""
     rows = [dict(row) for row in rows]
     for number, row in enumerate(rows):
         check_row(row, f"row {number}")
+        if type(row.get("completion")) is not type(rows[0].get("completion")):
+            raise ValueError(f"row {number}: completions are all text, or all token ids, or no row has one")
+        if row.get("completion_mask") is not None:
+            row["completion_mask"] = [bool(value) for value in row["completion_mask"]]
     for column in ("prompt", "teacher_prompt"):
         if any(isinstance(row.get(column), list) for row in rows):
             for row in rows:
@@ -69,6 +79,40 @@ def check_row(row: dict, where: str) -> None:
                 raise ValueError(f"{where}: {column} is empty")
         elif not (isinstance(prompt, list) and prompt and all("role" in m and "content" in m for m in prompt)):
             raise ValueError(f"{where}: {column} must be a string or a list of messages with role and content")
+    if row.get("completion") is not None:
+        check_completion(row, where)
+
+
+def check_lengths(rows: Iterable[dict], tokenizer, template: str, longest: int, context: int, vocab: int) -> None:
+    """A row that cannot be trained on is refused before anything is trained.
+
+    Args:
+        longest: tokens of an answer, at most, where the row brings none.
+        context: what the model holds at most.
+
+    Raises:
+        ValueError: naming the row.
+    """
+    for number, row in enumerate(rows):
+        answer = f"an answer of max_completion_length={longest}"
+        room = longest
+        if row.get("completion") is not None:
+            ids = completion_ids(row, tokenizer)
+            answer, room = "its completion", len(ids)
+            if max(ids, default=0) >= vocab:
+                raise ValueError(f"row {number}: completion holds token id {max(ids)}; the model has {vocab}")
+            mask = row.get("completion_mask")
+            if mask is not None and len(mask) != room:
+                raise ValueError(f"row {number}: completion_mask has {len(mask)} entries, the completion {room} tokens")
+        for role, prompt in (("prompt", row["prompt"]), ("teacher's prompt", teacher_prompt(row, template))):
+            try:
+                length = len(encode(tokenizer, prompt)) + room
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from error
+            if length > context:
+                raise ValueError(
+                    f"row {number}: the {role} and {answer} take {length} tokens; the model's context holds {context}"
+                )
 
 
 def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE) -> Prompt:

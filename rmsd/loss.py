@@ -168,12 +168,15 @@ def _rows_at(index: Tensor, length: int) -> Tensor:
 def _rows_where(keep: Tensor, completion_mask: Tensor) -> Tensor:
     """(B, L) bool -> (R,) rows of the flattened axis, -1 for none.
 
-    A judge answers on the host, so `keep` may stay on the CPU: then R is the number kept. On a GPU R is B*L, since
-    counting would sync; rows of -1 are skipped there by the kernels."""
+    A judge answers on the host, so `keep` may stay on the CPU: then R is the number kept, or 1. On a GPU R is B*L,
+    since counting would sync; rows of -1 are skipped there by the kernels."""
     check_mask(completion_mask, completion_mask.shape, completion_mask.device, "completion_mask")
     check_mask(keep, completion_mask.shape, keep.device, "keep")
     if keep.device.type == "cpu":
-        rows = keep.flatten().nonzero().squeeze(1).to(completion_mask.device, non_blocking=True)
+        rows = keep.flatten().nonzero().squeeze(1)
+        if not rows.numel() and keep.numel():
+            rows = rows.new_tensor([-1])  # the head still gets a gradient, of zeros, which other processes wait for
+        rows = rows.to(completion_mask.device, non_blocking=True)
     else:
         rows = torch.where(keep.flatten(), torch.arange(keep.numel(), device=keep.device), -1)
     return torch.where(completion_mask.flatten()[rows.clamp_min(0)], rows, -1) if rows.numel() else rows

@@ -220,6 +220,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        if "custom code" in reason:
+            reason += " Set trust_remote_code=true if you trust it."
         raise FileNotFoundError(f"model {name!r} cannot be loaded: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -52,6 +52,7 @@ class Recipe(_Section):
     model: str
     task: str | None = None  # a module of rmsd.tasks, or
     data: Path | None = None  # JSONL rows of prompt and privileged_context (then there is no evaluation)
+    rollouts: Path | None = None  # JSONL rows that bring their completion: nothing is generated; beside a task or alone
     method: Literal["rmsd", "opsd"] = "rmsd"
     engine: Literal["transformers", "vllm"] = "transformers"  # who writes the rollouts
     seed: int = 0
@@ -130,7 +131,10 @@ def _checked(values: dict) -> Recipe:
             TypeAdapter(_TRAIN_TYPES[key]).validate_python(value)
         except ValidationError as error:
             raise ValueError(f"train.{key}: {error.errors()[0]['msg'].lower()}, not {value!r}") from error
-    if (recipe.task is None) == (recipe.data is None):
+    if recipe.rollouts:
+        if recipe.data:
+            raise ValueError("rollouts bring their own rows: set one of rollouts, data")
+    elif (recipe.task is None) == (recipe.data is None):
         raise ValueError("a recipe names either a task or a data file: set one of task, data")
     if recipe.judge.kind == "llm" and not recipe.judge.model:
         raise ValueError("judge.kind=llm needs judge.model, the model's name at the endpoint")

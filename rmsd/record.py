@@ -2,9 +2,16 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback
+
+from rmsd_kernels import TokenScores
+
+from .judge import Question
 
 
 class RunRecord(TrainerCallback):
@@ -23,7 +30,10 @@ class RunRecord(TrainerCallback):
             path = self.directory / name
             lines = read_lines(path) if self.resume else []
             kept = [line for line in lines if line["step"] <= state.global_step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            # Whole or not at all: a run killed here must find its lines again.
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            partial.replace(path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -38,8 +48,37 @@ class RunRecord(TrainerCallback):
             self._append("rollouts.jsonl", line)
 
     def _append(self, name: str, line: dict) -> None:
-        with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with (self.directory / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.directory / name} could not be written: {error}") from error
+
+
+def rollout_lines(
+    step: int,
+    questions: Sequence[Question],
+    scores: TokenScores,  # each (B, L)
+    mask: Tensor,  # (B, L) bool: what the student wrote; other tokens have no scores
+    kept: Sequence[Sequence[int]],
+) -> list[dict]:
+    """The first rollouts of a step, as many as there are questions, as lines of rollouts.jsonl."""
+    names = ("student_logprob", "teacher_logprob", "divergence")
+    count = len(questions)
+    table = torch.stack([getattr(scores, name)[:count].where(mask[:count], torch.nan) for name in names]).tolist()
+    return [
+        {
+            "step": step,
+            "prompt": question.prompt,
+            "privileged_context": question.privileged_context,
+            "tokens": list(question.tokens),
+            **{name: finite(column[b][: len(question.tokens)]) for name, column in zip(names, table, strict=True)},
+            "candidates": [candidate.position for candidate in question.candidates],
+            "kept": list(kept[b]),
+            "preferred": {candidate.position: candidate.promoted for candidate in question.candidates},
+        }
+        for b, question in enumerate(questions)
+    ]
 
 
 def read_lines(path: Path) -> list[dict]:

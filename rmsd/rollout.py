@@ -10,13 +10,19 @@ from .modeling import captured_hidden, completion_hidden, left_padded
 
 @dataclass
 class Rollouts:
-    """B answers. `completion_mask` is true on tokens the student wrote, its end-of-sequence token included."""
+    """B answers. `completion_mask` is true on tokens the student wrote, its end-of-sequence token included;
+    `attention_mask` on those of tools and environments too, which both models read. By default it is the same."""
 
     prompt_ids: list[list[int]]  # B prompts as the student reads them
     completion_ids: Tensor  # (B, L) int64
     completion_mask: Tensor  # (B, L) bool
     student_hidden: Tensor | None = None  # (B, L, H): row i gave the distribution of completion_ids[i]
     student_logprob: Tensor | None = None  # (B, L) fp32, as an engine recorded it, at temperature 1
+    attention_mask: Tensor | None = None  # (B, L) bool: false on padding alone
+
+    def __post_init__(self):
+        if self.attention_mask is None:
+            self.attention_mask = self.completion_mask
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -52,6 +58,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_id,
             eos_token_id=eos_ids,
+            synced_gpus=False,  # sharded weights are whole here (distributed.whole): no rank waits for another
             **(sampling or dict(do_sample=False)),
         )
     model.train(was_training)
@@ -73,7 +80,7 @@ def hidden_states(model, rollouts: Rollouts, pad_id: int) -> Tensor:
         return rollouts.student_hidden
     was_training = model.training
     model.eval()
-    hidden = completion_hidden(model, rollouts.prompt_ids, rollouts.completion_ids, rollouts.completion_mask, pad_id)
+    hidden = completion_hidden(model, rollouts.prompt_ids, rollouts.completion_ids, rollouts.attention_mask, pad_id)
     model.train(was_training)
     return hidden
 

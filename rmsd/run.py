@@ -21,10 +21,13 @@ def train(recipe: Recipe) -> str:
     out = recipe.output_dir
     args = trainer_config(recipe, out)
     task = load_task(recipe.task) if recipe.task else None
-    rows = as_dataset(task.train) if task else load_rows(recipe.data)
+    if recipe.rollouts:
+        rows = load_rows(recipe.rollouts, completions=True)
+    else:
+        rows = as_dataset(task.train) if task else load_rows(recipe.data)
     judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows])
     checkpoint = last_whole_checkpoint(out) if recipe.resume else None
-    if recipe.resume and checkpoint is None:
+    if recipe.resume and checkpoint is None and args.should_save:
         print(f"{out} holds no checkpoint: starting from the beginning")
     if not recipe.resume and (out / "metrics.jsonl").exists():
         raise FileExistsError(f"{out} holds a run: continue it with resume=true, or choose another output_dir")
@@ -34,8 +37,10 @@ def train(recipe: Recipe) -> str:
     evaluator = _evaluator(recipe, model, tokenizer) if task else None
     if recipe.lora:
         model = _with_lora(model, recipe)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    if args.should_save:
+        out.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        (out / "recipe.yaml").write_text(text, encoding="utf-8")
     trainer = RMSDTrainer(
         model,
         args,
@@ -46,11 +51,11 @@ def train(recipe: Recipe) -> str:
         callbacks=[RunRecord(out, resume=checkpoint is not None)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if evaluator and not _evaluated_at(out, trainer.state.global_step):
+    if evaluator and not _evaluated(trainer.state):
         trainer.evaluate()
     trainer.save_model(str(out / "model"))
-    tokenizer.save_pretrained(out / "model")
-    if not trainer.is_world_process_zero():
+    trainer.accelerator.end_training()
+    if not args.should_save:
         return ""
 
     from .report import write_report
@@ -141,5 +146,7 @@ def _with_lora(model, recipe: Recipe):
     return get_peft_model(model, config)
 
 
-def _evaluated_at(run: Path, step: int) -> bool:
-    return any(line["kind"] == "eval" and line["step"] == step for line in read_lines(run / "metrics.jsonl"))
+def _evaluated(state) -> bool:
+    """At the last step. The log history is alike on all ranks, and evaluating is for all of them."""
+    last = [entry for entry in state.log_history if entry["step"] == state.global_step]
+    return any(name.startswith("eval_") for entry in last for name in entry)

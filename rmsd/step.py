@@ -1,5 +1,6 @@
 """One training step as functions of tensors: score, keep, train. The trainer only wires these to models."""
 
+import torch
 from torch import Tensor
 
 from rmsd_kernels import TokenScores
@@ -26,10 +27,13 @@ def score(
 
 def train_part(keep: Tensor) -> tuple[Tensor, int]:
     """What of a batch reaches the student's forward and backward: the sequences that keep a token, (B',) int64 on the
-    host, and the length up to the last kept token. No other token can have a gradient: attention is causal."""
-    sequences = keep.any(1).nonzero().squeeze(1)
-    length = int(keep.any(0).nonzero().max()) + 1 if len(sequences) else 0
-    return sequences, length
+    host, and the length up to the last kept token. No other token can have a gradient: attention is causal.
+
+    Where nothing is kept it is one token, whose loss is 0 with zero gradients: other processes may have something to
+    train on, and wait for this one in every layer's forward and backward."""
+    if not keep.any():
+        return torch.zeros(1, dtype=torch.int64), 1
+    return keep.any(1).nonzero().squeeze(1), int(keep.any(0).nonzero().max()) + 1
 
 
 def train_loss(

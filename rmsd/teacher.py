@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .distributed import whole
 from .modeling import OutputHead, completion_hidden, frozen_copy
 from .rollout import Rollouts
 
@@ -46,7 +47,8 @@ class Teacher:
 
     @property
     def head(self) -> OutputHead:
-        """As it is now: under PEFT the adapter's own copy, or the original one, where `modules_to_save` names it."""
+        """Of the weights as they are now: FSDP puts others in their place. Under PEFT the adapter's own copy, or the
+        original one, where `modules_to_save` names it."""
         with self._adapter():
             return OutputHead.current(self.model, self._transform)
 
@@ -64,12 +66,12 @@ class Teacher:
         """(B, L, H): the teacher's hidden states for the student's answers."""
         with self.active() as model:
             return completion_hidden(
-                model, teacher_prompt_ids, rollouts.completion_ids, rollouts.completion_mask, pad_id
+                model, teacher_prompt_ids, rollouts.completion_ids, rollouts.attention_mask, pad_id
             )
 
     def average(self, decay: float) -> None:
         """teacher = decay * teacher + (1 - decay) * student, for kind "ema"."""
-        with torch.no_grad():
+        with torch.no_grad(), whole(self.student):
             for mine, theirs in self._pairs():
                 mine.lerp_(theirs.to(mine.dtype), 1.0 - decay)
         self.changed = True
@@ -80,7 +82,7 @@ class Teacher:
             raise ValueError("a live teacher is the student already: continuation needs teacher=initial or ema")
         if not self.is_copy and not self._has_snapshot:
             self._add_adapter()
-        with torch.no_grad():
+        with torch.no_grad(), whole(self.student):
             for mine, theirs in self._pairs():
                 mine.copy_(theirs)
         self.changed = True
@@ -88,6 +90,7 @@ class Teacher:
     def save(self, directory: str | Path) -> None:
         """Writes what `load` needs; nothing while the teacher is still the initial weights."""
         if self.changed:
+            Path(directory).mkdir(parents=True, exist_ok=True)  # a sharded model has not made it yet
             save_file({name: value.contiguous() for name, value in self._state().items()}, Path(directory) / FILE)
 
     def load(self, directory: str | Path) -> None:

@@ -1,22 +1,26 @@
 """`RMSDTrainer`: transformers' Trainer whose batches are the student's own answers. It wires; step.py computes."""
 
 import hashlib
+import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 from transformers import Trainer
 
 from . import step
+from .completions import rollouts_of
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
-from .data import as_dataset, encode, prompt_text, teacher_prompt
+from .data import as_dataset, check_lengths, encode, prompt_text, teacher_prompt
+from .distributed import as_rank_zero, check_sharded_teacher, check_sharding, whole
 from .engine import engine_for, engine_gap
+from .faults import NonfiniteGradients, saving
 from .judge import ContextJudge, Judge
 from .loss import LinearRMSDLoss
+from .metrics import StepMetrics
 from .modeling import OutputHead, completion_hidden
-from .record import RunRecord, finite
+from .record import RunRecord, rollout_lines
 from .rollout import Rollouts, eos_ids_of, hidden_states
 from .scoring import wishes
 from .selection import ask, keep_mask, questions_of
@@ -29,7 +33,8 @@ class RMSDTrainer(Trainer):
     Args:
         model: a causal LM of transformers, or a PEFT model.
         args: RMSDConfig.
-        train_dataset: rows of `prompt` and `privileged_context` (rmsd.data); a Dataset or a list.
+        train_dataset: rows of `prompt` and `privileged_context` (rmsd.data); a Dataset or a list. Where they bring a
+            `completion`, nothing is generated: those are the rollouts.
         processing_class: the tokenizer.
         judge: which candidates are relevant; ContextJudge by default. Not asked for method="opsd".
         evaluator: model -> metrics; called by `evaluate()`, so whenever `eval_strategy` says, and logged as eval_*.
@@ -63,6 +68,8 @@ class RMSDTrainer(Trainer):
         self.judge = judge or ContextJudge()
         self.evaluator = evaluator
         self.teacher = Teacher(self.model, args.teacher)
+        if self.is_fsdp_enabled:
+            check_sharded_teacher(self.teacher.has_adapter, args)
         self.head_transform = OutputHead.of(self.model).transform
         self.pad_id, self.eos_ids = processing_class.pad_token_id, eos_ids_of(self.model, processing_class)
         self.loss = LinearRMSDLoss(
@@ -71,14 +78,23 @@ class RMSDTrainer(Trainer):
             tail=args.tail, temperature=args.temperature, backend=args.backend,
         ).to(args.device)  # fmt: skip
         self.record = next((c for c in self.callback_handler.callbacks if isinstance(c, RunRecord)), None)
-        self._step_metrics: dict[str, float] = defaultdict(float)
+        self.metrics = StepMetrics()
         self.add_callback(TeacherSchedule(self))
-        self._check_lengths()
+        self.add_callback(NonfiniteGradients(self))
+        config = self.model.config.get_text_config()
+        check_lengths(
+            train_dataset, processing_class, args.teacher_template, args.max_completion_length,
+            getattr(config, "max_position_embeddings", None) or math.inf, config.vocab_size,
+        )  # fmt: skip
         longest = max(len(encode(processing_class, row["prompt"])) for row in self.train_dataset)
         self.engine = engine_for(
             args.engine, self.model, max_length=longest + args.max_completion_length, cache_gb=args.engine_cache_gb,
             num_processes=self.accelerator.num_processes,
         )  # fmt: skip
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = check_sharding(self.accelerator, self.args)
 
     # ---- the step, in the order the data flows ---------------------------------------------------------------------
 
@@ -89,30 +105,22 @@ class RMSDTrainer(Trainer):
         if not batches:
             return [], None
         started = time.monotonic()
-        self.engine.sync(self.accelerator.unwrap_model(self.model))
-        parts = [self._rollouts(rows, micro_batch) for micro_batch, rows in enumerate(batches)]
-        sequences = sum(len(part["sequences"]) for part in parts)
-        sequences = self.accelerator.reduce(torch.tensor(float(sequences), device=device))
-        self._step_metrics["prepare_seconds"] += time.monotonic() - started
+        model = self.accelerator.unwrap_model(self.model)
+        with whole(model):
+            self.engine.sync(model)
+            parts = [self._rollouts(rows, micro_batch) for micro_batch, rows in enumerate(batches)]
+        sequences = sum(part["keep"].any(1).sum() for part in parts)
+        sequences = self.accelerator.reduce(sequences.to(device, torch.float32))
+        self.metrics.add_seconds("prepare_seconds", time.monotonic() - started)
         return parts, sequences.clamp_min(1.0)
 
     def _rollouts(self, rows: list[dict], micro_batch: int) -> dict:
         """One micro-batch: generate, score, judge."""
         args, tokenizer = self.args, self.processing_class
-        model = self.accelerator.unwrap_model(self.model)
-        rollouts = self.engine(
-            [encode(tokenizer, row["prompt"]) for row in rows],
-            max_new_tokens=args.max_completion_length,
-            pad_id=self.pad_id,
-            eos_ids=self.eos_ids,
-            temperature=args.sampling_temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            seed=self._seed(micro_batch),
-        )
+        rollouts = self._answers(rows, [encode(tokenizer, row["prompt"]) for row in rows], micro_batch)
         teacher_ids = [encode(tokenizer, teacher_prompt(row, args.teacher_template)) for row in rows]
         teacher_hidden = self.teacher.hidden(teacher_ids, rollouts, self.pad_id)
-        student = (hidden_states(model, rollouts, self.pad_id), self._student_head())
+        student = (rollouts.student_hidden, self._student_head())
         teacher = (teacher_hidden, self.teacher.head)
         scores, candidates = step.score(
             self.loss, *student, *teacher, rollouts.completion_ids, rollouts.completion_mask
@@ -128,10 +136,22 @@ class RMSDTrainer(Trainer):
             self._decode,
             args.num_kept,
         )
-        kept = ask(self.judge, questions) if args.method == "rmsd" else [list(range(len(q.tokens))) for q in questions]
-        keep = keep_mask(kept, rollouts.completion_mask.shape)
-        self._count(rollouts, scores, candidates, keep, time.monotonic() - asked_at)
-        self._write_rollouts(questions, scores, kept)
+        written = rollouts.completion_mask.cpu()
+        kept = (
+            ask(self.judge, questions)
+            if args.method == "rmsd"
+            else [row.nonzero().flatten().tolist() for row in written]
+        )
+        keep = keep_mask(kept, written.shape)
+        self.metrics.add_seconds("judge_seconds", time.monotonic() - asked_at)
+        self.metrics.count(rollouts, scores, candidates, keep)
+        if rollouts.student_logprob is not None and args.temperature == 1.0:
+            self.metrics.own["engine_gap"] = engine_gap(rollouts, scores.student_logprob)
+        if self.record and self.is_world_process_zero():
+            recorded = questions[: args.recorded_rollouts]
+            self.record.rollouts(
+                rollout_lines(self.state.global_step + 1, recorded, scores, rollouts.completion_mask, kept)
+            )
         sequences, length = step.train_part(keep)
         return {
             "input_ids": rollouts.completion_ids,  # what Trainer counts FLOPs by
@@ -142,18 +162,36 @@ class RMSDTrainer(Trainer):
             "length": length,
         }
 
+    def _answers(self, rows: list[dict], prompt_ids: list[list[int]], micro_batch: int) -> Rollouts:
+        """The student's, with its hidden states: written by the engine, or the rows' own completions."""
+        args = self.args
+        if rows[0].get("completion") is not None:
+            rollouts = rollouts_of(rows, prompt_ids, self.processing_class, self.pad_id, args.device)
+        else:
+            rollouts = self.engine(
+                prompt_ids,
+                max_new_tokens=args.max_completion_length,
+                pad_id=self.pad_id,
+                eos_ids=self.eos_ids,
+                temperature=args.sampling_temperature,
+                top_p=args.top_p,
+                top_k=args.top_k,
+                seed=self._seed(micro_batch),
+            )
+        rollouts.student_hidden = hidden_states(self.accelerator.unwrap_model(self.model), rollouts, self.pad_id)
+        return rollouts
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The student's forward on the sequences that keep a token, cut after the last one."""
         rollouts, sequences, length = inputs["rollouts"], inputs["sequences"], inputs["length"]
-        if not length:
-            # Nothing kept: zero, but with a graph, for Trainer calls backward() all the same.
-            loss = sum(p.flatten()[0] * 0.0 for p in model.parameters() if p.requires_grad)
-            return (loss, None) if return_outputs else loss
         device = rollouts.completion_ids.device
         on_device = sequences.to(device)
-        ids, mask = rollouts.completion_ids[on_device, :length], rollouts.completion_mask[on_device, :length]
+        ids, mask, attended = (
+            tensor[on_device, :length]
+            for tensor in (rollouts.completion_ids, rollouts.completion_mask, rollouts.attention_mask)
+        )
         prompt_ids = [rollouts.prompt_ids[i] for i in sequences.tolist()]
-        student_hidden = completion_hidden(model, prompt_ids, ids, mask, self.pad_id)
+        student_hidden = completion_hidden(model, prompt_ids, ids, attended, self.pad_id)
         # Data parallel training averages gradients over ranks; ours are shares of a sum.
         scale = self.accelerator.num_processes
         loss = scale * step.train_loss(
@@ -179,7 +217,13 @@ class RMSDTrainer(Trainer):
         done = sum("continuation" in entry for entry in self.state.log_history)
         self.log({"continuation": done + 1})
 
+    def _save_checkpoint(self, model, trial):
+        with saving(self.args.output_dir, self.state.global_step):
+            super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir=None, _internal_call=False):
+        if self.is_fsdp_enabled and not _internal_call:  # checkpoints may stay in shards, what is loaded elsewhere not
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:  # a checkpoint
             self.teacher.save(output_dir or self.args.output_dir)
@@ -193,73 +237,22 @@ class RMSDTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if self.evaluator is None:
             raise ValueError("evaluate() needs an evaluator: RMSDTrainer(..., evaluator=...)")
-        metrics = self.evaluator(self.accelerator.unwrap_model(self.model))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        model = self.accelerator.unwrap_model(self.model)
+        with whole(model):
+            metrics = self.evaluator(model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in as_rank_zero(metrics).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs = {**logs, **self._step_metrics, "nonfinite_rows": self.loss.nonfinite_rows.item()}
-            self._step_metrics.clear()
+            logs = {**logs, **self.metrics.drain(self.accelerator, self.loss.nonfinite_rows)}
         super().log(logs, start_time)
-
-    def _count(self, rollouts, scores, candidates, keep, seconds) -> None:
-        mask = rollouts.completion_mask
-        finite_divergence = scores.divergence[mask & scores.divergence.isfinite()]
-        metrics = self._step_metrics
-        metrics["rollout_tokens"] += mask.sum().item()
-        metrics["candidates"] += (candidates >= 0).sum().item()
-        metrics["kept_tokens"] += keep.sum().item()
-        metrics["kept_sequences"] += keep.any(1).sum().item()
-        metrics["divergence"] = finite_divergence.mean().item() if finite_divergence.numel() else 0.0
-        metrics["judge_seconds"] += seconds
-        if rollouts.student_logprob is not None and self.args.temperature == 1.0:
-            metrics["engine_gap"] = engine_gap(rollouts, scores.student_logprob)
-
-    def _write_rollouts(self, questions, scores, kept) -> None:
-        if self.record is None or not self.is_world_process_zero():
-            return
-        self.record.rollouts(
-            [
-                {
-                    "step": self.state.global_step + 1,
-                    "prompt": question.prompt,
-                    "privileged_context": question.privileged_context,
-                    "tokens": list(question.tokens),
-                    **{
-                        name: finite(getattr(scores, name)[b, : len(question.tokens)].tolist())
-                        for name in ("student_logprob", "teacher_logprob", "divergence")
-                    },
-                    "candidates": [candidate.position for candidate in question.candidates],
-                    "kept": kept[b],
-                    "preferred": {candidate.position: candidate.promoted for candidate in question.candidates},
-                }
-                for b, question in enumerate(questions[: self.args.recorded_rollouts])
-            ]
-        )
 
     def _decode(self, ids: list[int]) -> list[str]:
         return self.processing_class.batch_decode([[i] for i in ids])
 
     def _token_texts(self, rollouts: Rollouts) -> list[list[str]]:
-        pairs = zip(rollouts.completion_ids.cpu(), rollouts.completion_mask.cpu(), strict=True)
+        pairs = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
         return [self._decode(ids[mask].tolist()) for ids, mask in pairs]
-
-    def _check_lengths(self) -> None:
-        """A prompt that leaves no room for the answer is refused before anything is trained."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is None:
-            return
-        for number, row in enumerate(self.train_dataset):
-            for role, prompt in (("prompt", row["prompt"]), ("teacher's prompt", self._teacher_prompt(row))):
-                length = len(encode(self.processing_class, prompt)) + self.args.max_completion_length
-                if length > limit:
-                    raise ValueError(
-                        f"row {number}: the {role} and an answer of max_completion_length="
-                        f"{self.args.max_completion_length} take {length} tokens; the model's context holds {limit}"
-                    )
-
-    def _teacher_prompt(self, row):
-        return teacher_prompt(row, self.args.teacher_template)

@@ -143,6 +143,20 @@ def test_a_hanging_server_times_out(server, judge):
     assert judge(max_retries=0, timeout=0.3, on_error="skip")([question()]) == [[]]
 
 
+def test_a_failure_is_raised_while_another_request_hangs(server, judge):
+    def answer(body):
+        if "refused" in body["messages"][0]["content"]:
+            return 401, {}, {"error": {"message": "no"}}
+        time.sleep(5)
+        return keep(1)
+
+    server.script = [answer]
+    started = time.monotonic()
+    with pytest.raises(ConnectionError, match="401"):
+        judge(max_retries=0, timeout=30)([question("a hangs here"), question("b is refused")])
+    assert time.monotonic() - started < 4
+
+
 def test_whatever_the_answer_says_only_candidates_are_kept(server, judge):
     """The rollout asks for all of it, and a fooled judge obeys: still only candidates, and max_kept at most."""
     server.script = [keep(0, -1, 99, 3, 2, 1)]

@@ -5,7 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jinja2
@@ -102,7 +102,13 @@ class LLMJudge:
         return json.dumps([self.model, self.temperature, self.max_tokens, self.min_relevance, self._template_text])
 
     def __call__(self, questions: Sequence[Question]) -> list[list[int]]:
-        return list(self._pool.map(self._ask, questions))
+        asked = [self._pool.submit(self._ask, question) for question in questions]
+        done, waiting = wait(asked, return_when=FIRST_EXCEPTION)
+        for future in waiting:  # one has failed: the rest, which may hang, is not waited for
+            future.cancel()
+        for future in done:
+            future.result()
+        return [future.result() for future in asked]
 
     def check(self) -> None:
         """Raises ConnectionError, in one line, when nothing answers at the endpoint. Any answer will do: not every

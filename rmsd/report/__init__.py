@@ -43,6 +43,8 @@ TRAIN_EXPLAIN = {
     "grad_norm": "length of the gradient before clipping",
     "learning_rate": "the optimiser's step size",
     "nonfinite_rows": "tokens left out for a divergence that is not finite",
+    "skipped_steps": "optimiser steps left out so far for a gradient that is not finite",
+    "empty_rollouts": "answers of a step without a token",
 }
 
 

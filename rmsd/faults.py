@@ -1,0 +1,66 @@
+"""Faults that a run survives, or that end it in one clear line."""
+
+import contextlib
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback
+
+from .checkpoint import last_whole_checkpoint
+
+log = logging.getLogger("rmsd")
+
+
+class NonfiniteGradients(TrainerCallback):
+    """Skips an optimiser step whose gradient holds a NaN or an infinity; counts it as `skipped_steps` in the log.
+
+    Args:
+        trainer: has `metrics` and `accelerator`.
+
+    Raises:
+        FloatingPointError: after more than `max_skipped_steps` in a row.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.in_a_row = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.trainer.accelerator.scaler is not None:
+            return  # under fp16 the loss scaler skips such steps itself, and expects some
+        norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if torch.isfinite(getattr(norm, "full_tensor", lambda: norm)()):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.trainer.metrics.skipped_steps += 1
+        if self.in_a_row > args.max_skipped_steps:
+            raise FloatingPointError(
+                f"the gradient was not finite {self.in_a_row} steps in a row, up to step {state.global_step + 1} "
+                f"(max_skipped_steps={args.max_skipped_steps}): lower learning_rate or max_grad_norm, then resume=true"
+            )
+        log.warning("step %d is skipped: its gradient is not finite", state.global_step + 1)
+        # Without gradients an optimiser leaves parameters, their decay and its own state alone.
+        model.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def saving(output_dir: str | Path, step: int):
+    """Says of an error while a checkpoint is written what is left.
+
+    Raises:
+        OSError: in one line.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        last = last_whole_checkpoint(output_dir)
+        left = f"{last.name} is whole: resume=true goes on from it" if last else "there is no other"
+        # torch.save says of a full disk only "unexpected pos 64 vs 0".
+        free = f"{shutil.disk_usage(output_dir).free / 2**20:.1f} MB of disk free"
+        raise OSError(f"checkpoint-{step} in {output_dir} could not be written ({reason}; {free}); {left}") from error

@@ -1,0 +1,190 @@
+"""Several processes train as one: started by torchrun and accelerate, whole copies (DDP) and shards (FSDP2), over gloo.
+
+Three launches of two processes: about a minute on one core.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_judge_server import Server, keep
+
+from rmsd import RMSDConfig
+from rmsd.distributed import check_sharded_teacher
+from rmsd.recipe import load_recipe
+from rmsd.record import read_lines
+from rmsd.run import train
+
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc-per-node 2",
+    # Not --cpu, which starts one process, or mpirun; the recipe's use_cpu is what keeps it off GPUs.
+    "accelerate": "accelerate.commands.launch --num_processes 2 --use_fsdp --fsdp_version 2 "
+    "--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_cpu_ram_efficient_loading false",
+}
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    made.script = [keep(2, 1)]
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+@pytest.fixture
+def recipe(tmp_path, server, monkeypatch):
+    """Greedy answers, so that two processes write what one does; SGD, for Adam would turn rounding into whole steps."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    rows = [json.dumps(row) for row in tiny.ROWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+
+    def write(model, **options):
+        model.save_pretrained(tmp_path / "tiny")
+        tiny.tokenizer().save_pretrained(tmp_path / "tiny")
+        settings = dict(
+            max_steps=3, learning_rate=1.0, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0,
+            max_completion_length=6, sampling_temperature=0, vocab_topk=None, use_cpu=True, save_strategy="no",
+        )  # fmt: skip
+        values = {
+            "model": str(tmp_path / "tiny"),
+            "data": str(tmp_path / "rows.jsonl"),
+            "judge": {"kind": "llm", "model": "m", "base_url": server.url},
+            "train": {**settings, **options},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+        return tmp_path / "recipe.yaml"
+
+    return write
+
+
+def launch(launcher, *arguments):
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), "-m", "rmsd", "train", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # the launcher passes it on
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "tied", "options"),
+    [
+        ("torchrun", False, {}),
+        (
+            "accelerate",
+            True,
+            {"teacher": "ema", "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2},
+        ),
+    ],
+    ids=["torchrun, DDP", "accelerate, FSDP2"],
+)
+def test_two_processes_end_in_the_weights_of_one_with_the_whole_batch(
+    tmp_path, recipe, server, launcher, tied, options
+):
+    path = recipe(tiny.model(tie_word_embeddings=tied), **options)
+    train(load_recipe(path, [f"output_dir={tmp_path / 'one'}", "train.per_device_train_batch_size=2"]))
+    asked = len(server.requests)
+    server.requests.clear()
+
+    result = launch(launcher, path, f"output_dir={tmp_path / 'two'}", "train.per_device_train_batch_size=1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(server.requests) == asked > 0, "once a rollout, whichever process has it"
+    assert result.stdout.count("report.html") == 1, "one process prints"
+
+    before, single, double = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "tiny", tmp_path / "one" / "model", tmp_path / "two" / "model")
+    )
+    assert before.keys() == single.keys() == double.keys() - {"lm_head.weight"} | before.keys()
+    assert max((single[name] - before[name]).abs().max() for name in before) > 1e-3
+    for name in before:
+        torch.testing.assert_close(double[name], single[name], rtol=1e-4, atol=2e-6)
+
+    single, double = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [line["step"] for line in double] == [line["step"] for line in single] == [1, 2, 3]
+    assert any(line["kept_sequences"] == 1 for line in single) or options, "one process had nothing to train on"
+    for a, b in zip(single, double, strict=True):
+        for name in ("rollout_tokens", "candidates", "kept_tokens", "kept_sequences"):
+            assert a[name] == b[name]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["divergence"] == pytest.approx(
+            a["divergence"], rel=1e-3
+        )
+
+    if launcher == "accelerate":
+        checkpoint = tmp_path / "two" / "checkpoint-2"
+        assert (checkpoint / "pytorch_model_fsdp_0").is_dir(), "the shards, so there were some"
+        shutil.rmtree(tmp_path / "two" / "checkpoint-3")
+        uninterrupted = load_file(tmp_path / "two" / "model" / "model.safetensors")
+        shutil.rmtree(tmp_path / "two" / "model")
+        result = launch(
+            launcher, path, f"output_dir={tmp_path / 'two'}", "train.per_device_train_batch_size=1", "resume=true"
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        resumed = load_file(tmp_path / "two" / "model" / "model.safetensors")
+        assert [line["step"] for line in read_lines(tmp_path / "two" / "metrics.jsonl")] == [1, 2, 3]
+        assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+def test_a_rank_that_fails_stops_the_others_with_its_error(tmp_path, recipe, server):
+    """The judge refuses one row's question and leaves the others unanswered: the process that has it says so at once,
+    and neither waits."""
+
+    def refuse(body):
+        if "Which services?" in body["messages"][0]["content"]:
+            return 401, {}, {"error": {"message": "no"}}
+        time.sleep(150)
+        return keep(1)
+
+    server.script = [refuse]
+    path = recipe(tiny.model())
+    rows = [{**row, "privileged_context": "It is called zorblat."} for row in tiny.ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    started = time.monotonic()
+    result = launch("torchrun", path, f"output_dir={tmp_path / 'two'}", "train.per_device_train_batch_size=2")
+    assert result.returncode != 0 and time.monotonic() - started < 120
+    said = [line for line in result.stderr.splitlines() if re.match(r"rmsd: rank \d: judge 'm' at .* failed: ", line)]
+    assert len(said) == 1 and "Error code: 401" in said[0], result.stderr[-3000:]
+    assert not list((tmp_path / "two").glob("model/*"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"version": 2}, "fsdp needs several processes: start with torchrun or accelerate launch"),
+        ({"version": 1}, "fsdp_config.version must be 2"),
+        ({"version": 2, "cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading .* must be false"),
+    ],
+)
+def test_sharding_that_cannot_be_is_refused(tmp_path, monkeypatch, config, message):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer(tmp_path, fsdp=True, fsdp_config=config)
+
+
+def test_a_second_adapter_is_refused_under_shards(tmp_path):
+    plain = RMSDConfig(output_dir=str(tmp_path), use_cpu=True)
+    check_sharded_teacher(True, plain)
+    for options in (dict(teacher="ema"), dict(continuation_steps=[1]), dict(continuation_metric="loss")):
+        args = RMSDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+        check_sharded_teacher(False, args)
+        with pytest.raises(ValueError, match="fsdp cannot keep a second adapter"):
+            check_sharded_teacher(True, args)
