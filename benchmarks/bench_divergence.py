@@ -6,11 +6,13 @@ The losses train on different tokens (5 of a sequence against all), so RMSDLoss 
 and not to TRL's number. The top-k divergences are the same quantity, TRL's own function for it renormalises.
 """
 
+import argparse
 import os
 
 import torch
+from torch import Tensor
 
-from benchmarks.common import DTYPES, Result, assert_parity, command_line, compare, logits, report
+from benchmarks.common import DTYPES, Result, assert_parity, command_line, compare, input_sets, logits, report
 from rmsd import RMSDLoss
 from rmsd_kernels import reference, token_divergence
 
@@ -23,61 +25,72 @@ from trl.experimental.sdft.loss_utils import (
 NUM_KEPT, VOCAB_TOPK = 5, 500
 
 
-def bench_loss(rows: int, vocab: int, dtype_name: str, repeats: int) -> list[Result]:
-    student_logits, teacher_logits = (tensor.unsqueeze(0) for tensor in logits(rows, vocab, DTYPES[dtype_name]))
-    student_logits.requires_grad_()
-    sampled_ids = torch.randint(vocab, (1, rows), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(sampled_ids, dtype=torch.bool)
-    ours = RMSDLoss(num_kept=NUM_KEPT, vocab_topk=VOCAB_TOPK, backend="cpu")
+def bench_loss(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace) -> list[Result]:
+    def make(seed: int) -> tuple[Tensor, ...]:
+        tensors = logits(rows, vocab, DTYPES[dtype_name], arguments.device, seed)
+        student, teacher, ids = (tensor.unsqueeze(0) for tensor in tensors)
+        return student.requires_grad_(), teacher, ids, torch.ones_like(ids, dtype=torch.bool)
 
-    def rmsd():
+    ours = RMSDLoss(num_kept=NUM_KEPT, vocab_topk=VOCAB_TOPK, backend=arguments.backend)
+
+    def rmsd(student_logits, teacher_logits, sampled_ids, mask):
         loss = ours(student_logits, teacher_logits, sampled_ids, mask)
         return loss, *torch.autograd.grad(loss, student_logits)
 
-    def trl():
+    def trl(student_logits, teacher_logits, sampled_ids, mask):
         loss = compute_full_logit_self_distillation_loss(student_logits, teacher_logits, distillation_alpha=1.0).mean()
         return loss, *torch.autograd.grad(loss, student_logits)
 
-    loss, grad = rmsd()
-    kept = grad.ne(0).any(-1)
-    assert kept.sum() == NUM_KEPT
-    # The rows kept, in fp64: their mean divergence and its gradient.
-    truth_logits = student_logits.detach()[kept].double().requires_grad_()
-    truth = reference.token_divergence(truth_logits, teacher_logits[kept].double(), vocab_topk=VOCAB_TOPK).mean()
-    (truth_grad,) = torch.autograd.grad(truth, truth_logits)
-    assert_parity("RMSDLoss", loss, truth, 1e-5)
-    assert_parity("RMSDLoss' gradient", grad[kept], truth_grad, 1e-6 if dtype_name == "fp32" else 1e-3)
-    del loss, grad
+    inputs = input_sets(make, arguments.device)
+    student_logits, teacher_logits, *_ = inputs[0]
+
+    def check(name: str, outcome) -> None:
+        if name != "RMSDLoss":
+            return
+        loss, grad = outcome
+        kept = grad.ne(0).any(-1)
+        assert kept.sum() == NUM_KEPT
+        # The rows kept, in fp64: their mean divergence and its gradient.
+        truth_logits = student_logits.detach()[kept].double().requires_grad_()
+        truth = reference.token_divergence(truth_logits, teacher_logits[kept].double(), vocab_topk=VOCAB_TOPK).mean()
+        (truth_grad,) = torch.autograd.grad(truth, truth_logits)
+        assert_parity("RMSDLoss", loss, truth, 1e-5)
+        assert_parity("RMSDLoss' gradient", grad[kept], truth_grad, 1e-6 if dtype_name == "fp32" else 1e-3)
 
     # Read: both tensors once, the kept rows twice more. Written: the gradient.
     num_bytes = 3 * student_logits.nbytes + 4 * NUM_KEPT * vocab * student_logits.element_size()
     work = f"loss and gradient, {NUM_KEPT} of {rows} x {vocab} {dtype_name}"
     return compare(
-        work, {"RMSDLoss": rmsd, "TRL, full logits": trl}, num_bytes, 2 * student_logits.nbytes, repeats,
+        work, (rows, vocab), {"RMSDLoss": rmsd, "TRL, full logits": trl}, inputs, num_bytes, arguments.repeats, check,
         must_exist=student_logits.nbytes,
     )  # fmt: skip
 
 
-def bench_topk(rows: int, vocab: int, dtype_name: str, repeats: int) -> list[Result]:
-    student_logits, teacher_logits = logits(rows, vocab, DTYPES[dtype_name])
+def bench_topk(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace) -> list[Result]:
+    def make(seed: int) -> tuple[Tensor, ...]:
+        return logits(rows, vocab, DTYPES[dtype_name], arguments.device, seed)[:2]
+
     options = dict(vocab_topk=VOCAB_TOPK, tail="renorm")
     contestants = {
-        "token_divergence": lambda: token_divergence(student_logits, teacher_logits, **options, backend="cpu"),
-        "TRL: torch.topk and gather": lambda: compute_topk_self_distillation_loss(
-            student_logits, teacher_logits,
-            distillation_topk=VOCAB_TOPK, distillation_alpha=1.0, distillation_add_tail=False,
+        "token_divergence": lambda student, teacher: token_divergence(
+            student, teacher, **options, backend=arguments.backend
         ),
-        "torch.topk alone": lambda: torch.topk(student_logits, VOCAB_TOPK),
-    }  # fmt: skip
-    few = slice(0, 8)
-    truth = reference.token_divergence(student_logits[few].double(), teacher_logits[few].double(), **options)
-    assert_parity("token_divergence", contestants["token_divergence"]()[few], truth, 1e-5)
-    tolerance = 1e-4 if dtype_name == "fp32" else 0.5  # it computes in bf16, and breaks bf16's many ties otherwise
-    assert_parity("TRL", contestants["TRL: torch.topk and gather"]()[few], truth, tolerance)
-    logits_bytes = 2 * student_logits.nbytes
-    return compare(
-        f"top-{VOCAB_TOPK} of {rows} x {vocab} {dtype_name}", contestants, logits_bytes, logits_bytes, repeats
-    )
+        "TRL: torch.topk and gather": lambda student, teacher: compute_topk_self_distillation_loss(
+            student, teacher, distillation_topk=VOCAB_TOPK, distillation_alpha=1.0, distillation_add_tail=False
+        ),
+        "torch.topk alone": lambda student, teacher: torch.topk(student, VOCAB_TOPK),
+    }
+    inputs = input_sets(make, arguments.device)
+    truth = reference.token_divergence(*(tensor[:8].double() for tensor in inputs[0]), **options)
+    # TRL computes in bf16, and breaks bf16's many ties otherwise.
+    tolerances = {"token_divergence": 1e-5, "TRL: torch.topk and gather": 1e-4 if dtype_name == "fp32" else 0.5}
+
+    def check(name: str, outcome) -> None:
+        if name in tolerances:
+            assert_parity(name, outcome[:8], truth, tolerances[name])
+
+    work = f"top-{VOCAB_TOPK} of {rows} x {vocab} {dtype_name}"
+    return compare(work, (rows, vocab), contestants, inputs, 2 * inputs[0][0].nbytes, arguments.repeats, check)
 
 
 def main() -> None:
@@ -86,10 +99,10 @@ def main() -> None:
     results = []
     for dtype_name in arguments.dtype:
         for rows, vocab in losses:
-            results += bench_loss(rows, vocab, dtype_name, arguments.repeats)
+            results += bench_loss(rows, vocab, dtype_name, arguments)
         with torch.no_grad():
             for rows, vocab in topks:
-                results += bench_topk(rows, vocab, dtype_name, arguments.repeats)
+                results += bench_topk(rows, vocab, dtype_name, arguments)
     report(results, arguments, "divergence")
 
 

@@ -7,112 +7,136 @@ of the kernel. "the bare GEMMs" are the products that cannot be avoided, with no
 every row, and the kept rows' projections and gradients.
 """
 
+import argparse
+import functools
 import warnings
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Result, assert_parity, command_line, compare, report
+from benchmarks.common import Result, assert_parity, command_line, compare, input_sets, report
 from rmsd_kernels import linear_token_divergence, linear_token_logprobs, linear_token_scores, reference, select_tokens
 
 with warnings.catch_warnings(action="ignore"):  # of triton, which has no driver on a CPU
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
 NUM_KEPT = 5
+RECORDED = "student's log-probabilities recorded"
 
 
-def heads(rows: int, hidden_size: int, vocab: int) -> list[Tensor]:
-    """Hidden states and weights whose logits spread over about 3; the teacher's weights are the student's, moved."""
-    generator = torch.Generator().manual_seed(0)
+def heads(rows: int, hidden_size: int, vocab: int, device: str, seed: int) -> tuple[Tensor, ...]:
+    """Hidden states and weights whose logits spread over about 3, the teacher's weights being the student's, moved;
+    and sampled ids."""
+    generator = torch.Generator().manual_seed(seed)
     student_hidden = torch.randn(rows, hidden_size, generator=generator)
     teacher_hidden = student_hidden + 0.3 * torch.randn(rows, hidden_size, generator=generator)
     weight = torch.randn(vocab, hidden_size, generator=generator) * 3 / hidden_size**0.5
     moved = weight + 0.1 * torch.randn(vocab, hidden_size, generator=generator) / hidden_size**0.5
-    return [student_hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden, moved]
+    sampled_ids = torch.randint(vocab, (rows,), generator=generator)
+    student = (tensor.to(device).requires_grad_() for tensor in (student_hidden, weight))
+    return (*student, *(tensor.to(device) for tensor in (teacher_hidden, moved, sampled_ids)))
 
 
-def bench(rows: int, vocab: int, hidden_size: int, repeats: int) -> list[Result]:
-    student_hidden, student_weight, teacher_hidden, teacher_weight = models = heads(rows, hidden_size, vocab)
-    sampled_ids = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones(1, rows, dtype=torch.bool)
+def gradients(loss: Tensor, student_hidden: Tensor, student_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return loss, *torch.autograd.grad(loss, (student_hidden, student_weight))
+
+
+def train_on_kept(models, teacher_logprob: Tensor, student_logprob: Tensor, sequences: int, backend: str):
+    """The jsd of five rows of every sequence, those with the largest gap."""
+    gap = (teacher_logprob - student_logprob).abs().view(sequences, -1)
+    kept = select_tokens(gap, torch.ones_like(gap, dtype=torch.bool), num_tokens=NUM_KEPT, backend=backend)
+    rows = (kept + gap.shape[1] * torch.arange(sequences, device=gap.device)[:, None]).flatten()
+    return gradients(linear_token_divergence(*models, rows=rows, divergence="jsd", backend=backend).mean(), *models[:2])
+
+
+def rmsd(*inputs: Tensor, sequences: int, backend: str):
+    *models, sampled_ids = inputs
     with torch.no_grad():
-        recorded = linear_token_logprobs(student_hidden, student_weight, sampled_ids).logprob
+        scores = linear_token_scores(*models, sampled_ids, backend=backend)
+    return train_on_kept(models, scores.teacher_logprob, scores.student_logprob, sequences, backend)
 
-    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
-        return loss, *torch.autograd.grad(loss, (student_hidden, student_weight))
 
-    def train(teacher_logprob: Tensor, student_logprob: Tensor):
-        gap = (teacher_logprob - student_logprob).abs().unsqueeze(0)
-        kept = select_tokens(gap, mask, num_tokens=NUM_KEPT)[0]
-        return gradients(linear_token_divergence(*models, rows=kept, divergence="jsd").mean())
+def liger(*inputs: Tensor):
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False)
+    return gradients(loss(*inputs), *inputs[:2])
 
-    def rmsd():
+
+def plain(student_hidden, student_weight, teacher_hidden, teacher_weight, sampled_ids):
+    logits = student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T
+    return gradients(reference.token_divergence(*logits, divergence="jsd").mean(), student_hidden, student_weight)
+
+
+def bench(rows: int, vocab: int, hidden_size: int, arguments: argparse.Namespace) -> list[Result]:
+    device, backend = arguments.device, arguments.backend
+    inputs = input_sets(lambda seed: heads(rows, hidden_size, vocab, device, seed), device)
+
+    def logprobs(hidden: Tensor, weight: Tensor, sampled_ids: Tensor) -> Tensor:
         with torch.no_grad():
-            scores = linear_token_scores(*models, sampled_ids)
-        return train(scores.teacher_logprob, scores.student_logprob)
+            return linear_token_logprobs(hidden, weight, sampled_ids, backend=backend).logprob
 
-    def rmsd_recorded():
-        with torch.no_grad():
-            teacher = linear_token_logprobs(teacher_hidden, teacher_weight, sampled_ids)
-        return train(teacher.logprob, recorded)
+    # What the sampler noted as it sampled; of no cost to the loss.
+    recorded = [(*models, ids, logprobs(*models[:2], ids)) for *models, ids in inputs]
 
-    liger_loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False)
+    def rmsd_recorded(*inputs: Tensor):
+        *models, sampled_ids, student_logprob = inputs
+        return train_on_kept(models, logprobs(*models[2:], sampled_ids), student_logprob, 1, backend)
 
-    def liger():
-        return gradients(liger_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, sampled_ids))
+    logits = torch.empty(rows, vocab, device=device)
+    few = torch.randn(NUM_KEPT, vocab, device=device)
 
-    def plain():
-        logits = student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T
-        return gradients(reference.token_divergence(*logits, divergence="jsd").mean())
+    @torch.no_grad()
+    def gemms(student_hidden, student_weight, teacher_hidden, teacher_weight, *, models: str = "both"):
+        if models == "both":
+            torch.mm(student_hidden, student_weight.T, out=logits)
+        torch.mm(teacher_hidden, teacher_weight.T, out=logits)
+        for hidden, weight in ((student_hidden, student_weight), (teacher_hidden, teacher_weight)):
+            hidden[:NUM_KEPT] @ weight.T
+        return few @ student_weight, few.T @ student_hidden[:NUM_KEPT]
 
-    logits = torch.empty(rows, vocab)
-    few = torch.randn(NUM_KEPT, vocab)
+    ours = functools.partial(rmsd, sequences=1, backend=backend)
+    expected = ours(*inputs[0])
 
-    def gemms(*projected: tuple[Tensor, Tensor]):
-        with torch.no_grad():
-            for hidden, weight in projected:
-                torch.mm(hidden, weight.T, out=logits)
-            for hidden, weight in ((student_hidden, student_weight), (teacher_hidden, teacher_weight)):
-                hidden[:NUM_KEPT] @ weight.T
-            return few @ student_weight, few.T @ student_hidden[:NUM_KEPT]
+    def check(name: str, outcome) -> None:
+        if "GEMM" in name:
+            return
+        if "recorded" in name:
+            assert all(torch.equal(one, other) for one, other in zip(outcome, expected, strict=True))
+        kept = outcome[1].ne(0).any(-1)
+        assert kept.sum() == (NUM_KEPT if name in ("scores, selection, divergence", RECORDED) else rows)
+        check_gradients(name, outcome, inputs[0], kept)
 
-    student, teacher = (student_hidden, student_weight), (teacher_hidden, teacher_weight)
-    check(models, sampled_ids, rmsd(), rmsd_recorded(), liger())
     product = 2 * hidden_size * vocab  # FLOPs of a row's projection
     shared = dict(
-        logits_bytes=2 * 4 * rows * vocab, repeats=repeats, unit="GFLOP/s",
-        must_exist=student_hidden.nbytes + student_weight.nbytes,
+        repeats=arguments.repeats, unit="GFLOP/s", check=check,
+        must_exist=inputs[0][0].nbytes + inputs[0][1].nbytes,
     )  # fmt: skip
     name = f"{NUM_KEPT} of {rows} rows, H {hidden_size}, V {vocab}, fp32"
-    both = {"scores, selection, divergence": rmsd, "Liger chunked JSD": liger, "plain JSD": plain,
-            "the bare GEMMs": lambda: gemms(student, teacher)}  # fmt: skip
-    teacher_only = {"student's log-probabilities recorded": rmsd_recorded, "Liger chunked JSD": liger,
-                    "the bare GEMMs": lambda: gemms(teacher)}  # fmt: skip
+    both = {"scores, selection, divergence": ours, "Liger chunked JSD": liger, "plain JSD": plain,
+            "the bare GEMMs": lambda *inputs: gemms(*inputs[:4])}  # fmt: skip
+    teacher_only = {RECORDED: rmsd_recorded, "Liger chunked JSD": lambda *inputs: liger(*inputs[:5]),
+                    "the bare GEMMs": lambda *inputs: gemms(*inputs[:4], models="teacher")}  # fmt: skip
     return [
-        *compare(f"gradients, {name}", both, (2 * rows + 4 * NUM_KEPT) * product, **shared),
-        *compare(f"recorded, {name}", teacher_only, (rows + 4 * NUM_KEPT) * product, **shared),
+        *compare(f"gradients, {name}", (rows, vocab), both, inputs, (2 * rows + 4 * NUM_KEPT) * product, **shared),
+        *compare(f"recorded, {name}", (rows, vocab), teacher_only, recorded, (rows + 4 * NUM_KEPT) * product, **shared),
     ]
 
 
-def check(models: list[Tensor], sampled_ids: Tensor, rmsd, rmsd_recorded, liger) -> None:
-    """Ours on the rows it kept and Liger's on all, each against the formula in fp64."""
-    student_hidden, student_weight, teacher_hidden, teacher_weight = (x.detach().double() for x in models)
-    kept = rmsd[1].ne(0).any(-1)
-    assert kept.sum() == NUM_KEPT
-    assert all(torch.equal(one, other) for one, other in zip(rmsd, rmsd_recorded, strict=True))
-    for name, (loss, grad_hidden, grad_weight), rows in (("ours", rmsd, kept), ("Liger", liger, kept | True)):
-        hidden, weight = student_hidden[rows].requires_grad_(), student_weight.clone().requires_grad_()
-        logits = hidden @ weight.T, teacher_hidden[rows] @ teacher_weight.T
-        truth = reference.token_divergence(*logits, divergence="jsd").mean()
-        truth_hidden, truth_weight = torch.autograd.grad(truth, (hidden, weight))
-        assert_parity(f"{name}: loss", loss, truth, 1e-5)
-        assert_parity(f"{name}: gradient by the hidden states", grad_hidden[rows], truth_hidden, 1e-6)
-        assert_parity(f"{name}: gradient by the weight", grad_weight, truth_weight, 1e-6)
+def check_gradients(name: str, outcome, inputs: tuple[Tensor, ...], rows: Tensor) -> None:
+    """The mean jsd of `rows` and its gradients, against the formula in fp64."""
+    loss, grad_hidden, grad_weight = outcome
+    student_hidden, student_weight, teacher_hidden, teacher_weight = (x.detach().double() for x in inputs[:4])
+    hidden, weight = student_hidden[rows].requires_grad_(), student_weight.clone().requires_grad_()
+    logits = hidden @ weight.T, teacher_hidden[rows] @ teacher_weight.T
+    truth = reference.token_divergence(*logits, divergence="jsd").mean()
+    truth_hidden, truth_weight = torch.autograd.grad(truth, (hidden, weight))
+    assert_parity(f"{name}: loss", loss, truth, 1e-5)
+    assert_parity(f"{name}: gradient by the hidden states", grad_hidden[rows], truth_hidden, 1e-6)
+    assert_parity(f"{name}: gradient by the weight", grad_weight, truth_weight, 1e-6)
 
 
 def main() -> None:
     arguments = command_line(__doc__.splitlines()[0], [(512, 49_152)], hidden=576, dtypes=())
-    results = [r for rows, vocab in arguments.sizes for r in bench(rows, vocab, arguments.hidden, arguments.repeats)]
+    results = [result for rows, vocab in arguments.sizes for result in bench(rows, vocab, arguments.hidden, arguments)]
     report(results, arguments, "linear")
 
 

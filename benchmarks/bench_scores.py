@@ -6,43 +6,50 @@ TRL's function and the compiled one return the divergence alone; ours returns si
 also compute in bf16, so their result is only held to 0.5 nats there, where ours is held to 1e-5.
 """
 
+import argparse
 import os
 
 import torch
+from torch import Tensor
 
-from benchmarks.common import DTYPES, assert_parity, command_line, compare, logits, report
+from benchmarks.common import DTYPES, Result, assert_parity, command_line, compare, input_sets, logits, report
 from rmsd_kernels import reference, token_scores
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
 
 
-def bench(rows: int, vocab: int, dtype_name: str, repeats: int):
-    student_logits, teacher_logits = logits(rows, vocab, DTYPES[dtype_name])
-    sampled_ids = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(1))
+def bench(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace) -> list[Result]:
+    def make(seed: int) -> tuple[Tensor, ...]:
+        return logits(rows, vocab, DTYPES[dtype_name], arguments.device, seed)
+
     torch.compiler.reset()  # another shape or dtype would compile for any shape, which is slower
     compiled = torch.compile(compute_full_logit_self_distillation_loss)
     contestants = {
-        "token_scores": lambda: token_scores(student_logits, teacher_logits, sampled_ids, backend="cpu"),
+        "token_scores": lambda student, teacher, ids: token_scores(student, teacher, ids, backend=arguments.backend),
         # alpha = 1 is KL(student || teacher)
-        "TRL": lambda: compute_full_logit_self_distillation_loss(
-            student_logits, teacher_logits, distillation_alpha=1.0
+        "TRL": lambda student, teacher, _: compute_full_logit_self_distillation_loss(
+            student, teacher, distillation_alpha=1.0
         ),
-        "torch.compile of TRL's": lambda: compiled(student_logits, teacher_logits, distillation_alpha=1.0),
-        "sum of both": lambda: (student_logits.sum(), teacher_logits.sum()),
+        "torch.compile of TRL's": lambda student, teacher, _: compiled(student, teacher, distillation_alpha=1.0),
+        "sum of both": lambda student, teacher, _: (student.sum(), teacher.sum()),
     }
-    few = slice(0, 8)
-    truth = reference.token_scores(student_logits[few].double(), teacher_logits[few].double(), sampled_ids[few])
+    inputs = input_sets(make, arguments.device)
+    student_logits, teacher_logits, sampled_ids = (tensor[:8] for tensor in inputs[0])
+    truth = reference.token_scores(student_logits.double(), teacher_logits.double(), sampled_ids)
+
+    def check(name: str, outcome) -> None:
+        if name == "token_scores":
+            for score_name, score in outcome._asdict().items():
+                assert_parity(score_name, score[:8], getattr(truth, score_name), 1e-5)
+        elif name != "sum of both":
+            assert_parity(name, outcome[:8], truth.divergence, 1e-4 if dtype_name == "fp32" else 0.5)
+
+    # Read: both rows, an id. Written: seven numbers.
+    num_bytes = 2 * inputs[0][0].nbytes + rows * (8 + 7 * 4)
     with torch.no_grad():
-        for name, score in contestants["token_scores"]()._asdict().items():
-            assert_parity(name, score[few], getattr(truth, name), 1e-5)
-        for name in ("TRL", "torch.compile of TRL's"):
-            tolerance = 1e-4 if dtype_name == "fp32" else 0.5
-            assert_parity(name, contestants[name]()[few], truth.divergence, tolerance)
-        logits_bytes = 2 * student_logits.nbytes
-        # Read: both rows, an id. Written: seven numbers.
-        num_bytes = logits_bytes + rows * (8 + 7 * 4)
-        return compare(f"{rows} x {vocab} {dtype_name}", contestants, num_bytes, logits_bytes, repeats)
+        work = f"{rows} x {vocab} {dtype_name}"
+        return compare(work, (rows, vocab), contestants, inputs, num_bytes, arguments.repeats, check)
 
 
 def main() -> None:
@@ -51,7 +58,7 @@ def main() -> None:
         result
         for rows, vocab in arguments.sizes
         for dtype_name in arguments.dtype
-        for result in bench(rows, vocab, dtype_name, arguments.repeats)
+        for result in bench(rows, vocab, dtype_name, arguments)
     ]
     report(results, arguments, "scores")
 
