@@ -31,8 +31,6 @@ FLUSH_BYTES = 2**29  # twice the largest last-level cache there is (256 MiB, MI3
 @dataclasses.dataclass
 class Result:
     work: str
-    rows: int
-    vocab: int
     contestant: str
     milliseconds: float  # median
     rate: float  # the bytes that must be read and written, or the FLOPs of the products, over the median
@@ -41,6 +39,8 @@ class Result:
     extra_megabytes: float  # peak of the tensors allocated meanwhile, less `must_exist`
     extra_percent: float  # of two logits tensors in the inputs' dtype, which from hidden states never exist
     spread: float  # (third quartile - first) / median
+    rows: int = 0  # of the logits; 0 where the work is no such matrix
+    vocab: int = 0
 
 
 def command_line(
@@ -48,9 +48,11 @@ def command_line(
     sizes: list[tuple[int, int]],
     hidden: int | None = None,
     dtypes: tuple[str, ...] = ("fp32", "bf16"),
+    quick: str | None = None,
 ) -> argparse.Namespace:
-    """`sizes` of (rows, vocab) unless both are given; `hidden` adds --hidden, `dtypes` adds --dtype. `backend` is the
-    device's own by name, never "auto": what cannot serve raises, so that no fallback is timed in its place."""
+    """`sizes` of (rows, vocab) unless both are given; `hidden` adds --hidden, `dtypes` --dtype, `quick` (its help)
+    --quick. `backend` is the device's own by name, never "auto": what cannot serve raises, so that no fallback is timed
+    in its place."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default=default_device(), choices=list(PREFERRED_BACKENDS))
     parser.add_argument("--rows", type=int)
@@ -59,9 +61,11 @@ def command_line(
         parser.add_argument("--hidden", type=int, default=hidden, help="width of the hidden states")
     if dtypes:
         parser.add_argument("--dtype", nargs="+", default=list(dtypes), choices=list(DTYPES))
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--write", type=Path, help="folder that also gets the JSON, and the plots where there are any")
+    parser.add_argument("--write", type=Path, help="folder that also gets the JSON, for benchmarks.plot")
     arguments = parser.parse_args()
     if (arguments.rows is None) != (arguments.vocab is None):
         parser.error("--rows and --vocab go together")
