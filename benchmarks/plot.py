@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 matplotlib.rcParams.update({
-    "svg.fonttype": "none", "svg.hashsalt": "rmsd", "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
+    "svg.fonttype": "none", "svg.hashsalt": "rmsd", "font.sans-serif": ["DejaVu Sans"], "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "legend.frameon": False,
 })  # fmt: skip
 READING = "sum of both"
 
