@@ -183,7 +183,7 @@ def linear_token_divergence(
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """Divergence of R gathered rows in chunks. The backward uses the logits again where they were one chunk, as a few
+    """Divergence of R gathered rows in chunks. The backward uses the logits again where they are few, as a sequence's
     kept rows are, and else projects each chunk again instead of keeping (R, V)."""
 
     @staticmethod
@@ -192,16 +192,18 @@ class _LinearDivergence(torch.autograd.Function):
         live, shared, workspace_mb, options,
     ):  # fmt: skip
         heads = Heads(student_weight, student_bias, teacher_weight, teacher_bias)
-        # Three: the backward holds the gradient by a chunk's logits beside them.
-        ctx.chunks = row_chunks(student_hidden.shape[0], 3 * student_weight.shape[0], workspace_mb)
+        num_rows, width = student_hidden.shape[0], student_weight.shape[0]
+        # The workspace stays, full as the scores left it, so what is held beside it is a third of it at most: the
+        # gradient by a chunk's logits (a quarter), or that and the logits of both models from forward to backward.
+        ctx.chunks = row_chunks(num_rows, 4 * width, workspace_mb)
+        keeps = any(ctx.needs_input_grad) and len(row_chunks(num_rows, 3 * 3 * width, workspace_mb)) == 1
         ctx.options, ctx.shared = options, shared
-        result, workspace = [], None
-        if len(ctx.chunks) > 1:
-            workspace = workspace_for(student_hidden, ctx.chunks, 2, student_weight.shape[0])
+        result = []
+        workspace = None if keeps else workspace_for(student_hidden, ctx.chunks, 2, width)
         for part in ctx.chunks:
             logits = project_both(student_hidden[part], teacher_hidden[part], heads, shared, workspace)
             result.append(divergence_of_rows(*logits, None, **options))
-        kept = logits if len(ctx.chunks) == 1 and any(ctx.needs_input_grad) else ()
+        kept = logits if keeps else ()
         ctx.save_for_backward(student_hidden, teacher_hidden, live, *heads, *kept)
         return torch.cat(result).masked_fill(~live, 0.0)
 
@@ -231,6 +233,7 @@ class _LinearDivergence(torch.autograd.Function):
                     grad_weight.addmm_(grad_logits.T, hidden)
             if needs_bias:
                 grad_bias = grad_logits.sum(0) if grad_bias is None else grad_bias.add_(grad_logits.sum(0))
+            del grad_logits  # before the next chunk makes its own
         return (
             grad_hidden,
             grad_weight.to(weight.dtype) if needs_weight else None,

@@ -75,7 +75,7 @@ MUTATIONS = {
         ("needs_hidden, needs_weight, needs_bias = ctx", "needs_hidden, needs_weight, needs_bias = 3 * (True,) or ctx"),
         ("grad_bias.add_(grad_logits.sum(0))", "grad_bias"),
         ("grad_weight.addmm_(grad_logits.T, hidden)", "pass"),
-        ("if len(ctx.chunks) == 1 and any(ctx.needs_input_grad) else ()", "if False else ()"),
+        ("kept = logits if keeps else ()", "kept = ()"),
         ("scores.student_logprob, scores.student_lse", "scores.student_lse, scores.student_lse"),
         ("teacher_weight.detach()", "teacher_weight"),
     ],

@@ -1,0 +1,113 @@
+"""What the benchmarks measure with: the device they take, memory counted, parity before time, exponents, plots."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+from benchmarks import common
+from rmsd_kernels import linear_token_divergence, linear_token_scores
+
+CPU = torch.device("cpu")
+
+
+def test_the_device_decides_the_backend(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench"])
+    for available, device, backend in ((False, "cpu", "cpu"), (True, "cuda", "triton")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        arguments = common.command_line("", [(2, 3)])
+        assert (arguments.device, arguments.backend) == (device, backend)
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "cpu"])
+    assert common.command_line("", [(2, 3)]).backend == "cpu", "asked for by name, with a GPU there"
+
+
+def test_nothing_is_timed_before_every_result_was_checked():
+    calls = []
+
+    def check(name, outcome):
+        calls.append(("checked", name))
+        common.assert_parity(name, outcome, torch.tensor([1.0]), 1e-5)
+
+    def run(name, error, one):
+        calls.append(("ran", name))
+        return one + error
+
+    ours, off = functools.partial(run, "ours", 0.0), functools.partial(run, "off", 1e-3)
+    with pytest.raises(AssertionError, match=r"off: off by 0\.001"):
+        common.compare("", (1, 1), dict(ours=ours, off=off), [(torch.ones(1),)], 1, repeats=3, check=check)
+    assert calls == [("ran", "ours"), ("checked", "ours"), ("ran", "off"), ("checked", "off")]
+
+
+def test_rounds_take_the_inputs_in_turn():
+    seen = []
+    inputs = [(torch.full((1,), float(i)),) for i in range(3)]
+    contestants = dict(ours=lambda x: seen.append(int(x)))
+    common.compare("", (1, 1), contestants, inputs, 1, repeats=5, check=lambda name, outcome: None)
+    assert seen == [0, *(0, 1, 2, 0, 1), 0], "checked, timed, counted"
+
+
+def heads(rows: int, vocab: int) -> list[torch.Tensor]:
+    student_hidden, teacher_hidden = torch.randn(2, rows, 4, generator=torch.Generator().manual_seed(0))
+    student_weight, teacher_weight = torch.randn(2, vocab, 4, generator=torch.Generator().manual_seed(1))
+    return [student_hidden.requires_grad_(), student_weight.requires_grad_(), teacher_hidden, teacher_weight]
+
+
+def test_the_workspace_counts_though_an_earlier_call_left_it():
+    rows, vocab = 16, 3000
+    models, ids = heads(rows, vocab), torch.zeros(rows, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(2):
+            peak = common.peak_bytes(lambda: linear_token_scores(*models, ids), CPU)
+            assert 2 * rows * vocab * 4 <= peak < 2.1 * rows * vocab * 4
+
+
+@pytest.mark.parametrize("kept_rows", [2, 4, 12, 100], ids="{} kept".format)
+def test_scores_and_gradient_hold_four_thirds_of_the_workspace(kept_rows):
+    """A workspace of 12 rows of both models' logits; whether the kept ones are few, a chunk's or many."""
+    rows, vocab, workspace_mb = 200, 20_000, 24 * 20_000 * 4 / 2**20
+    models, ids = heads(rows, vocab), torch.zeros(rows, dtype=torch.int64)
+    kept = torch.arange(kept_rows)
+
+    def run():
+        with torch.no_grad():
+            linear_token_scores(*models, ids, workspace_mb=workspace_mb)
+        loss = linear_token_divergence(*models, rows=kept, workspace_mb=workspace_mb).mean()
+        return torch.autograd.grad(loss, models[:2])
+
+    run()
+    extra = common.peak_bytes(run, CPU) - models[0].nbytes - models[1].nbytes
+    assert extra <= 1.02 * 4 / 3 * workspace_mb * 2**20
+
+
+def result(rows: int, vocab: int, milliseconds: float, megabytes: float, contestant: str) -> common.Result:
+    return common.Result("", contestant, milliseconds, 1.0, "GFLOP/s", 1.0, megabytes, 1.0, 0.0, rows, vocab)
+
+
+def test_exponents_of_a_known_law():
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: pip install -e '.[bench]'")
+    from benchmarks.bench_scale import OURS, fits
+
+    results = [result(n, v, n**1.5 * v, n / 4, OURS) for n, v in ((4, 64), (8, 64), (16, 64), (4, 128), (4, 512))]
+    results.append(result(4, 64, 1e9, 1e9, "a peer"))
+    found = fits(results, (4, 8, 16), (64, 128, 512), 64)
+    assert found == pytest.approx(dict(exponent_rows=1.5, exponent_vocab=1.0, growth_rows=4.0, megabytes=4.0))
+
+
+def test_plots_show_every_contestant_and_the_bound(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[bench]'")
+    from benchmarks import plot
+
+    results = [
+        vars(result(n, v, n * v, n, name)) for n, v in ((4, 64), (8, 64), (4, 128)) for name in ("ours", "a peer")
+    ]
+    wrote = dict(machine=dict(threads=1), hidden=8, gemm_rate=2.0, aims=dict(megabytes=64.0), results=results)
+    (tmp_path / "scale.json").write_text(json.dumps(wrote))
+    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path)])
+    plot.main()
+    drawn = (tmp_path / "scale.svg").read_text()
+    assert all(drawn.count(f">{name}<") == 4 for name in ("ours", "a peer"))
+    assert drawn.count(">the products alone<") == 2
+    assert not (tmp_path / "scores.svg").exists()
+    time = plot.scale(wrote).axes[0]
+    assert [*time.lines[-1].get_ydata()] == [4 * 64 / 2, 8 * 64 / 2], "milliseconds * rate / the bare product's"
