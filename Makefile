@@ -18,8 +18,13 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]' --no-build-isolation
-	$(BIN)/python -m benchmarks.bench_scores
-	$(BIN)/python -m benchmarks.bench_divergence
+	$(BIN)/python -m pytest benchmarks/bench_kernels.py --benchmark-enable --benchmark-max-time 0.3
+	$(BIN)/python -m benchmarks.bench_scores --write docs/benchmarks
+	$(BIN)/python -m benchmarks.bench_divergence --write docs/benchmarks
+	$(BIN)/python -m benchmarks.bench_linear --write docs/benchmarks
+	$(BIN)/python -m benchmarks.bench_scale --repeats 3 --write docs/benchmarks
+	$(BIN)/python -m benchmarks.bench_train_step --write docs/benchmarks
+	$(BIN)/python -m benchmarks.plot docs/benchmarks
 	$(BIN)/python -m benchmarks.gpu_static
 
 # vLLM's CPU build, for engine=vllm and its tests where there is no GPU; on one: pip install 'rmsd-kernels[vllm]'.
