@@ -3,7 +3,7 @@
 
     python -m benchmarks.bench_scale [--quick --hidden 256 --repeats 9 --json --write docs/benchmarks]
 
-Fitted are the exponents of time, by least squares on log-log. Extra memory is what is held at once beside the inputs
+Fitted are exponents, by least squares on log-log. Extra memory is what is held at once beside the inputs
 and their gradients, with the workspace that is kept from call to call. Liger's chunked JSD trains on every row and is
 there where that takes seconds. `--quick` leaves out the most rows, which take a minute a run on two cores; `--rows` and
 `--vocab` name the largest of a smaller sweep.
@@ -26,7 +26,8 @@ ROWS, VOCAB = (512, 2048, 8192, 32_768), 151_936
 VOCABS = (8192, 16_384, 32_768, 65_536, 131_072, VOCAB, 262_144)
 PEER_ROWS = 512
 OURS = "scores, selection, divergence"
-AIMS = dict(exponent=1.05, growth=1.1, megabytes=64.0)
+# Flat means an exponent of 0, and is allowed the same 0.05: the scores themselves are 28 bytes a row.
+AIMS = dict(exponent_rows=1.05, exponent_vocab=1.05, memory_exponent_rows=0.05, megabytes=64.0)
 
 
 def bench(rows: int, vocab: int, repeats: int, arguments: argparse.Namespace) -> list[Result]:
@@ -91,19 +92,19 @@ def gemm_rate(rows: int, vocab: int, hidden_size: int, repeats: int, device: str
     return 2 * rows * vocab * hidden_size / seconds / 1e9
 
 
-def exponent(sizes: list[int], milliseconds: list[float]) -> float:
-    """b of the least-squares fit log(ms) = a + b log(size)."""
-    return statistics.linear_regression([*map(log, sizes)], [*map(log, milliseconds)]).slope
+def exponent(sizes: list[int], measured: list[float]) -> float:
+    """b of the least-squares fit log(measured) = a + b log(size)."""
+    return statistics.linear_regression([*map(log, sizes)], [*map(log, measured)]).slope
 
 
 def fits(results: list[Result], rows: tuple[int, ...], vocabs: tuple[int, ...], vocab: int) -> dict[str, float]:
-    """The exponents, and the memory of the largest, and of the most rows over that of the fewest."""
+    """The exponents of time and memory, and the most memory."""
     ours = {(result.rows, result.vocab): result for result in results if result.contestant == OURS}
     by_rows, by_vocab = [ours[n, vocab] for n in rows], [ours[rows[0], v] for v in vocabs]
     return dict(
         exponent_rows=exponent([r.rows for r in by_rows], [r.milliseconds for r in by_rows]),
         exponent_vocab=exponent([r.vocab for r in by_vocab], [r.milliseconds for r in by_vocab]),
-        growth_rows=max(r.extra_megabytes for r in by_rows) / min(r.extra_megabytes for r in by_rows),
+        memory_exponent_rows=exponent([r.rows for r in by_rows], [r.extra_megabytes for r in by_rows]),
         megabytes=max(result.extra_megabytes for result in ours.values()),
     )
 
@@ -127,13 +128,14 @@ def main() -> None:
     report(results, arguments, "scale", gemm_rate=rate, hidden=arguments.hidden, fits=found, aims=AIMS)
     if not arguments.json:
         print(f"\nA bare projection runs at {rate:.1f} GFLOP/s.")
-        for name, got, aim in (
-            ("time ~ rows^", found["exponent_rows"], AIMS["exponent"]),
-            ("time ~ vocabulary^", found["exponent_vocab"], AIMS["exponent"]),
-            ("most extra memory / least, over rows: ", found["growth_rows"], AIMS["growth"]),
-            ("most extra memory, MB: ", found["megabytes"], AIMS["megabytes"]),
+        for name, what in (
+            ("exponent_rows", "time ~ rows^"),
+            ("exponent_vocab", "time ~ vocabulary^"),
+            ("memory_exponent_rows", "extra memory ~ rows^"),
+            ("megabytes", "most extra memory, MB: "),
         ):
-            print(f"{name}{got:.3f}, aim: at most {aim:g}: {'met' if got <= aim else 'MISSED'}")
+            met = "met" if found[name] <= AIMS[name] else "MISSED"
+            print(f"{what}{found[name]:.3f}, aim: at most {AIMS[name]:g}: {met}")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_exponents_of_a_known_law():
     results = [result(n, v, n**1.5 * v, n / 4, OURS) for n, v in ((4, 64), (8, 64), (16, 64), (4, 128), (4, 512))]
     results.append(result(4, 64, 1e9, 1e9, "a peer"))
     found = fits(results, (4, 8, 16), (64, 128, 512), 64)
-    assert found == pytest.approx(dict(exponent_rows=1.5, exponent_vocab=1.0, growth_rows=4.0, megabytes=4.0))
+    assert found == pytest.approx(dict(exponent_rows=1.5, exponent_vocab=1.0, memory_exponent_rows=1.0, megabytes=4.0))
 
 
 def test_plots_show_every_contestant_and_the_bound(tmp_path, monkeypatch):
