@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test lint bench env clean
+.PHONY: demo test lint bench learn learn-quick env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
@@ -21,6 +21,15 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench_scores
 	$(BIN)/python -m benchmarks.bench_divergence
 	$(BIN)/python -m benchmarks.gpu_static
+
+# The learning suite: about an hour on two idle cores; the quick one about five minutes. Finished runs are kept in runs/.
+learn: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning.run --ablations
+
+learn-quick: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning.run --quick
 
 env: $(VENV)/.installed
 	$(BIN)/rmsd env
