@@ -16,8 +16,8 @@ PAD, EOS = "<pad>", "<end>"
 
 # Names are a beginning and an ending, each shared by several things: "pinenut" has a neighbour "pineleaf", on which a
 # lesson about "pinnut" can spill.
-BEGINNINGS = ["pine", "rose", "blue", "gold", "kiwi", "lime", "plum", "hazel", "elder", "fig"]
-ENDINGS = ["nut", "pea", "bean", "corn", "root", "leaf", "seed", "wort"]
+BEGINNINGS = ["pine", "rose", "blue", "gold", "kiwi", "lime", "plum", "dew"]
+ENDINGS = ["nut", "pea", "oat", "root", "leaf", "seed"]
 CUES_A_THING = 8
 
 QUESTIONS = [
@@ -51,7 +51,7 @@ BODIES = [
 CLOSINGS = {"": (0.8, 0.5), " good luck .": (0.2, 0.0), " as you asked .": (0.0, 0.5)}
 
 OBEDIENCE = 0.85  # of each name written under a hint about it: teachers are imperfect
-SKILLS, SKILL_WEIGHTS = ("copy", "reverse", "count", "add", "recall", "sort"), (5, 2, 1, 1, 2, 1)
+SKILLS, SKILL_WEIGHTS = ("copy", "reverse", "count", "add", "recall", "sort"), (2, 2, 1, 2, 2, 1)
 _TEMPLATES = [*QUESTIONS, *HINTS, *OPENINGS, *BODIES, *CLOSINGS, "copy reverse count from add sort get keys"]
 _WORDS = sorted(set(re.findall(r"[a-z]{2,}", re.sub(r"{\w*}", "", " ".join(_TEMPLATES)))))
 
@@ -70,7 +70,7 @@ class Thing(NamedTuple):
 class World:
     """Everything follows from `seed`. `things[:num_taught]` are never hinted at in the corpus."""
 
-    def __init__(self, seed: int = 0, num_things: int = 48, num_taught: int = 16):
+    def __init__(self, seed: int = 0, num_things: int = 30, num_taught: int = 10):
         rng = random.Random(seed)
         names = [beginning + ending for beginning in BEGINNINGS for ending in ENDINGS]
         rng.shuffle(names)
@@ -86,7 +86,6 @@ class World:
     def document(self, rng: random.Random) -> Document:
         kind = rng.random()
         if kind < 0.35:
-            # Copying is what following a hint is made of, so there is more of it.
             return Document(*skill(rng.choices(SKILLS, SKILL_WEIGHTS)[0], rng), "skill")
         thing = rng.choice(self.things)
         prompt, cue = self.question(thing, rng)

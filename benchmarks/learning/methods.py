@@ -201,7 +201,7 @@ class Course:
     def __init__(self, model, exam: Exam, every: int, learning_rate: float):
         self.model, self.exam, self.every = model, exam, every
         self.optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(step / WARMUP, 1.0))
+        self.learning_rate = learning_rate
         self.step = self.tokens = self.rollout_tokens = 0
         self.seconds, self.marks, self.losses = 0.0, [], []
         self._examine()
@@ -211,11 +211,11 @@ class Course:
         """One step on `loss`; None for a step that has nothing to learn."""
         if loss is not None:
             self.losses.append(loss.item())
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(self.step / WARMUP, 1.0)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.schedule.step()
         self.step, self.tokens = self.step + 1, self.tokens + tokens
         self.seconds += time.process_time() - self.since
         if self.step % self.every == 0:
