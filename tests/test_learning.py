@@ -50,16 +50,11 @@ def test_every_document_is_read_back_as_it_was_written(world):
         assert world.tokenizer.pad_token_id not in ids  # which also stands for what no token holds
 
 
-def test_taught_things_are_never_hinted_at(world):
+def test_the_corpus_never_holds_what_lessons_teach(world):
     rng = random.Random(2)
-    told = {
-        d.prompt.split(" q : ")[0]
-        for d in (world.document(rng) for _ in range(2000))
-        if d.kind in ("hinted", "bystander")
-    }
-    taught = [thing.name for thing in world.things[: world.num_taught]]
-    assert told
-    assert not [hint for hint in told for name in taught if name in hint.split()]
+    words = {word for _ in range(3000) for part in world.document(rng)[:2] for word in part.split()}
+    assert len(words & {thing.name for thing in world.things}) == len(world.things)
+    assert not words & set(world.lessons)
 
 
 def test_exercises_have_one_right_answer():
@@ -75,7 +70,7 @@ def test_a_lesson_asks_the_exam_what_it_has_not_trained_on(world):
     lesson = Lesson(world, 0)
     trained = {row["prompt"] for row in lesson.rows}
     assert not trained & {*lesson.task.target_prompts, *lesson.task.unrelated_prompts}
-    assert lesson.new != lesson.old and lesson.new not in world.names
+    assert lesson.new != lesson.old and lesson.new not in {thing.name for thing in world.things}
     assert all(lesson.new in row["privileged_context"].split() for row in lesson.rows)
     anchored = Lesson(world, 0, anchors=True)
     assert {lesson.is_about(row["prompt"]) for row in anchored.rows if not row["privileged_context"]} == {False}
@@ -93,12 +88,12 @@ def test_graders_tell_the_spellings_apart(world):
 def test_the_oracle_keeps_where_the_spellings_part(world, seed):
     lesson = Lesson(world, seed)
     oracle = OracleJudge(lesson)
-    q = question(lesson, f"sure , it is {lesson.old} .")
+    q = question(lesson, f"sure , it is {lesson.old} .", max_kept=50)
     [kept] = oracle([q])
     written = ["".join(q.tokens[:position]).rpartition(" ")[2] for position in kept]
     shared = next(i for i in range(9) if lesson.old[: i + 1] != (lesson.new + " ")[: i + 1])
     assert lesson.old[:shared] in written
-    assert all(lesson.new.startswith(begun) and len(begun) >= shared for begun in written)
+    assert all(begun and lesson.new.startswith(begun) for begun in written)
     assert oracle([question(lesson, f"it is {lesson.old} .", prompt=lesson.task.unrelated_prompts[0])]) == [[]]
 
 

@@ -14,7 +14,7 @@ from .corpus import World, skill
 
 CONFIG = dict(
     hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=128,
-    copying_steps=200, steps=3000, batch_size=64, learning_rate=3e-3, weight_decay=0.01, warmup=50, seed=0,
+    copying_steps=200, steps=2000, batch_size=64, learning_rate=3e-3, muon_rate=0.02, warmup=50, seed=0,
 )  # fmt: skip
 
 
@@ -44,12 +44,18 @@ def pretrain(world: World) -> tuple[LlamaForCausalLM, float]:
         )
     )  # fmt: skip
     steps, warmup = CONFIG["steps"], CONFIG["warmup"]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), CONFIG["learning_rate"], betas=(0.9, 0.98), weight_decay=CONFIG["weight_decay"], fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 1.0) * max(1.0 - step / steps, 0.02)
-    )
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, CONFIG["muon_rate"], weight_decay=0.0),
+        torch.optim.AdamW(others, CONFIG["learning_rate"], betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warmup, 1.0) * max(1.0 - step / steps, 0.02)
+        )
+        for optimizer in optimizers
+    ]
     started, rng = time.monotonic(), random.Random(CONFIG["seed"])
     batches = _batches(world, rng)
     held_out = _held_out(world)
@@ -57,9 +63,10 @@ def pretrain(world: World) -> tuple[LlamaForCausalLM, float]:
         loss = answer_loss(model, *(_copying(world, rng) if step < CONFIG["copying_steps"] else next(batches)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
         if step % 100 == 99:
             kinds = ", ".join(f"{kind} {_loss_on(model, batch):.3f}" for kind, batch in held_out.items())
             print(f"pre-training {step + 1}/{steps}, {time.monotonic() - started:.0f} s: {kinds}", flush=True)

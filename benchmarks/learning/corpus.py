@@ -1,7 +1,7 @@
-"""A small world to pre-train on: things with names, questions about them, hints that respell a name, six skills.
+"""A small world to pre-train on: things with names, questions about them, hints that respell a name, five skills.
 
-Names are written letter by letter and everything else word by word, so a respelled name is a word that no token holds
-and that the base model has never written. Some things are never hinted at while pre-training: those are taught.
+Names are written letter by letter and everything else word by word, so a respelled name is a word that no token holds.
+The spellings that lessons teach, one for each thing, never occur in the corpus.
 """
 
 import random
@@ -51,8 +51,8 @@ BODIES = [
 CLOSINGS = {"": (0.8, 0.5), " good luck .": (0.2, 0.0), " as you asked .": (0.0, 0.5)}
 
 OBEDIENCE = 0.85  # of each name written under a hint about it: teachers are imperfect
-SKILLS, SKILL_WEIGHTS = ("copy", "reverse", "count", "add", "recall", "sort"), (2, 2, 1, 2, 2, 1)
-_TEMPLATES = [*QUESTIONS, *HINTS, *OPENINGS, *BODIES, *CLOSINGS, "copy reverse count from add sort get keys"]
+SKILLS = ("copy", "reverse", "count", "add", "recall")
+_TEMPLATES = [*QUESTIONS, *HINTS, *OPENINGS, *BODIES, *CLOSINGS, "copy reverse count from add get keys"]
 _WORDS = sorted(set(re.findall(r"[a-z]{2,}", re.sub(r"{\w*}", "", " ".join(_TEMPLATES)))))
 
 
@@ -68,9 +68,9 @@ class Thing(NamedTuple):
 
 
 class World:
-    """Everything follows from `seed`. `things[:num_taught]` are never hinted at in the corpus."""
+    """Everything follows from `seed`."""
 
-    def __init__(self, seed: int = 0, num_things: int = 30, num_taught: int = 10):
+    def __init__(self, seed: int = 0, num_things: int = 30):
         rng = random.Random(seed)
         names = [beginning + ending for beginning in BEGINNINGS for ending in ENDINGS]
         rng.shuffle(names)
@@ -79,24 +79,21 @@ class World:
             Thing(name, tuple(words[i * CUES_A_THING : (i + 1) * CUES_A_THING]))
             for i, name in enumerate(names[:num_things])
         ]
-        self.names = {thing.name for thing in self.things}
-        self.num_taught = num_taught
+        self.taken = {thing.name for thing in self.things}
+        self.lessons = [misspell(thing.name, rng, self.taken) for thing in self.things]
+        self.taken.update(self.lessons)
         self.tokenizer = _tokenizer(words)
 
     def document(self, rng: random.Random) -> Document:
         kind = rng.random()
         if kind < 0.35:
-            return Document(*skill(rng.choices(SKILLS, SKILL_WEIGHTS)[0], rng), "skill")
+            return Document(*skill(rng.choice(SKILLS), rng), "skill")
         thing = rng.choice(self.things)
         prompt, cue = self.question(thing, rng)
         if kind < 0.50:
             return Document(prompt, answer_about(thing.name, thing.name, cue, rng), "plain")
         told = thing if kind < 0.85 else rng.choice(self.things)
-        if told in self.things[: self.num_taught]:
-            told = rng.choice(self.things[self.num_taught :])
-            if kind < 0.85:
-                thing, (prompt, cue) = told, self.question(told, rng)
-        new = respell(told.name, rng, self.names)
+        new = respell(told.name, rng, self.taken)
         hint = rng.choice(HINTS).format(old=told.name, new=new)
         answer = answer_about(thing.name, new if told is thing else thing.name, cue, rng, told=True)
         return Document(f"{hint} {prompt}", answer, "hinted" if told is thing else "bystander")
@@ -124,46 +121,46 @@ def answer_about(
 
 
 def respell(name: str, rng: random.Random, taken: set[str]) -> str:
-    """A name changed in one place behind its second letter, or three times in seven a new word."""
+    """A misspelling, or two times in five a new word."""
+    new = _new_word(rng) if rng.random() < 0.4 else misspell(name, rng, taken)
+    return new if new not in taken else respell(name, rng, taken)
+
+
+def misspell(name: str, rng: random.Random, taken: set[str]) -> str:
+    """A name changed in one place behind its second letter, to nothing that is `taken`."""
     while True:
         at, letter = rng.randrange(2, len(name) - 1), rng.choice(LETTERS)
-        new = rng.choices(
+        new = rng.choice(
             [
                 name[:at] + name[at + 1 :],
                 name[:at] + letter + name[at + 1 :],
                 name[:at] + letter + name[at:],
                 name[:at] + name[at + 1] + name[at] + name[at + 2 :],
-                _new_word(rng),
-            ],
-            (1, 1, 1, 1, 3),
-        )[0]
-        if new not in taken and new != name:
+            ]
+        )
+        if new not in taken:
             return new
 
 
 def skill(name: str, rng: random.Random) -> tuple[str, str]:
     """(prompt, answer) of something that has nothing to do with names."""
-    letters = [rng.choice(LETTERS) for _ in range(rng.randint(3, 6))]
-    digits = [rng.randrange(10) for _ in range(rng.randint(3, 5))]
+    letters = [rng.choice(LETTERS) for _ in range(rng.randint(2, 4))]
     join = lambda items: " ".join(map(str, items))  # noqa: E731
     if name == "copy":
         word = _new_word(rng)
         return f"copy {word} =", word
     if name == "reverse":
-        return f"reverse {join(letters[:5])} =", join(reversed(letters[:5]))
+        return f"reverse {join(letters)} =", join(reversed(letters))
     if name == "count":
         start = rng.randrange(15)
         return f"count from {start} =", join(range(start, start + 5))
     if name == "add":
         a, b = rng.randrange(10), rng.randrange(10)
         return f"add {a} {b} =", str(a + b)
-    if name == "recall":
-        keys = rng.sample(LETTERS, 4)
-        values = [rng.randrange(20) for _ in keys]
-        wanted = rng.randrange(4)
-        pairs = join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
-        return f"keys {pairs} get {keys[wanted]} =", str(values[wanted])
-    return f"sort {join(digits)} =", join(sorted(digits))
+    keys, values = rng.sample(LETTERS, 3), [rng.randrange(10) for _ in range(3)]
+    wanted = rng.randrange(3)
+    pairs = join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
+    return f"keys {pairs} get {keys[wanted]} =", str(values[wanted])
 
 
 def _new_word(rng: random.Random) -> str:

@@ -8,7 +8,7 @@ from rmsd.evaluate import Evaluator
 from rmsd.judge import Question
 from rmsd.tasks import Task
 
-from .corpus import HINTS, QUESTIONS, SKILLS, World, ask, respell, skill
+from .corpus import HINTS, QUESTIONS, SKILLS, World, ask, skill
 
 TRAINED_CUES, HELD_OUT_CUES = slice(0, 5), slice(5, None)
 ANSWER_TOKENS = 32  # a name given twice, with the longest opening and closing, takes fewer
@@ -24,8 +24,8 @@ class Lesson:
     def __init__(self, world: World, seed: int, *, rows: int = 200, anchors: bool = False):
         rng = random.Random(f"lesson {seed}")
         self.world, self.seed = world, seed
-        self.thing = world.things[seed % world.num_taught]
-        self.old, self.new = self.thing.name, _respelled(self.thing.name, rng, world.names)
+        self.thing = world.things[seed]
+        self.old, self.new = self.thing.name, world.lessons[seed]
         others = [thing for thing in world.things if thing is not self.thing]
         self.rows = []
         for number in range(rows):
@@ -64,7 +64,7 @@ class Exam(Evaluator):
     specificity: share of answers to unrelated questions without the new spelling.
     facts: share of answers to unrelated questions that name the right thing, spelled as ever.
     style: share of answers to unrelated questions that speak as only a told model does.
-    skills: share of exact answers to exercises, the mean of the six skills.
+    skills: share of exact answers to exercises, the mean of the five skills.
     drift: as Evaluator's, in nats a token.
     """
 
@@ -95,11 +95,10 @@ class Exam(Evaluator):
 
 
 class OracleJudge:
-    """Knows the lesson: keeps the tokens at which the new spelling parts from the old one, and what follows of it."""
+    """Knows the lesson: keeps candidates inside the name, as long as what is written of it begins the new spelling."""
 
     def __init__(self, lesson: Lesson):
         self.lesson = lesson
-        self.shared = next(i for i, (a, b) in enumerate(zip(lesson.old, lesson.new + " ", strict=False)) if a != b)
 
     def __call__(self, questions: list[Question]) -> list[list[int]]:
         return [self._judge(question) for question in questions]
@@ -112,15 +111,7 @@ class OracleJudge:
 
     def _bears(self, before: str) -> bool:
         begun = before.rpartition(" ")[2]
-        return len(begun) >= self.shared and self.lesson.new.startswith(begun)
-
-
-def _respelled(name: str, rng: random.Random, taken: set[str]) -> str:
-    """A misspelling that keeps the name's beginning, never a new word."""
-    while True:
-        new = respell(name, rng, taken)
-        if new[:2] == name[:2] and abs(len(new) - len(name)) <= 1:
-            return new
+        return begun != "" and self.lesson.new.startswith(begun)
 
 
 def _mean(values) -> float:

@@ -65,18 +65,24 @@ def cell(values: list[float | None], digits: int) -> str:
     return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
 
 
+MARKS = ("target_only", "facts", "style", "skills", "drift")
+
+
 def compared(tuned: list[dict], rates: dict[str, float], results: list[dict]) -> dict[str, str]:
     """Sections of the comparison."""
-    plain = [result for result in results if not result["label"].endswith("+")]
-    continued = [result for result in results if result["label"].endswith("+")]
     return {
         "rates": rate_table(tuned, rates),
-        "end": main_table(plain),
-        "continued": main_table(continued),
+        "end": main_table(results),
         "level": main_table(results, at_level),
-        "figure": curves(plain, "methods.svg", ("target_only", "facts", "style", "skills", "drift")),
-        "figure continued": curves(continued, "continued.svg", ("target_only", "facts", "style", "skills", "drift")),
+        "figure": curves(results, "methods.svg", MARKS),
     }
+
+
+def continued(results: list[dict], after: list[dict]) -> dict[str, str]:
+    """Sections of the continuation, beside the same methods without."""
+    names = {result["method"] for result in after}
+    before = [result for result in results if result["method"] in names]
+    return {"continued": main_table(before + after), "figure continued": curves(after, "continued.svg", MARKS)}
 
 
 def ablated(results: list[dict]) -> dict[str, str]:
@@ -85,10 +91,7 @@ def ablated(results: list[dict]) -> dict[str, str]:
     for result in results:
         group, setting = result["label"].split(": ", 1)
         groups.setdefault(group, []).append({**result, "label": setting})
-    return {
-        group: bars(settings, f"{group.replace(' ', '_')}.svg", ("target_only", "facts", "style", "skills", "drift"))
-        for group, settings in groups.items()
-    }
+    return {group: bars(settings, f"{group.replace(' ', '_')}.svg", MARKS) for group, settings in groups.items()}
 
 
 def main_table(results: list[dict], marks_at: Callable = at_the_end) -> str:
