@@ -22,8 +22,9 @@ from .ablations import GROUPS
 
 RUNS = Path("runs/learning")
 STEPS, CONTINUATION, EVERY = 60, 40, 10
+LONG, LONGER = 150, ["opsd", "rmsd_context"]
 TUNING_SEEDS, SEEDS = [8, 9], [0, 1, 2, 3, 4]  # another thing is taught by each
-QUICK_RATES = {"sft_own": 3e-4, "opsd": 1e-3, "rmsd_context": 1e-3}  # as the whole suite found them
+QUICK_RATES = {"sft_own": 1e-3, "opsd": 3e-4, "rmsd_context": 3e-4}  # as the whole suite found them
 RATES = {
     "sft": [1e-4, 3e-4, 1e-3],
     "rl": [3e-4],  # a reward that is never earned teaches the same at any rate
@@ -54,6 +55,11 @@ def continued(names: list[str], rates: dict[str, float], seeds: list[int]) -> li
     return [
         job(name, seed, rates[name], label=f"{name}+", continuation=CONTINUATION) for name in names for seed in seeds
     ]
+
+
+def longer(names: list[str], rates: dict[str, float], seeds: list[int]) -> list[dict]:
+    """To where they level off: what is left of the difference when nobody is in a hurry."""
+    return [job(name, seed, rates[name], steps=LONG, every=LONG // 5) for name in names for seed in seeds]
 
 
 def ablations(rates: dict[str, float], seeds: list[int]) -> list[dict]:
@@ -142,6 +148,7 @@ def main() -> None:
     report.write(report.compared(tuned, rates, results))
     after = run_all(continued(CONTINUED, rates, SEEDS), options.processes)
     report.write(report.continued(results, after))
+    report.write({"longer": report.main_table(run_all(longer(LONGER, rates, SEEDS), options.processes))})
     if options.ablations:
         report.write(report.ablated(run_all(ablations(rates, SEEDS[:3]), options.processes)))
 
