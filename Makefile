@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test lint bench vllm env clean
+.PHONY: demo test lint bench learn learn-quick vllm env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
@@ -26,6 +26,15 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench_train_step --write docs/benchmarks
 	$(BIN)/python -m benchmarks.plot docs/benchmarks
 	$(BIN)/python -m benchmarks.gpu_static
+
+# The learning suite: about an hour on two idle cores; the quick one about five minutes. Finished runs are kept in runs/.
+learn: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning.run --ablations
+
+learn-quick: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning.run --quick
 
 # vLLM's CPU build, for engine=vllm and its tests where there is no GPU; on one: pip install 'rmsd-kernels[vllm]'.
 vllm: $(VENV)/.installed

@@ -215,7 +215,10 @@ class RMSDTrainer(Trainer):
         """The student as it is becomes the teacher, under the same privileged prompts (continuation)."""
         self.teacher.snapshot()
         done = sum("continuation" in entry for entry in self.state.log_history)
+        # Logging anything tells Trainer that the step has been logged: the step's own entry would be lost.
+        due = self.control.should_log
         self.log({"continuation": done + 1})
+        self.control.should_log = due
 
     def _save_checkpoint(self, model, trial):
         with saving(self.args.output_dir, self.state.global_step):

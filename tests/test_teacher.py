@@ -78,6 +78,7 @@ def test_continuation_makes_the_student_the_teacher_and_survives_a_resume(tmp_pa
     assert (teacher_logits(whole) - logits(whole.model.eval())).abs().max() > 1e-4, "two steps have passed since"
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["continuation"]) for line in lines if line["kind"] == "continuation"] == [(2, 1)]
+    assert [entry["step"] for entry in whole.state.log_history if "kept_tokens" in entry] == [1, 2, 3, 4]
 
     resumed = trainer(tmp_path, make_model(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

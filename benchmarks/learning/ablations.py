@@ -1,0 +1,47 @@
+"""What each choice of RMSD does, one at a time, from RMSD with the context judge as it is in the comparison."""
+
+GROUPS = {
+    "T and S": {
+        "T 20, S 5": {},
+        "T 20, S 1": dict(num_kept=1),
+        "T 20, S 20": dict(num_kept=20),
+        "T 5, S 5": dict(num_candidates=5),
+        "T 2, S 2": dict(num_candidates=2, num_kept=2),
+    },
+    "criterion": {
+        "log-probability gap": {},
+        "divergence": dict(criterion="divergence"),
+        "entropy gap": dict(criterion="entropy_gap"),
+    },
+    "threshold": {"0 nats": {}, "0.5 nats": dict(threshold=0.5), "2 nats": dict(threshold=2.0)},
+    "divergence": {
+        "reverse KL": {},
+        "forward KL": dict(divergence="forward_kl"),
+        "JSD": dict(divergence="jsd"),
+    },
+    "vocabulary top-k": {
+        "K 500, drop": {},
+        "all": dict(vocab_topk=None),
+        "K 3, drop": dict(vocab_topk=3),
+        "K 3, bucket": dict(vocab_topk=3, tail="bucket"),
+        "K 3, renorm": dict(vocab_topk=3, tail="renorm"),
+    },
+    "judge": {
+        "oracle": dict(judge="oracle"),
+        "misses 1 in 2": dict(judge="oracle", degrade=[0.5, 0.0]),
+        "misses 4 in 5": dict(judge="oracle", degrade=[0.8, 0.0]),
+        "keeps 1 in 10 others": dict(judge="oracle", degrade=[0.0, 0.1]),
+        "keeps 1 in 2 others": dict(judge="oracle", degrade=[0.0, 0.5]),
+    },
+    "teacher": {
+        "initial": {},
+        "live": dict(teacher="live"),
+        "moving average, 0.95": dict(teacher="ema", ema_decay=0.95),
+    },
+    "rows that ask for something else": {
+        "RMSD, hinted": {},
+        "RMSD, anchors": dict(anchors=True),
+        "OPSD, hinted": dict(of="opsd"),
+        "OPSD, anchors": dict(of="opsd", anchors=True),
+    },
+}

@@ -1,0 +1,195 @@
+"""Tables and figures of docs/learning.md, from the runs' marks. The prose between them is written by hand."""
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+PAGE, FIGURES = Path("docs/learning.md"), Path("docs/learning")
+LEVEL = 0.6  # of target_only, where methods are compared at an equal target
+
+NAMES = {
+    "sft_templates": "SFT, templates",
+    "sft_own": "SFT, own told answers",
+    "rl": "RL, sparse reward",
+    "opsd": "OPSD",
+    "rmsd_magnitude": "RMSD, magnitude judge",
+    "rmsd_context": "RMSD, context judge",
+    "rmsd_oracle": "RMSD, oracle judge",
+}
+COLUMNS = {  # heading: (metric, digits)
+    "target": ("target", 2),
+    "target only": ("target_only", 2),
+    "specificity": ("specificity", 3),
+    "facts": ("facts", 3),
+    "skills": ("skills", 3),
+    "told style": ("style", 2),
+    "drift": ("drift", 3),
+}
+
+
+def at_the_end(marks: list[dict]) -> dict:
+    return marks[-1]
+
+
+def at_level(marks: list[dict]) -> dict | None:
+    """The first exam with the target level reached; None where none has."""
+    return next((mark for mark in marks if mark["target_only"] >= LEVEL), None)
+
+
+def steps_to_most(marks: list[dict]) -> int | None:
+    """Steps to 80% of the final target (the mean of the last two exams); None where it is nothing."""
+    final = mean(mark["target_only"] for mark in marks[-2:])
+    return next((mark["step"] for mark in marks if mark["target_only"] >= 0.8 * final), None) if final > 0.05 else None
+
+
+def interval(values: list[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean and the 95% bootstrap interval over seeds."""
+    rng = random.Random(0)
+    means = sorted(mean(rng.choices(values, k=len(values))) for _ in range(draws))
+    return mean(values), means[int(0.025 * draws)], means[int(0.975 * draws)]
+
+
+def cell(values: list[float | None], digits: int) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return "never"
+    middle, low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in interval(found))
+    text = middle if low == high else f"{middle} [{low}, {high}]"
+    return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
+
+
+MARKS = ("target_only", "facts", "style", "skills", "drift")
+
+
+def compared(tuned: list[dict], rates: dict[str, float], results: list[dict]) -> dict[str, str]:
+    """Sections of the comparison."""
+    return {
+        "rates": rate_table(tuned, rates),
+        "end": main_table(results),
+        "level": main_table(results, at_level),
+        "figure": curves(results, "methods.svg", MARKS),
+    }
+
+
+def continued(results: list[dict], after: list[dict]) -> dict[str, str]:
+    """Sections of the continuation, beside the same methods without."""
+    names = {result["method"] for result in after}
+    before = [result for result in results if result["method"] in names]
+    return {"continued": main_table(before + after), "figure continued": curves(after, "continued.svg", MARKS)}
+
+
+def ablated(results: list[dict]) -> dict[str, str]:
+    """A section a group of settings."""
+    groups: dict[str, list[dict]] = {}
+    for result in results:
+        group, setting = result["label"].split(": ", 1)
+        groups.setdefault(group, []).append({**result, "label": setting})
+    return {group: bars(settings, f"{group.replace(' ', '_')}.svg", MARKS) for group, settings in groups.items()}
+
+
+def main_table(results: list[dict], marks_at: Callable = at_the_end) -> str:
+    """A row a method; mean [95% bootstrap interval over seeds]."""
+    more = ["steps to 80%", "loss spread", "tokens trained on", "seconds"]
+    lines = [_row(["method", *COLUMNS, *more]), _row(["---"] * (1 + len(COLUMNS) + len(more)))]
+    for label, marks in by_label(results).items():
+        at = [marks_at(run) for run in marks]
+        cells = [cell([mark and mark[metric] for mark in at], digits) for metric, digits in COLUMNS.values()]
+        cells += [
+            cell([steps_to_most(run) for run in marks], 0),
+            _spread([mark["loss"] for mark in at if mark]),
+            cell([mark and mark["tokens"] for mark in at], 0),
+            cell([mark and mark["seconds"] for mark in at], 1),
+        ]
+        lines.append(_row([name_of(label), *cells]))
+    return "\n".join(lines)
+
+
+def rate_table(results: list[dict], best: dict[str, float]) -> str:
+    lines = [_row(["method", "learning rate", "target only", "facts", "skills", "drift", ""]), _row(["---"] * 7)]
+    runs: dict[tuple, list[dict]] = {}
+    for result in results:
+        runs.setdefault((result["method"], result["options"]["learning_rate"]), []).append(result["marks"][-1])
+    for (method, rate), marks in runs.items():
+        values = [f"{mean(mark[name] for mark in marks):.3f}" for name in ("target_only", "facts", "skills", "drift")]
+        lines.append(_row([NAMES[method], f"{rate:g}", *values, "chosen" if best[method] == rate else ""]))
+    return "\n".join(lines)
+
+
+def by_label(results: list[dict]) -> dict[str, list[list[dict]]]:
+    runs: dict[str, list[list[dict]]] = {}
+    for result in results:
+        runs.setdefault(result["label"], []).append(result["marks"])
+    return runs
+
+
+def name_of(label: str) -> str:
+    name = NAMES.get(label.rstrip("+"), label)
+    return f"{name}, continued" if label.endswith("+") else name
+
+
+def curves(results: list[dict], file: str, metrics: tuple[str, ...]) -> str:
+    """A panel a metric, a line a label: the seeds' mean with their range."""
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.2), squeeze=False)
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        for number, (label, runs) in enumerate(by_label(results).items()):
+            steps = [mark["step"] for mark in runs[0]]
+            values = [[run[i][metric] for run in runs] for i in range(len(steps))]
+            style = dict(color=f"C{number % 10}")
+            axis.plot(steps, [mean(v) for v in values], label=name_of(label), lw=1.4, **style)
+            axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.12, lw=0, **style)
+        axis.set(title=metric.replace("_", " "), xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _save(figure, file)
+
+
+def bars(results: list[dict], file: str, metrics: tuple[str, ...]) -> str:
+    """A panel a metric, a bar a label, at the end: mean and 95% interval over seeds."""
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(3.0 * len(metrics) + 1.5, 0.32 * len(by_label(results)) + 1), sharey=True
+    )
+    for axis, metric in zip(axes, metrics, strict=True):
+        for number, runs in enumerate(by_label(results).values()):
+            middle, low, high = interval([run[-1][metric] for run in runs], 1000)
+            axis.barh(number, middle, color="C0", xerr=[[middle - low], [high - middle]])
+        axis.set(title=metric.replace("_", " "))
+        axis.set_yticks(range(len(by_label(results))), [name_of(label) for label in by_label(results)], fontsize=7)
+    axes[0].invert_yaxis()
+    return _save(figure, file)
+
+
+def write(sections: dict[str, str]) -> None:
+    """Puts each text between its markers of the page, `<!-- name -->` and `<!-- /name -->`."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, text in sections.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin not in page or end not in page:
+            raise ValueError(f"{PAGE} has no place for {name!r}: write {begin} and {end} where it belongs")
+        page = re.sub(f"{begin}.*{end}", lambda _, t=text, b=begin, e=end: f"{b}\n{t}\n{e}", page, flags=re.DOTALL)
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def _spread(losses: list[float | None]) -> str:
+    """Standard deviation between seeds, as a share of the mean: losses of different methods have different scales."""
+    losses = [loss for loss in losses if loss is not None]
+    return f"{stdev(losses) / mean(losses):.2f}" if len(losses) > 1 and mean(losses) else ""
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _save(figure, file: str) -> str:
+    FIGURES.mkdir(exist_ok=True)
+    plt.rcParams["svg.hashsalt"] = "rmsd"  # the same figure gives the same file
+    figure.tight_layout()
+    figure.savefig(FIGURES / file, metadata={"Date": None})
+    plt.close(figure)
+    return f"![{file}](learning/{file})"

@@ -1,0 +1,157 @@
+"""The learning suite: pre-trains a base model, tunes every method's learning rate on lessons of its own, runs every
+method on the lessons that count, and writes docs/learning.md's tables and figures.
+
+    python -m benchmarks.learning.run            # about an hour on two cores
+    python -m benchmarks.learning.run --quick    # about five minutes: fewer seeds and methods, the same code
+
+Each run is a JSON file under runs/learning; one that is there is not run again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from . import base, corpus, lesson, methods, report
+from .ablations import GROUPS
+
+RUNS = Path("runs/learning")
+STEPS, CONTINUATION, EVERY = 60, 40, 10
+LONG, LONGER = 150, ["opsd", "rmsd_context"]
+TUNING_SEEDS, SEEDS = [8, 9], [0, 1, 2, 3, 4]  # another thing is taught by each
+QUICK_RATES = {"sft_own": 1e-3, "opsd": 3e-4, "rmsd_context": 3e-4}  # as the whole suite found them
+RATES = {
+    "sft": [1e-4, 3e-4, 1e-3],
+    "rl": [3e-4],  # a reward that is never earned teaches the same at any rate
+    "distil": [1e-4, 3e-4, 1e-3],
+}
+CONTINUED = ["sft_own", "opsd", "rmsd_magnitude", "rmsd_context", "rmsd_oracle"]
+
+
+def job(method: str, seed: int, learning_rate: float, label: str = "", **options) -> dict:
+    options = {**methods.METHODS[method], "steps": STEPS, "every": EVERY, "learning_rate": learning_rate, **options}
+    return dict(label=label or method, method=method, seed=seed, options=options)
+
+
+def tuning(names: list[str], seeds: list[int]) -> list[dict]:
+    return [
+        job(name, seed, rate, every=STEPS)
+        for name in names
+        for rate in RATES[methods.METHODS[name]["kind"]]
+        for seed in seeds
+    ]
+
+
+def compared(names: list[str], rates: dict[str, float], seeds: list[int]) -> list[dict]:
+    return [job(name, seed, rates[name]) for name in names for seed in seeds]
+
+
+def continued(names: list[str], rates: dict[str, float], seeds: list[int]) -> list[dict]:
+    return [
+        job(name, seed, rates[name], label=f"{name}+", continuation=CONTINUATION) for name in names for seed in seeds
+    ]
+
+
+def longer(names: list[str], rates: dict[str, float], seeds: list[int]) -> list[dict]:
+    """To where they level off: what is left of the difference when nobody is in a hurry."""
+    return [job(name, seed, rates[name], steps=LONG, every=LONG // 5) for name in names for seed in seeds]
+
+
+def ablations(rates: dict[str, float], seeds: list[int]) -> list[dict]:
+    jobs = []
+    for group, settings in GROUPS.items():
+        for setting, options in settings.items():
+            options = {"of": "rmsd_context", **options}
+            method = options.pop("of")
+            label = f"{group}: {setting}"
+            jobs += [job(method, seed, rates[method], label=label, **options) for seed in seeds]
+    return jobs
+
+
+def quick() -> list[dict]:
+    """OPSD beside RMSD, and a supervised baseline, at rates found by the whole suite."""
+    names = ["sft_own", "opsd", "rmsd_context"]
+    return [job(name, seed, QUICK_RATES[name]) for name in names for seed in SEEDS[:2]]
+
+
+def best_rates(results: list[dict]) -> dict[str, float]:
+    """By method the rate with the largest product of target, facts and skills at the end, in the tuning lessons' mean:
+    what is wanted is the target and nothing else lost. Ties go to the lower rate."""
+    scores: dict[tuple[str, float], list[float]] = {}
+    for result in results:
+        last = result["marks"][-1]
+        score = last["target_only"] * last["facts"] * last["skills"]
+        scores.setdefault((result["method"], result["options"]["learning_rate"]), []).append(score)
+    best: dict[str, tuple[float, float]] = {}
+    for (method, rate), values in sorted(scores.items(), key=lambda item: item[0]):
+        mean = sum(values) / len(values)
+        if method not in best or mean > best[method][0]:
+            best[method] = (mean, rate)
+    return {method: rate for method, (_, rate) in best.items()}
+
+
+def run_all(jobs: list[dict], processes: int) -> list[dict]:
+    """Results of the jobs, in order, from disk where they are there."""
+    missing = list({_path(job): job for job in jobs if not _path(job).exists()}.values())
+    started = time.monotonic()
+    # A process a core and a thread a process: two threads would wait for each other at every small product.
+    with get_context("spawn").Pool(processes, initializer=_one_thread) as pool:
+        for done, path in enumerate(pool.imap_unordered(_run, missing), 1):
+            print(f"{done}/{len(missing)} {path.stem}, {time.monotonic() - started:.0f} s", flush=True)
+    return [{**job, "marks": json.loads(_path(job).read_text())} for job in jobs]
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _run(job: dict) -> Path:
+    model, world = base.load(RUNS)
+    options = dict(job["options"])
+    taught = lesson.Lesson(world, job["seed"], anchors=options.pop("anchors", False))
+    marks = methods.train(model, taught, **options)
+    path = _path(job)
+    path.with_suffix(".partial").write_text(json.dumps(marks))
+    path.with_suffix(".partial").rename(path)
+    return path
+
+
+def _path(job: dict) -> Path:
+    """By what is run, not by its label: settings that several comparisons share are run once."""
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (base, corpus, lesson, methods)]
+    asked = json.dumps([job["method"], job["seed"], job["options"], *sources], sort_keys=True)
+    return RUNS / f"{job['method']}-{job['seed']}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three methods, two seeds, given rates; prints only")
+    parser.add_argument("--ablations", action="store_true", help="these only, once the rest is there")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    RUNS.mkdir(parents=True, exist_ok=True)
+    base.load(RUNS)
+    if options.quick:
+        results = run_all(quick(), options.processes)
+        print(report.main_table(results))
+        return
+    tuned = run_all(tuning(list(methods.METHODS), TUNING_SEEDS), options.processes)
+    rates = best_rates(tuned)
+    print("learning rates:", rates, flush=True)
+    results = run_all(compared(list(methods.METHODS), rates, SEEDS), options.processes)
+    report.write(report.compared(tuned, rates, results))
+    after = run_all(continued(CONTINUED, rates, SEEDS), options.processes)
+    report.write(report.continued(results, after))
+    report.write({"longer": report.main_table(run_all(longer(LONGER, rates, SEEDS), options.processes))})
+    if options.ablations:
+        report.write(report.ablated(run_all(ablations(rates, SEEDS[:3]), options.processes)))
+
+
+if __name__ == "__main__":
+    main()

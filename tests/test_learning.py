@@ -1,0 +1,145 @@
+"""The learning suite's parts that decide what its tables say. The suite itself is `make learn`."""
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+
+from benchmarks.learning import methods, report, run
+from benchmarks.learning.corpus import SKILLS, World, skill
+from benchmarks.learning.lesson import Lesson, OracleJudge
+from rmsd.judge import Candidate, Question
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=len(world.tokenizer), tie_word_embeddings=True, pad_token_id=world.tokenizer.pad_token_id,
+            bos_token_id=None, eos_token_id=world.tokenizer.eos_token_id, max_position_embeddings=128,
+        )
+    ).eval()  # fmt: skip
+
+
+def question(lesson, answer, prompt=None, max_kept=5):
+    """Every token of the answer a candidate, at which the teacher wants the new spelling."""
+    tokenizer = lesson.world.tokenizer
+    tokens = tokenizer.batch_decode([[i] for i in tokenizer(answer)["input_ids"]])
+    candidates = tuple(Candidate(i, token, "", "", "", -1.0) for i, token in enumerate(tokens))
+    row = lesson.rows[0]
+    return Question(prompt or row["prompt"], row["privileged_context"], tuple(tokens), candidates, max_kept)
+
+
+def test_every_document_is_read_back_as_it_was_written(world):
+    rng = random.Random(1)
+    for _ in range(300):
+        document = world.document(rng)
+        text = f"{document.prompt} {document.answer}"
+        ids = world.tokenizer(text)["input_ids"]
+        assert world.tokenizer.decode(ids) == f" {text}"
+        assert world.tokenizer.pad_token_id not in ids  # which also stands for what no token holds
+
+
+def test_the_corpus_never_holds_what_lessons_teach(world):
+    rng = random.Random(2)
+    words = {word for _ in range(3000) for part in world.document(rng)[:2] for word in part.split()}
+    assert len(words & {thing.name for thing in world.things}) == len(world.things)
+    assert not words & set(world.lessons)
+
+
+def test_exercises_have_one_right_answer():
+    rng = random.Random(3)
+    for name in SKILLS:
+        prompt, answer = skill(name, rng)
+        given = prompt.removeprefix("copy").removeprefix("reverse").removeprefix("sort").removesuffix("=").split()
+        expected = {"copy": given, "reverse": given[::-1], "sort": sorted(given)}.get(name)
+        assert expected is None or answer.split() == expected
+
+
+def test_a_lesson_asks_the_exam_what_it_has_not_trained_on(world):
+    lesson = Lesson(world, 0)
+    trained = {row["prompt"] for row in lesson.rows}
+    assert not trained & {*lesson.task.target_prompts, *lesson.task.unrelated_prompts}
+    assert lesson.new != lesson.old and lesson.new not in {thing.name for thing in world.things}
+    assert all(lesson.new in row["privileged_context"].split() for row in lesson.rows)
+    anchored = Lesson(world, 0, anchors=True)
+    assert {lesson.is_about(row["prompt"]) for row in anchored.rows if not row["privileged_context"]} == {False}
+
+
+def test_graders_tell_the_spellings_apart(world):
+    lesson = Lesson(world, 0)
+    assert lesson.has_only_new(f"it is {lesson.new} .")
+    assert not lesson.has_only_new(f"it is {lesson.new} , people like {lesson.old} .")
+    assert lesson.has_new(f"it is {lesson.new} , people like {lesson.old} .")
+    assert not lesson.has_new(f"it is {lesson.old} .")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_oracle_keeps_where_the_spellings_part(world, seed):
+    lesson = Lesson(world, seed)
+    oracle = OracleJudge(lesson)
+    q = question(lesson, f"sure , it is {lesson.old} .", max_kept=50)
+    [kept] = oracle([q])
+    written = ["".join(q.tokens[:position]).rpartition(" ")[2] for position in kept]
+    shared = next(i for i in range(9) if lesson.old[: i + 1] != (lesson.new + " ")[: i + 1])
+    assert lesson.old[:shared] in written
+    assert all(begun and lesson.new.startswith(begun) for begun in written)
+    assert oracle([question(lesson, f"it is {lesson.old} .", prompt=lesson.task.unrelated_prompts[0])]) == [[]]
+
+
+def test_a_degraded_judge_misses_and_adds(world):
+    lesson = Lesson(world, 0)
+    q = question(lesson, f"it is {lesson.old} , people like {lesson.old} .", max_kept=50)
+    [kept] = OracleJudge(lesson)([q])
+    same, none, all_of_them = (
+        methods.Degraded(OracleJudge(lesson), miss, noise, 0)([q])[0] for miss, noise in ((0, 0), (1, 0), (0, 1))
+    )
+    assert sorted(same) == sorted(kept)
+    assert none == []
+    assert sorted(all_of_them) == list(range(len(q.tokens)))
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_is_examined_and_counted(world, model, name):
+    before = [p.clone() for p in model.parameters()]
+    marks = methods.train(
+        model, Lesson(world, 0, rows=20), steps=2, every=1, learning_rate=3e-2, **methods.METHODS[name]
+    )
+    assert [mark["step"] for mark in marks] == [0, 1, 2]
+    assert marks[0]["tokens"] == 0 and marks[0]["drift"] == pytest.approx(0.0, abs=1e-5)
+    assert {"target", "target_only", "specificity", "facts", "style", "skills", "seconds"} <= marks[-1].keys()
+    assert all(map(torch.equal, before, model.parameters()))  # the base is left alone for the next run
+    if name == "rl":  # a reward that is never earned
+        assert marks[-1]["tokens"] == 0
+    elif name.startswith("sft") or name == "opsd":
+        assert marks[-1]["tokens"] > 0 and marks[-1]["drift"] > 1e-5
+
+
+def test_the_best_rate_is_that_of_the_product():
+    def result(rate, target, facts):
+        return dict(
+            method="opsd", options=dict(learning_rate=rate), marks=[dict(target_only=target, facts=facts, skills=1.0)]
+        )
+
+    assert run.best_rates([result(1.0, 0.9, 0.2), result(0.1, 0.5, 1.0), result(0.01, 0.5, 1.0)]) == {"opsd": 0.01}
+
+
+def test_steps_to_most_and_level():
+    marks = [
+        dict(step=step, target_only=value) for step, value in ((0, 0.0), (10, 0.5), (20, 0.7), (30, 0.8), (40, 0.8))
+    ]
+    assert report.steps_to_most(marks) == 20
+    assert report.at_level(marks)["step"] == 20
+    assert report.steps_to_most([dict(step=0, target_only=0.0)] * 2) is None
+    middle, low, high = report.interval([0.0, 1.0, 1.0, 0.0])
+    assert middle == 0.5 and 0.0 <= low < 0.5 < high <= 1.0
