@@ -77,11 +77,12 @@ def test_options(backend, device, option, divergence, tail):
 
 
 @pytest.mark.parametrize("tail", ["drop", "bucket", "renorm"])
-@pytest.mark.parametrize("k", [1, 2, 77, 330, 331, 332])
+@pytest.mark.parametrize("k", [1, 2, 77, 128, 330, 331, 332])
 @pytest.mark.parametrize("name", ["ragged", "tied", "constant", "banned_by_both", "one_certain"])
 def test_support(backend, device, name, k, tail):
-    """One entry, most of them, all but one, all, and more than there are; among distinct logits and ties."""
-    parts = (k, [1, 2, 77, 330, 331, 332]), (tail, budget.TAILS)
+    """One entry, most of them, all but one, all, more than there are, and as many as an interpreted tile holds, so that
+    of constant logits the last one taken is its tile's last; among distinct logits and ties."""
+    parts = (k, [1, 2, 77, 128, 330, 331, 332]), (tail, budget.TAILS)
     if (
         backend == "triton"
         and device == "cpu"

@@ -72,19 +72,6 @@ struct Slope {
   }
 };
 
-// Sum of p (g - c) over scaled logits that lie together, padded with -inf to whole vectors.
-double slope_sum(const Slope& slope, const float* student, const float* teacher, int64_t count) {
-  Vec total(0.f);
-  blocks(count, [&](int64_t begin, int64_t end) {
-    Vec part(0.f);
-    for (int64_t i = begin; i < end; i += Vec::size()) {
-      part = part + slope(Vec::loadu(student + i), Vec::loadu(teacher + i));
-    }
-    total = total + part;
-  });
-  return sum_lanes(total);
-}
-
 // An online log-sum-exp with its own maximum.
 struct LogSumExp {
   float peak = -kInf;
@@ -158,16 +145,14 @@ double topk_row(const Problem& p, const Row<scalar_t>& row, const Scan& scan, in
 
   // g = log(p / q) + 1. The 1 drops out of g - c only where the masses summed are all of them.
   const double one = p.divergence == kReverseKL && tail == kDrop ? 1 : 0;
-  double divergence = 0, mass = 0, inside_slope = 0;
+  double divergence = 0, mean_slope = 0, rest_slope = 0;
   for (int64_t i = 0; i < k; ++i) {
     const double log_p = (double(student[i]) - student_all.peak) - student_log_total;
     const double log_q = (double(teacher[i]) - teacher_all.peak) - teacher_log_total;
     const double prob = std::exp(log_p);
     divergence += term(p, log_p, log_q);
-    mass += prob;
-    inside_slope += p.divergence == kForwardKL ? -std::exp(log_q) : prob * (slope_of(p, log_p, log_q) + one);
+    mean_slope += p.divergence == kForwardKL ? -std::exp(log_q) : prob * (slope_of(p, log_p, log_q) + one);
   }
-  double mean_slope = inside_slope, rest_slope = 0;
   if (tail == kBucket) {
     const auto [student_rest, teacher_rest] = rest_of(row, support);
     const double log_p = student_rest.log_mass(student_all), log_q = teacher_rest.log_mass(teacher_all);
@@ -181,13 +166,7 @@ double topk_row(const Problem& p, const Row<scalar_t>& row, const Scan& scan, in
     }
   }
   if (!std::isfinite(divergence)) return divergence;
-  if (p.divergence == kReverseKL) {
-    const double log_ratio = student_log_total - teacher_log_total;
-    stats.offset = static_cast<float>(log_ratio - one + mean_slope);
-    const double rounding = slope_sum(Slope(p, stats), student.data(), teacher.data(), student.size());
-    mean_slope += rounding - (inside_slope - mean_slope * mass);
-    stats.offset = static_cast<float>(log_ratio - one + mean_slope);
-  }
+  stats.offset = static_cast<float>(student_log_total - teacher_log_total - one + mean_slope);
   stats.mean_slope = static_cast<float>(mean_slope);
   stats.outside_slope = tail == kRenorm ? 0.f : static_cast<float>(rest_slope - mean_slope);
   return divergence;
@@ -208,16 +187,7 @@ double whole_row(const Problem& p, const Row<scalar_t>& row, const Scan& scan, S
   }
   const double divergence = scan.reverse_kl();
   if (!std::isfinite(divergence)) return divergence;
-  // c is the divergence, and with it the p (g - c) sum to 0, but for the roundings of the backward's own fp32: added to
-  // c they cancel there, and a saturated row, p = 1 at one token, has a gradient of exactly 0. The row is in cache.
-  const double log_ratio = scan.student.log_total() - scan.teacher.log_total();
-  stats.offset = static_cast<float>(log_ratio + divergence);
-  const Slope slope(p, stats);
-  double rounding = 0;
-  row.tiles([&](const float* student, const float* teacher, int64_t, int64_t count) {
-    rounding += slope_sum(slope, student, teacher, count);
-  });
-  stats.offset = static_cast<float>(log_ratio + divergence + rounding);
+  stats.offset = static_cast<float>(scan.student.log_total() - scan.teacher.log_total() + divergence);  // c = divergence
   return divergence;
 }
 
