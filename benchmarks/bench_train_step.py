@@ -22,7 +22,7 @@ from benchmarks.common import Result, assert_parity, command_line, report, sprea
 from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
 from rmsd.data import encode
 from rmsd.modeling import load_model
-from rmsd.rollout import Rollouts, eos_ids_of, generate
+from rmsd.rollout import Rollouts, generate
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from datasets import Dataset
@@ -97,11 +97,11 @@ def in_order(rollouts: Rollouts, prompt_ids: list[list[int]]) -> Rollouts:
 
 
 def recorded() -> Rollouts:
-    """Sampled once; cut to LENGTHS, as answers that end by themselves are too short to fill a batch."""
+    """Sampled once, and cut to LENGTHS: nothing ends an answer earlier."""
     model, tokenizer = load_model(MODEL)
     rollouts = generate(
         model, [encode(tokenizer, row["prompt"]) for row in ROWS], max_new_tokens=max(LENGTHS),
-        pad_id=tokenizer.pad_token_id, eos_ids=eos_ids_of(model, tokenizer), seed=0,
+        pad_id=tokenizer.pad_token_id, eos_ids=[len(tokenizer)], seed=0,
     )  # fmt: skip
     within = torch.arange(rollouts.completion_ids.shape[1]) < torch.tensor(LENGTHS).unsqueeze(1)
     return dataclasses.replace(rollouts, completion_mask=rollouts.completion_mask & within)
