@@ -134,10 +134,40 @@ def check_gradients(name: str, outcome, inputs: tuple[Tensor, ...], rows: Tensor
     assert_parity(f"{name}: gradient by the weight", grad_weight, truth_weight, 1e-6)
 
 
+def bf16_errors(vocab: int, hidden_size: int) -> dict[str, list[float]]:
+    """Relative error, in norm, of the bf16 gradients by hidden states and weight, against fp64 from the same inputs:
+    ours, those through logits rounded to bf16, and the fp64 gradients themselves once rounded to bf16."""
+    *models, _ = (
+        x.detach().bfloat16() if x.is_floating_point() else x for x in heads(64, hidden_size, vocab, "cpu", 0)
+    )
+
+    def through_logits(student_hidden, student_weight, teacher_hidden, teacher_weight):
+        return reference.token_divergence(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T)
+
+    def gradients_of(divergence, dtype=torch.bfloat16):
+        student = [x.to(dtype).requires_grad_() for x in models[:2]]
+        return torch.autograd.grad(divergence(*student, *(x.to(dtype) for x in models[2:])).mean(), student)
+
+    truth = gradients_of(through_logits, torch.float64)
+    found = {
+        "ours": gradients_of(linear_token_divergence),
+        "logits rounded to bf16": gradients_of(through_logits),
+        "fp64, rounded to bf16": [x.bfloat16() for x in truth],
+    }
+    return {
+        name: [((x.double() - t).norm() / t.norm()).item() for x, t in zip(grads, truth, strict=True)]
+        for name, grads in found.items()
+    }
+
+
 def main() -> None:
     arguments = command_line(__doc__.splitlines()[0], [(512, 49_152)], hidden=576, dtypes=())
     results = [result for rows, vocab in arguments.sizes for result in bench(rows, vocab, arguments.hidden, arguments)]
     report(results, arguments, "linear")
+    if not arguments.json:
+        print("\n| error of the bf16 gradients, 64 rows | by hidden states | by weight |\n|---|---|---|")
+        for name, errors in bf16_errors(arguments.sizes[0][1], arguments.hidden).items():
+            print(f"| {name} | {' | '.join(f'{error:.2%}' for error in errors)} |")
 
 
 if __name__ == "__main__":

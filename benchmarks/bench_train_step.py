@@ -42,7 +42,7 @@ ROWS = [dict(prompt=[dict(role="user", content=question)], privileged_context=HI
 STEPS = 2  # of a call of train(): the first warms up, the second is timed
 SHARED = dict(
     per_device_train_batch_size=len(ROWS), max_steps=STEPS, learning_rate=0.0, max_completion_length=max(LENGTHS),
-    gradient_checkpointing=False, bf16=False, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+    gradient_checkpointing=False, bf16=False, save_strategy="no", report_to="none", disable_tqdm=True,
     logging_steps=1, seed=0,
 )  # fmt: skip
 
@@ -140,6 +140,7 @@ def timed(trainer) -> Callable[[], Clock]:
 
 def main() -> None:
     arguments = command_line(__doc__.splitlines()[0], [], dtypes=())
+    SHARED["use_cpu"] = arguments.device == "cpu"
     rollouts = recorded()
     tokens = int(rollouts.completion_mask.sum())
     with tempfile.TemporaryDirectory() as folder:
