@@ -253,8 +253,8 @@ def test_a_row_that_is_no_distribution_is_nan_and_has_no_gradient(bad, softcap, 
     alone, alone_grad = with_gradient(student[2:], teacher[2:], **options)
     assert got[:2].isnan().all()
     assert (grad[:2] == 0).all()
-    assert torch.equal(got[2:], alone)
-    assert torch.equal(grad[2:], alone_grad)
+    torch.testing.assert_close(got[2:], alone, rtol=1e-14, atol=0)  # tanh's vectors depend on where a row begins
+    torch.testing.assert_close(grad[2:], alone_grad, rtol=1e-14, atol=1e-16)
     scores = reference.token_scores(student, teacher, torch.arange(5), divergence=divergence, softcap=softcap)
     scores = torch.stack(scores)
     assert scores[:, :2].isnan().all()
