@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from rmsd_kernels import cpu, projection
 from rmsd_kernels.functional import PREFERRED_BACKENDS
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLUSH_BYTES = 2**29  # twice the largest last-level cache there is (256 MiB, MI300)
 
@@ -155,7 +156,7 @@ def spread(seconds: list[float]) -> float:
     return (third - first) / median
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+def peak_bytes(run: Callable[[], object], device: torch.device = CPU) -> int:
     """Most bytes that `run` held at once. On a CPU: tensors by torch's profiler, numpy's memory by tracemalloc; the
     peaks add up. On a GPU: what its allocator says.
 
