@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 from transformers import Trainer
@@ -17,6 +18,7 @@ from .distributed import as_rank_zero, check_sharded_teacher, check_sharding, wh
 from .engine import engine_for, engine_gap
 from .faults import NonfiniteGradients, saving
 from .judge import ContextJudge, Judge
+from .judge.base import Question
 from .loss import LinearRMSDLoss
 from .metrics import StepMetrics
 from .modeling import OutputHead, completion_hidden
@@ -106,16 +108,18 @@ class RMSDTrainer(Trainer):
             return [], None
         started = time.monotonic()
         model = self.accelerator.unwrap_model(self.model)
-        with whole(model):
+        with whole(model), ThreadPoolExecutor(1) as judging:
             self.engine.sync(model)
-            parts = [self._rollouts(rows, micro_batch) for micro_batch, rows in enumerate(batches)]
+            # The judge reads one micro-batch while the next is written and scored.
+            asked = [self._rollouts(rows, micro_batch, judging) for micro_batch, rows in enumerate(batches)]
+            parts = [answer() for answer in asked]
         sequences = sum(part["keep"].any(1).sum() for part in parts)
         sequences = self.accelerator.reduce(sequences.to(device, torch.float32))
         self.metrics.add_seconds("prepare_seconds", time.monotonic() - started)
         return parts, sequences.clamp_min(1.0)
 
-    def _rollouts(self, rows: list[dict], micro_batch: int) -> dict:
-        """One micro-batch: generate, score, judge."""
+    def _rollouts(self, rows: list[dict], micro_batch: int, judging: Executor) -> Callable[[], dict]:
+        """One micro-batch: generate, score, ask the judge; what is returned waits for its answer."""
         args, tokenizer = self.args, self.processing_class
         rollouts = self._answers(rows, [encode(tokenizer, row["prompt"]) for row in rows], micro_batch)
         teacher_ids = [encode(tokenizer, teacher_prompt(row, args.teacher_template)) for row in rows]
@@ -125,7 +129,6 @@ class RMSDTrainer(Trainer):
         scores, candidates = step.score(
             self.loss, *student, *teacher, rollouts.completion_ids, rollouts.completion_mask
         )
-        asked_at = time.monotonic()
         questions = questions_of(
             [prompt_text(row["prompt"]) for row in rows],
             [row["privileged_context"] for row in rows],
@@ -136,31 +139,41 @@ class RMSDTrainer(Trainer):
             self._decode,
             args.num_kept,
         )
-        written = rollouts.completion_mask.cpu()
-        kept = (
-            ask(self.judge, questions)
-            if args.method == "rmsd"
-            else [row.nonzero().flatten().tolist() for row in written]
-        )
-        keep = keep_mask(kept, written.shape)
-        self.metrics.add_seconds("judge_seconds", time.monotonic() - asked_at)
-        self.metrics.count(rollouts, scores, candidates, keep)
         if rollouts.student_logprob is not None and args.temperature == 1.0:
             self.metrics.own["engine_gap"] = engine_gap(rollouts, scores.student_logprob)
-        if self.record and self.is_world_process_zero():
-            recorded = questions[: args.recorded_rollouts]
-            self.record.rollouts(
-                rollout_lines(self.state.global_step + 1, recorded, scores, rollouts.completion_mask, kept)
-            )
-        sequences, length = step.train_part(keep)
-        return {
-            "input_ids": rollouts.completion_ids,  # what Trainer counts FLOPs by
-            "rollouts": rollouts,
-            "teacher_hidden": teacher_hidden,
-            "keep": keep,
-            "sequences": sequences,
-            "length": length,
-        }
+        written = rollouts.completion_mask.cpu()
+        answer = judging.submit(self._kept, questions, written)
+
+        def judged() -> dict:
+            kept, seconds = answer.result()
+            keep = keep_mask(kept, written.shape)
+            self.metrics.add_seconds("judge_seconds", seconds)
+            self.metrics.count(rollouts, scores, candidates, keep)
+            if self.record and self.is_world_process_zero():
+                recorded = questions[: args.recorded_rollouts]
+                self.record.rollouts(
+                    rollout_lines(self.state.global_step + 1, recorded, scores, rollouts.completion_mask, kept)
+                )
+            sequences, length = step.train_part(keep)
+            return {
+                "input_ids": rollouts.completion_ids,  # what Trainer counts FLOPs by
+                "rollouts": rollouts,
+                "teacher_hidden": teacher_hidden,
+                "keep": keep,
+                "sequences": sequences,
+                "length": length,
+            }
+
+        return judged
+
+    def _kept(self, questions: list[Question], written: torch.Tensor) -> tuple[list[list[int]], float]:
+        """Kept positions of each rollout, and the seconds that it took to be told."""
+        asked_at = time.monotonic()
+        if self.args.method == "rmsd":
+            kept = ask(self.judge, questions)
+        else:
+            kept = [row.nonzero().flatten().tolist() for row in written]
+        return kept, time.monotonic() - asked_at
 
     def _answers(self, rows: list[dict], prompt_ids: list[list[int]], micro_batch: int) -> Rollouts:
         """The student's, with its hidden states: written by the engine, or the rows' own completions."""

@@ -1,6 +1,7 @@
 """Rollouts made elsewhere: rows that bring their completion are trained on as they stand, tool turns left out."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -31,6 +32,12 @@ def multi_turn(turns=TURNS):
 
 def rows(**extra):
     return [{**row, **multi_turn(), **extra} for row in tiny.ROWS]
+
+
+def prepared(made, rows):
+    """What the trainer makes of one micro-batch."""
+    with ThreadPoolExecutor(1) as judging:
+        return made._rollouts(rows, 0, judging)()
 
 
 def no_generation(monkeypatch):
@@ -101,14 +108,14 @@ def test_a_tool_turn_changes_what_follows_it_and_padding_does_not(tmp_path):
     """The forward attends to tool turns; their own tokens get no gradient through the loss."""
     made = trainer(tmp_path, perturbed(), rows=rows())
     short, long = multi_turn(TURNS[:1]), multi_turn()
-    together = made._rollouts([{**tiny.ROWS[0], **short}, {**tiny.ROWS[0], **long}], 0)
-    alone = made._rollouts([{**tiny.ROWS[0], **short}], 0)
+    together = prepared(made, [{**tiny.ROWS[0], **short}, {**tiny.ROWS[0], **long}])
+    alone = prepared(made, [{**tiny.ROWS[0], **short}])
     length = len(short["completion"])
     torch.testing.assert_close(
         together["rollouts"].student_hidden[0, :length], alone["rollouts"].student_hidden[0, :length]
     )
     other = multi_turn([TURNS[0], (" [search: nothing]", False), TURNS[2]])
-    changed = made._rollouts([{**tiny.ROWS[0], **other}], 0)
+    changed = prepared(made, [{**tiny.ROWS[0], **other}])
     last = together["rollouts"].student_hidden[1, len(long["completion"]) - 1]
     assert (changed["rollouts"].student_hidden[0, -1] - last).abs().max() > 1e-4
 
@@ -116,7 +123,7 @@ def test_a_tool_turn_changes_what_follows_it_and_padding_does_not(tmp_path):
 def test_the_training_forward_reads_tool_turns_too(tmp_path):
     made = trainer(tmp_path, perturbed(), rows=rows())
     made.teacher.model.load_state_dict(tiny.model().state_dict())
-    part = made._rollouts([{**row, **multi_turn()} for row in tiny.ROWS], 0)
+    part = prepared(made, [{**row, **multi_turn()} for row in tiny.ROWS])
     loss = made.compute_loss(made.model, part, num_items_in_batch=4.0)
     rollouts = part["rollouts"]
     plain = train_loss(

@@ -1,13 +1,14 @@
 """The trainer on tiny models: the right loss reaches the right weights, and a run resumes where it was."""
 
 import json
+import threading
 
 import pytest
 import tiny
 import torch
 from tiny import same, trainer, weights
 
-from rmsd import RMSDConfig
+from rmsd import MagnitudeJudge, RMSDConfig
 from rmsd.checkpoint import last_whole_checkpoint
 from rmsd.record import RunRecord, read_lines
 
@@ -27,6 +28,30 @@ def test_training_brings_the_student_to_its_teacher(tmp_path):
     made.train()
     divergence = [entry["divergence"] for entry in made.state.log_history if "loss" in entry]
     assert sum(divergence[-5:]) < 0.5 * sum(divergence[:5])
+
+
+def test_the_judge_reads_one_micro_batch_while_the_next_is_written(tmp_path):
+    second_begun = threading.Event()
+
+    class Patient(MagnitudeJudge):
+        def __call__(self, questions):
+            assert second_begun.wait(20)
+            return super().__call__(questions)
+
+    made = trainer(
+        tmp_path, perturbed(), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        judge=Patient(),
+    )  # fmt: skip
+    answers = made._answers
+
+    def noticed(rows, prompt_ids, micro_batch):
+        if micro_batch == 1:
+            second_begun.set()
+        return answers(rows, prompt_ids, micro_batch)
+
+    made._answers = noticed
+    made.train()
+    assert second_begun.is_set()
 
 
 def test_step_equals_the_plain_step_over_every_sequence_and_token(tmp_path):
