@@ -36,6 +36,15 @@ LAUNCHERS = {
 
 
 @pytest.fixture
+def environment():
+    """TrainingArguments asks accelerate for FSDP through variables, which would stay for every later trainer."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
 def server():
     made = Server()
     made.script = [keep(2, 1)]
@@ -174,8 +183,7 @@ def test_a_rank_that_fails_stops_the_others_with_its_error(tmp_path, recipe, ser
         ({"version": 2, "cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading .* must be false"),
     ],
 )
-def test_sharding_that_cannot_be_is_refused(tmp_path, monkeypatch, config, message):
-    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+def test_sharding_that_cannot_be_is_refused(tmp_path, environment, config, message):
     with pytest.raises(ValueError, match=message):
         tiny.trainer(tmp_path, fsdp=True, fsdp_config=config)
 
