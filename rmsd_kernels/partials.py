@@ -42,7 +42,7 @@ def scaled_pair(student_logits: Tensor, teacher_logits: Tensor, options: dict) -
 
 
 def shard_scores(
-    student_logits: Tensor,  # (n, V_i) fp32 | fp64, maybe V_i = 0
+    student_logits: Tensor,  # (n, V_i) fp32 | fp64, maybe V_i = 0; written to where a row has no mass
     teacher_logits: Tensor,  # (n, V_i)
     sampled_ids: Tensor,  # (n,) int64 within the shard; any id of it where another shard holds the token
     backend: str,
@@ -56,9 +56,10 @@ def shard_scores(
     student_empty, teacher_empty = (peak == -_INF for peak in peaks)
     sampled_ids = sampled_ids.unsqueeze(-1)
     tokens = scaled_pair(student_logits.gather(-1, sampled_ids), teacher_logits.gather(-1, sampled_ids), options)
-    # A shard without mass is no distribution, yet the other model's numbers are wanted: give it some, then take it back
-    student_logits = student_logits.masked_fill(student_empty, 0.0)
-    teacher_logits = teacher_logits.masked_fill(teacher_empty, 0.0)
+    # A shard without mass is no distribution, yet the other model's numbers are wanted: lend it some.
+    # In place: the chunk's logits are nobody else's, and a copy would be as large.
+    student_logits.masked_fill_(student_empty, 0.0)
+    teacher_logits.masked_fill_(teacher_empty, 0.0)
     arguments = student_logits, teacher_logits, torch.zeros_like(sampled_ids).squeeze(-1)
     if backend == "torch":
         scores = token_scores(*arguments, **options)
