@@ -54,7 +54,8 @@ def train(recipe: Recipe) -> str:
     if evaluator and not _evaluated(trainer.state):
         trainer.evaluate()
     trainer.save_model(str(out / "model"))
-    trainer.accelerator.end_training()
+    if trainer.accelerator.num_processes > 1:  # one process has no group, or it is vLLM's, which ends it itself
+        trainer.accelerator.end_training()
     if not args.should_save:
         return ""
 
