@@ -1,10 +1,12 @@
 """`RMSDConfig`, the trainer's arguments: transformers' own, and the method's."""
 
+import os
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
-from rmsd_kernels.functional import check_options, check_selection
+from rmsd_kernels.checks import check_options, check_selection
 
 from .data import TEACHER_TEMPLATE
 from .engine import ENGINES, check_vllm
@@ -64,9 +66,14 @@ class RMSDConfig(TrainingArguments):
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between log entries."})
     report_to: str | list[str] = field(default="none", metadata={"help": "Integrations to report to."})
+    # Trainer takes a bool; its own annotation, str, would have a recipe's `fsdp: true` refused.
+    fsdp: bool | None = field(default=None, metadata={"help": "Shards the model over the processes (FSDP2)."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows keep their columns."})
 
     def __post_init__(self):
+        # Without it accelerate sees no accelerator and makes of each process that was launched a run of its own.
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")

@@ -65,7 +65,7 @@ def recipe(tmp_path, server, monkeypatch):
         tiny.tokenizer().save_pretrained(tmp_path / "tiny")
         settings = dict(
             max_steps=3, learning_rate=1.0, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0,
-            max_completion_length=6, sampling_temperature=0, vocab_topk=None, use_cpu=True, save_strategy="no",
+            max_completion_length=6, sampling_temperature=0, vocab_topk=None, save_strategy="no",
         )  # fmt: skip
         values = {
             "model": str(tmp_path / "tiny"),
