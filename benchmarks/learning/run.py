@@ -131,7 +131,7 @@ def _path(job: dict) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three methods, two seeds, given rates; prints only")
-    parser.add_argument("--ablations", action="store_true", help="these only, once the rest is there")
+    parser.add_argument("--ablations", action="store_true", help="these too, after the rest")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
