@@ -2,6 +2,7 @@
 
 import contextlib
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import (
     DistributedType,
@@ -74,3 +75,10 @@ def check_sharded_teacher(has_adapter: bool, args) -> None:
 def as_rank_zero(values: dict) -> dict:
     """Rank 0's `values` on every rank, so that what follows from them is decided alike."""
     return broadcast_object_list([values])[0]
+
+
+def most_of_ranks(counts: list[int], accelerator) -> list[int]:
+    """Each count's largest value on any rank."""
+    if accelerator.num_processes == 1:
+        return counts
+    return accelerator.gather(torch.tensor([counts], device=accelerator.device)).amax(0).tolist()

@@ -7,7 +7,8 @@ import torch
 from rmsd_kernels import linear_token_scores
 
 from .data import encode
-from .modeling import OutputHead, completion_hidden
+from .hidden import completion_hidden
+from .modeling import OutputHead
 from .rollout import Rollouts, eos_ids_of, generate
 from .tasks import Task
 

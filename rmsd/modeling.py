@@ -1,4 +1,4 @@
-"""Models as the method sees them: a decoder that gives hidden states, and an output head that gives logits."""
+"""Models as the method sees them: an output head that turns hidden states into logits; and loading them."""
 
 import contextlib
 import copy
@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
+
+from .hidden import captured_hidden
 
 # Config names under which architectures keep a factor on their logits. Some multiply by it and some divide, so each
 # proposes both and `OutputHead.of` keeps what reproduces the model's own logits.
@@ -119,73 +120,6 @@ def _probe(model: nn.Module) -> tuple[Tensor, Tensor]:
         logits = model(input_ids=ids, use_cache=False).logits
     model.train(was_training)
     return captured[-1], logits
-
-
-@contextlib.contextmanager
-def captured_hidden(model: nn.Module):
-    """Collects what the decoder hands to the output head, whichever way the model is called (so that DDP, FSDP and
-    PEFT wrappers keep their hooks). Yields the list that each forward appends to."""
-    unwrapped = model
-    while hasattr(unwrapped, "module"):
-        unwrapped = unwrapped.module
-    if hasattr(unwrapped, "get_base_model"):
-        unwrapped = unwrapped.get_base_model()
-    captured: list[Tensor] = []
-    handle = unwrapped.get_decoder().register_forward_hook(
-        lambda module, inputs, output: captured.append(output.last_hidden_state)
-    )
-    try:
-        yield captured
-    finally:
-        handle.remove()
-
-
-def left_padded(prompt_ids: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, (B, P) int64, of prompts that end together, where the answers begin."""
-    width = max(map(len, prompt_ids))
-    ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
-    return ids, mask
-
-
-def completion_hidden(
-    model: nn.Module,
-    prompt_ids: list[list[int]],
-    completion_ids: Tensor,  # (B, L) int64
-    completion_mask: Tensor,  # (B, L) bool: what belongs to the answer, as opposed to padding on its right
-    pad_id: int,
-) -> Tensor:
-    """(B, L, H): the hidden states whose logits are the distributions that the completion's tokens are drawn from."""
-    prompts, prompt_mask = left_padded(prompt_ids, pad_id, completion_ids.device)
-    width = prompts.shape[1]
-    attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
-    with captured_hidden(model) as captured:
-        output = model(
-            input_ids=torch.cat([prompts, completion_ids], 1),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-    hidden = captured[-1]
-    if isinstance(model, FSDPModule):
-        hidden = _Joined.apply(hidden, output.logits)
-    return hidden[:, width - 1 : -1]
-
-
-class _Joined(torch.autograd.Function):
-    """The hidden states, with the model's output in their graph at gradient 0. FSDP2 begins and ends its backward by
-    hooks on the output: without it there, gradients of the root's own parameters would stay unsharded and this rank's.
-    Costs the head a backward of one row a sequence."""
-
-    @staticmethod
-    def forward(ctx, hidden, logits):
-        ctx.save_for_backward(logits)
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, grad_hidden):
-        return grad_hidden, torch.zeros_like(ctx.saved_tensors[0])
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .modeling import captured_hidden, completion_hidden, left_padded
+from .hidden import captured_hidden, completion_hidden, left_padded
 
 
 @dataclass

@@ -1,10 +1,13 @@
 """One training step as functions of tensors: score, keep, train. The trainer only wires these to models."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
+from .hidden import by_length, lengths_of
 from .loss import LinearRMSDLoss
 from .modeling import OutputHead
 
@@ -25,15 +28,29 @@ def score(
     )  # fmt: skip
 
 
-def train_part(keep: Tensor) -> tuple[Tensor, int]:
-    """What of a batch reaches the student's forward and backward: the sequences that keep a token, (B',) int64 on the
-    host, and the length up to the last kept token. No other token can have a gradient: attention is causal.
+@dataclass(frozen=True)
+class TrainPart:
+    """Sequences that share a forward and backward of the student; both tensors on the host."""
 
-    Where nothing is kept it is one token, whose loss is 0 with zero gradients: other processes may have something to
-    train on, and wait for this one in every layer's forward and backward."""
+    sequences: Tensor  # (B',) int64, of the batch's
+    keep: Tensor  # (B', L') bool: theirs, up to the last kept token
+
+
+# Trains on one token, with a loss of 0 and zero gradients. For a batch that keeps nothing, and for a process with fewer
+# parts than another, which waits for it in every layer's forward and backward.
+NO_PART = TrainPart(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool))
+
+
+def train_parts(keep: Tensor, prompt_lengths: list[int], device: torch.device) -> list[TrainPart]:
+    """What of a batch reaches the student's training forward and backward, from keep, (B, L) bool on the host: the
+    sequences that keep a token, cut after the last one and parted by length. No other token can have a gradient:
+    attention is causal."""
     if not keep.any():
-        return torch.zeros(1, dtype=torch.int64), 1
-    return keep.any(1).nonzero().squeeze(1), int(keep.any(0).nonzero().max()) + 1
+        return [NO_PART]
+    kept = keep.any(1).nonzero().squeeze(1)
+    lengths = lengths_of(keep[kept])
+    groups = by_length([prompt_lengths[i] for i in kept.tolist()], lengths, device)
+    return [TrainPart(kept[group], keep[kept[group], : max(lengths[i] for i in group)]) for group in groups]
 
 
 def train_loss(

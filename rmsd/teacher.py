@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .distributed import whole
-from .modeling import OutputHead, completion_hidden, frozen_copy
+from .hidden import completion_hidden
+from .modeling import OutputHead, frozen_copy
 from .rollout import Rollouts
 
 KINDS = ("initial", "live", "ema", "adapter_off")

@@ -1,5 +1,6 @@
 """`RMSDTrainer`: transformers' Trainer whose batches are the student's own answers. It wires; step.py computes."""
 
+import contextlib
 import hashlib
 import math
 import time
@@ -14,14 +15,15 @@ from .completions import rollouts_of
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
 from .data import as_dataset, check_lengths, encode, prompt_text, teacher_prompt
-from .distributed import as_rank_zero, check_sharded_teacher, check_sharding, whole
+from .distributed import as_rank_zero, check_sharded_teacher, check_sharding, most_of_ranks, whole
 from .engine import engine_for, engine_gap
 from .faults import NonfiniteGradients, saving
+from .hidden import completion_hidden
 from .judge import ContextJudge, Judge
 from .judge.base import Question
 from .loss import LinearRMSDLoss
 from .metrics import StepMetrics
-from .modeling import OutputHead, completion_hidden
+from .modeling import OutputHead
 from .record import RunRecord, rollout_lines
 from .rollout import Rollouts, eos_ids_of, hidden_states
 from .scoring import wishes
@@ -112,11 +114,14 @@ class RMSDTrainer(Trainer):
             self.engine.sync(model)
             # The judge reads one micro-batch while the next is written and scored.
             asked = [self._rollouts(rows, micro_batch, judging) for micro_batch, rows in enumerate(batches)]
-            parts = [answer() for answer in asked]
-        sequences = sum(part["keep"].any(1).sum() for part in parts)
+            prepared = [answer() for answer in asked]
+        most = most_of_ranks([len(batch["parts"]) for batch in prepared], self.accelerator)
+        for batch, count in zip(prepared, most, strict=True):
+            batch["parts"] += [step.NO_PART] * (count - len(batch["parts"]))
+        sequences = sum(batch["keep"].any(1).sum() for batch in prepared)
         sequences = self.accelerator.reduce(sequences.to(device, torch.float32))
         self.metrics.add_seconds("prepare_seconds", time.monotonic() - started)
-        return parts, sequences.clamp_min(1.0)
+        return prepared, sequences.clamp_min(1.0)
 
     def _rollouts(self, rows: list[dict], micro_batch: int, judging: Executor) -> Callable[[], dict]:
         """One micro-batch: generate, score, ask the judge; what is returned waits for its answer."""
@@ -154,14 +159,12 @@ class RMSDTrainer(Trainer):
                 self.record.rollouts(
                     rollout_lines(self.state.global_step + 1, recorded, scores, rollouts.completion_mask, kept)
                 )
-            sequences, length = step.train_part(keep)
             return {
                 "input_ids": rollouts.completion_ids,  # what Trainer counts FLOPs by
                 "rollouts": rollouts,
                 "teacher_hidden": teacher_hidden,
                 "keep": keep,
-                "sequences": sequences,
-                "length": length,
+                "parts": step.train_parts(keep, list(map(len, rollouts.prompt_ids)), args.device),
             }
 
         return judged
@@ -194,23 +197,33 @@ class RMSDTrainer(Trainer):
         rollouts.student_hidden = hidden_states(self.accelerator.unwrap_model(self.model), rollouts, self.pad_id)
         return rollouts
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """A forward and backward for each part of the batch, so that one part's activations are held at a time."""
+        *others, last = ({**inputs, "part": part} for part in inputs["parts"])
+        train = super().training_step
+        with self.accelerator.no_sync(model) if others else contextlib.nullcontext():
+            loss = sum(train(model, part, num_items_in_batch) for part in others)
+        return loss + train(model, last, num_items_in_batch)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The student's forward on the sequences that keep a token, cut after the last one."""
-        rollouts, sequences, length = inputs["rollouts"], inputs["sequences"], inputs["length"]
+        """The student's forward over one part of the batch."""
+        rollouts, part = inputs["rollouts"], inputs["part"]
         device = rollouts.completion_ids.device
-        on_device = sequences.to(device)
-        ids, mask, attended = (
-            tensor[on_device, :length]
-            for tensor in (rollouts.completion_ids, rollouts.completion_mask, rollouts.attention_mask)
-        )
-        prompt_ids = [rollouts.prompt_ids[i] for i in sequences.tolist()]
-        student_hidden = completion_hidden(model, prompt_ids, ids, attended, self.pad_id)
+        sequences, length = part.sequences.to(device), part.keep.shape[1]
+        ids, mask, attended, teacher_hidden = (
+            tensor[sequences, :length]
+            for tensor in (
+                rollouts.completion_ids, rollouts.completion_mask, rollouts.attention_mask, inputs["teacher_hidden"],
+            )
+        )  # fmt: skip
+        prompt_ids = [rollouts.prompt_ids[i] for i in part.sequences.tolist()]
+        student_hidden = completion_hidden(model, prompt_ids, ids, attended, self.pad_id, one_forward=True)
         # Data parallel training averages gradients over ranks; ours are shares of a sum.
         scale = self.accelerator.num_processes
         loss = scale * step.train_loss(
             self.loss, student_hidden, self._student_head(),
-            inputs["teacher_hidden"][on_device, :length], self.teacher.head,
-            ids, mask, inputs["keep"][sequences, :length], num_items_in_batch,
+            teacher_hidden, self.teacher.head,
+            ids, mask, part.keep, num_items_in_batch,
         )  # fmt: skip
         return (loss, None) if return_outputs else loss
 

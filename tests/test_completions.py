@@ -124,7 +124,7 @@ def test_the_training_forward_reads_tool_turns_too(tmp_path):
     made = trainer(tmp_path, perturbed(), rows=rows())
     made.teacher.model.load_state_dict(tiny.model().state_dict())
     part = prepared(made, [{**row, **multi_turn()} for row in tiny.ROWS])
-    loss = made.compute_loss(made.model, part, num_items_in_batch=4.0)
+    loss = made.training_step(made.model, part, 4.0)
     rollouts = part["rollouts"]
     plain = train_loss(
         made.loss, rollouts.student_hidden, made._student_head(), part["teacher_hidden"], made.teacher.head,

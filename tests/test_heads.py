@@ -11,7 +11,8 @@ from tiny import trainer
 from torch import nn
 
 from rmsd import LinearRMSDLoss, RMSDLoss
-from rmsd.modeling import OutputHead, captured_hidden, completion_hidden
+from rmsd.hidden import captured_hidden, completion_hidden
+from rmsd.modeling import OutputHead
 
 HEADS = {
     "tied": ("llama", dict(tie_word_embeddings=True)),

@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from rmsd.modeling import OutputHead, completion_hidden, load_model
+from rmsd.hidden import completion_hidden
+from rmsd.modeling import OutputHead, load_model
 from rmsd.rollout import eos_ids_of, generate
 
 ARCHITECTURES = {

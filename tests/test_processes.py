@@ -1,6 +1,6 @@
 """Several processes train as one: started by torchrun and accelerate, whole copies (DDP) and shards (FSDP2), over gloo.
 
-Three launches of two processes: about a minute on one core.
+Launches of two processes: about a minute on one core.
 """
 
 import json
@@ -27,6 +27,8 @@ from rmsd.record import read_lines
 from rmsd.run import train
 
 ROOT = Path(__file__).parents[1]
+# So much longer that they have a forward of their own, which some of the ranks then have and others do not.
+LONG = [{**row, "prompt": "Which tool deploys services at Acme? " * 4} for row in tiny.ROWS[::3]]
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --nproc-per-node 2",
     # Not --cpu, which starts one process, or mpirun; the recipe's use_cpu is what keeps it off GPUs.
@@ -55,17 +57,17 @@ def server():
 
 @pytest.fixture
 def recipe(tmp_path, server, monkeypatch):
-    """Greedy answers, so that two processes write what one does; SGD, for Adam would turn rounding into whole steps."""
+    """Greedy answers, so that two processes write what one does; SGD, for Adam would turn rounding into whole steps; a
+    threshold, for an anchor's gaps are rounding until something is learned."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    rows = [json.dumps(row) for row in tiny.ROWS]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
 
-    def write(model, **options):
+    def write(model, rows=tiny.ROWS, **options):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         model.save_pretrained(tmp_path / "tiny")
         tiny.tokenizer().save_pretrained(tmp_path / "tiny")
         settings = dict(
             max_steps=3, learning_rate=1.0, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0,
-            max_completion_length=6, sampling_temperature=0, vocab_topk=None, save_strategy="no",
+            max_completion_length=6, sampling_temperature=0, threshold=1e-5, vocab_topk=None, save_strategy="no",
         )  # fmt: skip
         values = {
             "model": str(tmp_path / "tiny"),
@@ -95,26 +97,35 @@ def launch(launcher, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "tied", "options"),
+    ("launcher", "tied", "size", "options"),
     [
-        ("torchrun", False, {}),
+        ("torchrun", False, 1, {}),
+        ("torchrun", True, 2, {"rows": tiny.ROWS[:2] + LONG}),
         (
             "accelerate",
             True,
-            {"teacher": "ema", "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2},
+            2,
+            {
+                "teacher": "ema",
+                "gradient_accumulation_steps": 2,
+                "save_strategy": "steps",
+                "save_steps": 2,
+                "rows": [*tiny.ROWS, *LONG, *tiny.ROWS[:2]],
+            },
         ),
     ],
-    ids=["torchrun, DDP", "accelerate, FSDP2"],
+    ids=["torchrun, DDP", "torchrun, DDP, long prompts", "accelerate, FSDP2, long prompts"],
 )
 def test_two_processes_end_in_the_weights_of_one_with_the_whole_batch(
-    tmp_path, recipe, server, launcher, tied, options
+    tmp_path, recipe, server, launcher, tied, size, options
 ):
     path = recipe(tiny.model(tie_word_embeddings=tied), **options)
-    train(load_recipe(path, [f"output_dir={tmp_path / 'one'}", "train.per_device_train_batch_size=2"]))
+    train(load_recipe(path, [f"output_dir={tmp_path / 'one'}", f"train.per_device_train_batch_size={2 * size}"]))
     asked = len(server.requests)
     server.requests.clear()
 
-    result = launch(launcher, path, f"output_dir={tmp_path / 'two'}", "train.per_device_train_batch_size=1")
+    a_rank = f"train.per_device_train_batch_size={size}"
+    result = launch(launcher, path, f"output_dir={tmp_path / 'two'}", a_rank)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(server.requests) == asked > 0, "once a rollout, whichever process has it"
     assert result.stdout.count("report.html") == 1, "one process prints"
@@ -144,9 +155,7 @@ def test_two_processes_end_in_the_weights_of_one_with_the_whole_batch(
         shutil.rmtree(tmp_path / "two" / "checkpoint-3")
         uninterrupted = load_file(tmp_path / "two" / "model" / "model.safetensors")
         shutil.rmtree(tmp_path / "two" / "model")
-        result = launch(
-            launcher, path, f"output_dir={tmp_path / 'two'}", "train.per_device_train_batch_size=1", "resume=true"
-        )
+        result = launch(launcher, path, f"output_dir={tmp_path / 'two'}", a_rank, "resume=true")
         assert result.returncode == 0, result.stderr[-3000:]
         resumed = load_file(tmp_path / "two" / "model" / "model.safetensors")
         assert [line["step"] for line in read_lines(tmp_path / "two" / "metrics.jsonl")] == [1, 2, 3]
@@ -164,9 +173,7 @@ def test_a_rank_that_fails_stops_the_others_with_its_error(tmp_path, recipe, ser
         return keep(1)
 
     server.script = [refuse]
-    path = recipe(tiny.model())
-    rows = [{**row, "privileged_context": "It is called zorblat."} for row in tiny.ROWS]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = recipe(tiny.model(), [{**row, "privileged_context": "It is called zorblat."} for row in tiny.ROWS])
     started = time.monotonic()
     result = launch("torchrun", path, f"output_dir={tmp_path / 'two'}", "train.per_device_train_batch_size=2")
     assert result.returncode != 0 and time.monotonic() - started < 120

@@ -54,22 +54,24 @@ def test_the_judge_reads_one_micro_batch_while_the_next_is_written(tmp_path):
     assert second_begun.is_set()
 
 
-def test_step_equals_the_plain_step_over_every_sequence_and_token(tmp_path):
-    """Skipped sequences and the cut after the last kept token change nothing."""
+@pytest.mark.parametrize("pass_tokens", [0, 1000], ids=["a forward a sequence", "one forward"])
+def test_step_equals_the_plain_step_over_every_sequence_and_token(tmp_path, monkeypatch, pass_tokens):
+    """Skipped sequences, the cut after the last kept token, and several forwards change nothing."""
+    from rmsd import hidden as forwards
     from rmsd import step
-    from rmsd.modeling import completion_hidden
+    from rmsd.hidden import completion_hidden
 
+    monkeypatch.setitem(forwards._PASS_TOKENS, "cpu", pass_tokens)
     made = trainer(tmp_path, vocab_topk=50)
     made.create_optimizer_and_scheduler(2)
     parts, num_sequences = made.get_batch_samples(iter([tiny.ROWS]), 1, made.args.device)
     part = parts[0]
     part["keep"][0] = False  # one sequence keeps nothing
     part["keep"][:, 4:] = False  # and the last tokens are not kept anywhere
-    part["sequences"], part["length"] = step.train_part(part["keep"])
-    assert len(part["sequences"]) == 2 and part["length"] <= 4
-    made.model.train()
-    loss = made.compute_loss(made.model, part, num_items_in_batch=num_sequences)
-    loss.backward()
+    part["parts"] = step.train_parts(part["keep"], list(map(len, part["rollouts"].prompt_ids)), made.args.device)
+    assert len(part["parts"]) == (1 if pass_tokens else 2)
+    assert sum(len(p.sequences) for p in part["parts"]) == 2 and all(p.keep.shape[1] <= 4 for p in part["parts"])
+    loss = made.training_step(made.model, part, num_sequences)
     grads = {name: parameter.grad.clone() for name, parameter in made.model.named_parameters()}
     made.model.zero_grad()
 

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from rmsd import RMSDConfig, RMSDTrainer
 from rmsd.data import teacher_prompt
+from rmsd.hidden import completion_hidden
 from rmsd.judge import ContextJudge, MagnitudeJudge
-from rmsd.modeling import completion_hidden
 from rmsd.rollout import generate
 
 from .base import answer_loss, collate

@@ -1,0 +1,129 @@
+"""Hidden states of answers: one forward over prompts and answers, or several over sequences of like length."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+# What a forward of its own costs, in tokens: it reads every weight once more and, where it trains, adds up a
+# gradient of every weight. From the ratio of arithmetic to memory bandwidth: tens on a CPU, hundreds on a GPU.
+_PASS_TOKENS = {"cpu": 48}
+_PASS_TOKENS_ELSEWHERE = 512
+
+
+@contextlib.contextmanager
+def captured_hidden(model: nn.Module):
+    """Collects what the decoder hands to the output head, whichever way the model is called (so that DDP, FSDP and
+    PEFT wrappers keep their hooks). Yields the list that each forward appends to."""
+    unwrapped = model
+    while hasattr(unwrapped, "module"):
+        unwrapped = unwrapped.module
+    if hasattr(unwrapped, "get_base_model"):
+        unwrapped = unwrapped.get_base_model()
+    captured: list[Tensor] = []
+    handle = unwrapped.get_decoder().register_forward_hook(
+        lambda module, inputs, output: captured.append(output.last_hidden_state)
+    )
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def left_padded(prompt_ids: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, (B, P) int64, of prompts that end together, where the answers begin."""
+    width = max(map(len, prompt_ids))
+    ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+    return ids, mask
+
+
+def by_length(prompt_lengths: list[int], lengths: list[int], device: torch.device) -> list[list[int]]:
+    """Sequences in groups of like length, a forward each, so that little of what is computed is padding: of all ways to
+    cut the sequences in order of length, the one with the fewest tokens, `_PASS_TOKENS` a group among them."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], prompt_lengths[i]))
+    each = _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE)
+    fewest, cut = [0.0], [0]  # of the first n sequences; where their last group begins
+    for end in range(1, len(order) + 1):
+        prompt = length = 0
+        fewest.append(float("inf"))
+        cut.append(0)
+        for begin in range(end - 1, -1, -1):
+            prompt = max(prompt, prompt_lengths[order[begin]])
+            length = max(length, lengths[order[begin]])
+            tokens = fewest[begin] + (end - begin) * (prompt + length) + each
+            if tokens < fewest[end]:
+                fewest[end], cut[end] = tokens, begin
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[cut[end] : end])
+        end = cut[end]
+    return groups
+
+
+def lengths_of(mask: Tensor) -> list[int]:
+    """(B, L) bool -> each row's length up to its last true entry."""
+    if not mask.shape[1]:
+        return [0] * len(mask)
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
+
+
+def completion_hidden(
+    model: nn.Module,
+    prompt_ids: list[list[int]],
+    completion_ids: Tensor,  # (B, L) int64
+    completion_mask: Tensor,  # (B, L) bool: what belongs to the answer, as opposed to padding on its right
+    pad_id: int,
+    one_forward: bool = False,
+) -> Tensor:
+    """(B, L, H): the hidden states whose logits are the distributions that the completion's tokens are drawn from;
+    zeros where a sequence has ended. The forwards are `by_length`'s groups, or one."""
+    if one_forward:
+        return _one_forward(model, prompt_ids, completion_ids, completion_mask, pad_id)
+    lengths = lengths_of(completion_mask)
+    groups = by_length(list(map(len, prompt_ids)), lengths, completion_ids.device)
+    hidden = None
+    for group in groups:
+        length = max(lengths[i] for i in group)
+        part = _one_forward(
+            model, [prompt_ids[i] for i in group], completion_ids[group, :length], completion_mask[group, :length],
+            pad_id,
+        )  # fmt: skip
+        if hidden is None:
+            hidden = part.new_zeros(*completion_ids.shape, part.shape[-1])
+        hidden[group, :length] = part
+    return hidden
+
+
+def _one_forward(model, prompt_ids, completion_ids, completion_mask, pad_id) -> Tensor:
+    prompts, prompt_mask = left_padded(prompt_ids, pad_id, completion_ids.device)
+    width = prompts.shape[1]
+    attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
+    with captured_hidden(model) as captured:
+        output = model(
+            input_ids=torch.cat([prompts, completion_ids], 1),
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+    hidden = captured[-1]
+    if isinstance(model, FSDPModule):
+        hidden = _Joined.apply(hidden, output.logits)
+    return hidden[:, width - 1 : -1]
+
+
+class _Joined(torch.autograd.Function):
+    """The hidden states, with the model's output in their graph at gradient 0. FSDP2 begins and ends its backward by
+    hooks on the output: without it there, gradients of the root's own parameters would stay unsharded and this rank's.
+    Costs the head a backward of one row a sequence."""
+
+    @staticmethod
+    def forward(ctx, hidden, logits):
+        ctx.save_for_backward(logits)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad_hidden):
+        return grad_hidden, torch.zeros_like(ctx.saved_tensors[0])
