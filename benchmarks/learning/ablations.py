@@ -1,4 +1,6 @@
-"""What each choice of RMSD does, one at a time, from RMSD with the context judge as it is in the comparison."""
+"""What each choice of RMSD does, one at a time, from RMSD with the context judge and anchors as in the comparison."""
+
+ABLATED = "rmsd_context_anchors"
 
 GROUPS = {
     "T and S": {
@@ -37,11 +39,5 @@ GROUPS = {
         "initial": {},
         "live": dict(teacher="live"),
         "moving average, 0.95": dict(teacher="ema", ema_decay=0.95),
-    },
-    "rows that ask for something else": {
-        "RMSD, hinted": {},
-        "RMSD, anchors": dict(anchors=True),
-        "OPSD, hinted": dict(of="opsd"),
-        "OPSD, anchors": dict(of="opsd", anchors=True),
     },
 }

@@ -33,6 +33,9 @@ METHODS = {
     "rmsd_magnitude": dict(kind="distil", method="rmsd", judge="magnitude"),
     "rmsd_context": dict(kind="distil", method="rmsd", judge="context"),
     "rmsd_oracle": dict(kind="distil", method="rmsd", judge="oracle"),
+    "opsd_anchors": dict(kind="distil", method="opsd", anchors=True),
+    "rmsd_magnitude_anchors": dict(kind="distil", method="rmsd", judge="magnitude", anchors=True),
+    "rmsd_context_anchors": dict(kind="distil", method="rmsd", judge="context", anchors=True),
 }
 
 

@@ -22,6 +22,9 @@ NAMES = {
     "rmsd_magnitude": "RMSD, magnitude judge",
     "rmsd_context": "RMSD, context judge",
     "rmsd_oracle": "RMSD, oracle judge",
+    "opsd_anchors": "OPSD, anchors",
+    "rmsd_magnitude_anchors": "RMSD, magnitude judge, anchors",
+    "rmsd_context_anchors": "RMSD, context judge, anchors",
 }
 COLUMNS = {  # heading: (metric, digits)
     "target": ("target", 2),
@@ -68,11 +71,12 @@ def cell(values: list[float | None], digits: int) -> str:
 MARKS = ("target_only", "facts", "style", "skills", "drift")
 
 
-def compared(tuned: list[dict], rates: dict[str, float], results: list[dict]) -> dict[str, str]:
-    """Sections of the comparison."""
+def compared(tuned: list[dict], rates: dict[str, float], results: list[dict], early: int) -> dict[str, str]:
+    """Sections of the comparison: at the end, at the step `early`, and at an equal target."""
     return {
         "rates": rate_table(tuned, rates),
         "end": main_table(results),
+        "early": main_table(results, lambda marks: next(mark for mark in marks if mark["step"] == early)),
         "level": main_table(results, at_level),
         "figure": curves(results, "methods.svg", MARKS),
     }
