@@ -1,11 +1,15 @@
-"""Trains a recipe by each method on each seed and prints the table of docs/results.md.
+"""Trains a recipe by each method on each seed and prints the tables of docs/results.md.
 
     python -m benchmarks.results recipes/house_tool.yaml --seeds 1 2 3 --runs runs/results
 
-A run that is there already is read, one that was interrupted is continued.
+Each method has its own learning rate, the best of a few tried on one seed (docs/results.md). The LLM judge is SmolLM2
+behind llama.cpp's server on loopback (xllamacpp, in the dev extra). A run that is there already is read, one that was
+interrupted is continued.
 """
 
 import argparse
+import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,49 +18,76 @@ from statistics import mean
 from rmsd.recipe import load_recipe
 from rmsd.record import read_lines
 
+SERVER = Path(__file__).parents[1] / "tests" / "llama_server.py"
 METHODS = {
     "RMSD, context judge": ("rmsd", []),
     "RMSD, magnitude judge": ("mag", ["judge.kind=magnitude"]),
+    "RMSD, LLM judge": ("llm", ["judge.kind=llm", "judge.model=smollm2", "judge.on_error=skip", "judge.timeout=300"]),
     "OPSD": ("opsd", ["method=opsd"]),
 }
 
 
+@contextlib.contextmanager
+def judge_server(runs: Path):
+    """Overrides that name a server of the judge's model, which serves while this is open."""
+    environment = {**os.environ, "SERVER_KEY": "none"}
+    server = subprocess.Popen(
+        [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, env=environment,
+    )  # fmt: skip
+    address = next((line.strip() for line in server.stdout if line.startswith("http://")), None)
+    if address is None:
+        raise RuntimeError(f"{SERVER} did not start: pip install xllamacpp")
+    try:
+        yield [f"judge.base_url={address}/v1", f"judge.cache={runs / 'judge'}"]
+    finally:
+        server.stdin.close()
+        server.wait()
+
+
 def train(recipe: str, run: Path, overrides: list[str]) -> None:
-    command = [sys.executable, "-m", "rmsd", "train", recipe, f"output_dir={run}", "resume=true", *overrides]
-    subprocess.run(command, check=True)
+    server = judge_server(run.parent) if "judge.kind=llm" in overrides else contextlib.nullcontext([])
+    with server as judge:
+        command = [sys.executable, "-m", "rmsd", "train", recipe, f"output_dir={run}", "resume=true"]
+        subprocess.run([*command, *overrides, *judge], check=True)
 
 
 def evaluations(run: Path) -> list[dict]:
     return [line for line in read_lines(run / "metrics.jsonl") if line["kind"] == "eval"]
 
 
-def table(columns: list[str], names: list[str], runs: dict[tuple[str, int], list[dict]]) -> str:
-    """Markdown: a row a run, before and after, and a mean a method."""
+def table(columns: list[str], runs: dict[tuple[str, int], list[dict]]) -> str:
+    """Markdown: a row a run, at its end, and a mean a method; before training in the first."""
     lines = [
-        "| method | seed | " + " | ".join(f"{name} before → after" for name in columns) + " |",
+        "| method | seed | " + " | ".join(name.replace("_", " ") for name in columns) + " |",
         "| --- | --- |" + " --- |" * len(columns),
     ]
-    for name in names:
-        of_method = {seed: found for (method, seed), found in runs.items() if method == name}
-        for seed, found in of_method.items():
-            cells = (f"{found[0][column]:.2f} → {found[-1][column]:.3f}" for column in columns)
-            lines.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
-        means = (f"**{mean(found[-1][column] for found in of_method.values()):.3f}**" for column in columns)
-        lines.append(f"| {name} | mean | " + " | ".join(means) + " |")
+    first = next(iter(runs.values()))[0]
+    lines.append(_row("before training", "any", first, columns))
+    for name in dict.fromkeys(method for method, _ in runs):
+        of_method = {seed: found[-1] for (method, seed), found in runs.items() if method == name}
+        lines += [_row(name, str(seed), last, columns) for seed, last in of_method.items()]
+        means = {column: mean(last[column] for last in of_method.values()) for column in columns}
+        lines.append(_row(f"**{name}**", "mean", means, columns))
     return "\n".join(lines)
+
+
+def _row(name: str, seed: str, marks: dict, columns: list[str]) -> str:
+    return f"| {name} | {seed} | " + " | ".join(f"{round(marks[c], 3) + 0.0:.3f}" for c in columns) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", choices=[short for short, _ in METHODS.values()])
     parser.add_argument("--runs", type=Path, default=Path("runs/results"))
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value")
     options = parser.parse_args()
     last_step = load_recipe(options.recipe, options.overrides).train.get("max_steps")
     runs = {}
     for name, (short, overrides) in METHODS.items():
-        for seed in options.seeds:
+        for seed in options.seeds if short in (options.methods or [short]) else []:
             run = options.runs / f"{short}-{seed}"
             found = evaluations(run)
             if not found or found[-1]["step"] != last_step:
@@ -64,7 +95,7 @@ def main() -> None:
                 found = evaluations(run)
             runs[name, seed] = found
     columns = [name for name in next(iter(runs.values()))[0] if name not in ("kind", "step", "epoch")]
-    print(table(columns, list(METHODS), runs))
+    print(table(columns, runs))
 
 
 if __name__ == "__main__":
