@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .checks import check_head, check_heads, check_ids, check_options, check_rows, check_transform
 from .functional import _scores, divergence_of_rows, gradient_of_rows, resolve_backend
-from .projection import Heads, backproject, project, project_both, row_chunks, workspace_for
+from .partials import merged_scores, shard_scores
+from .projection import Heads, backproject, column_tile, project, project_both, row_chunks, workspace_for
 from .reference import TokenScores
 
 
@@ -62,17 +63,41 @@ def linear_token_scores(
     student_hidden, teacher_hidden = student_hidden.flatten(0, -2), teacher_hidden.flatten(0, -2)
     heads = Heads(student_weight, student_bias, teacher_weight, teacher_bias)
     shared = teacher_weight is student_weight and teacher_bias is student_bias
-    flat_ids = sampled_ids.flatten()
-    parts = row_chunks(flat_ids.shape[0], 2 * width, workspace_mb)
-    workspace = workspace_for(student_hidden, parts, 2, width)
-    chunks = [
-        _scores(
-            *project_both(student_hidden[part], teacher_hidden[part], heads, shared, workspace),
-            flat_ids[part], **options,
-        )
-        for part in parts
-    ]  # fmt: skip
-    return TokenScores(*(torch.cat(parts).view(sampled_ids.shape) for parts in zip(*chunks, strict=True)))
+
+    def logits(part: slice, heads: Heads, workspace) -> tuple[Tensor, Tensor]:
+        return project_both(student_hidden[part], teacher_hidden[part], heads, shared, workspace)
+
+    return _scores_in_tiles(logits, heads, student_hidden, 2, workspace_mb, sampled_ids, options)
+
+
+def _scores_in_tiles(logits, heads, hidden, models, workspace_mb, sampled_ids, options) -> TokenScores:
+    """Scores of `logits(rows, heads, workspace)`, some rows and some columns at a time."""
+    num_rows, width, ids = len(hidden), len(heads.student_weight), sampled_ids.flatten()
+    # A jsd's terms need both distributions normalised, so its rows stay whole.
+    tile = width if options["divergence"] == "jsd" else column_tile(num_rows, models, width, workspace_mb)
+    parts = row_chunks(num_rows, models * tile, workspace_mb)
+    workspace = workspace_for(hidden, parts, models, tile)
+    if tile < width:
+        scores = _merged_tiles(logits, heads, tile, parts, workspace, ids, **options)
+    else:
+        chunks = [_scores(*logits(part, heads, workspace), ids[part], **options) for part in parts]
+        scores = map(torch.cat, zip(*chunks, strict=True))
+    return TokenScores(*(score.view(sampled_ids.shape) for score in scores))
+
+
+def _merged_tiles(logits, heads, tile_width, parts, workspace, flat_ids, *, vocab_size, backend, **options):
+    """Tiles of the vocabulary are merged as the shards of a split one are (partials.py)."""
+    found, owners = [], []
+    for start in range(0, vocab_size, tile_width):
+        tile = slice(start, min(start + tile_width, vocab_size))
+        columns = heads.columns(tile)
+        room = None if workspace is None else workspace[:, : tile.stop - start]
+        local_ids = (flat_ids - start).clamp(0, tile.stop - start - 1)
+        chunks = [shard_scores(*logits(part, columns, room), local_ids[part], backend, options) for part in parts]
+        found.append(torch.cat(chunks, 1))
+        owners.append((flat_ids >= start) & (flat_ids < tile.stop))
+    merged = merged_scores(torch.stack(found).double(), torch.stack(owners), options["divergence"])
+    return (score.to(found[0].dtype) for score in merged)
 
 
 class TokenLogprobs(NamedTuple):
@@ -111,16 +136,14 @@ def linear_token_logprobs(
         vocab_size=vocab_size or width, logit_scale=logit_scale, softcap=softcap,
         backend=resolve_backend(backend, hidden, "linear_token_logprobs"),
     )  # fmt: skip
-    hidden, flat_ids = hidden.flatten(0, -2), sampled_ids.flatten()
-    chunks = []
-    parts = row_chunks(flat_ids.shape[0], width, workspace_mb)
-    workspace = workspace_for(hidden, parts, 1, width)
-    for part in parts:
-        logits = project(hidden[part], weight, bias, workspace)
+    hidden = hidden.flatten(0, -2)
+
+    def logits(part: slice, heads: Heads, workspace) -> tuple[Tensor, Tensor]:
         # The two-model scan with one row in both roles: it is in cache, and the projection is 20 times the scan.
-        scores = _scores(logits, logits, flat_ids[part], **options)
-        chunks.append(torch.stack([scores.student_logprob, scores.student_lse, scores.student_entropy]))
-    return TokenLogprobs(*torch.cat(chunks, 1).view(3, *sampled_ids.shape).unbind())
+        return (project(hidden[part], heads.student_weight, heads.student_bias, workspace),) * 2
+
+    scores = _scores_in_tiles(logits, Heads(weight, bias, weight, bias), hidden, 1, workspace_mb, sampled_ids, options)
+    return TokenLogprobs(scores.student_logprob, scores.student_lse, scores.student_entropy)
 
 
 def linear_token_divergence(

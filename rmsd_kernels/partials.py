@@ -52,20 +52,28 @@ def shard_scores(
         partial = student_logits.new_zeros(7, len(student_logits))
         partial[[0, 1, 5, 6]] = -_INF
         return partial
-    peaks = scaled_pair(student_logits.amax(-1, keepdim=True), teacher_logits.amax(-1, keepdim=True), options)
-    student_empty, teacher_empty = (peak == -_INF for peak in peaks)
-    sampled_ids = sampled_ids.unsqueeze(-1)
-    tokens = scaled_pair(student_logits.gather(-1, sampled_ids), teacher_logits.gather(-1, sampled_ids), options)
-    # A shard without mass is no distribution, yet the other model's numbers are wanted: lend it some.
-    # In place: the chunk's logits are nobody else's, and a copy would be as large.
-    student_logits.masked_fill_(student_empty, 0.0)
-    teacher_logits.masked_fill_(teacher_empty, 0.0)
-    arguments = student_logits, teacher_logits, torch.zeros_like(sampled_ids).squeeze(-1)
-    if backend == "torch":
-        scores = token_scores(*arguments, **options)
+    column = sampled_ids.unsqueeze(-1)
+    tokens = scaled_pair(student_logits.gather(-1, column), teacher_logits.gather(-1, column), options)
+
+    def scan() -> TokenScores:
+        arguments = student_logits, teacher_logits, torch.zeros_like(sampled_ids)
+        if backend == "torch":
+            return token_scores(*arguments, **options)
+        return _scores(*arguments, backend=backend, vocab_size=student_logits.shape[-1], **options)
+
+    # Looking for rows without mass takes three more passes; a host that can see the result looks only if need be.
+    scores = scan() if student_logits.device.type == "cpu" else None
+    if scores is not None and scores.student_lse.isfinite().all() and scores.teacher_lse.isfinite().all():
+        student_empty = teacher_empty = torch.zeros_like(sampled_ids, dtype=torch.bool)
     else:
-        scores = _scores(*arguments, backend=backend, vocab_size=student_logits.shape[-1], **options)
-    student_empty, teacher_empty = student_empty.squeeze(-1), teacher_empty.squeeze(-1)
+        peaks = scaled_pair(student_logits.amax(-1, keepdim=True), teacher_logits.amax(-1, keepdim=True), options)
+        student_empty, teacher_empty = (peak == -_INF for peak in peaks)
+        # A shard without mass is no distribution, yet the other model's numbers are wanted: lend it some.
+        # In place: the chunk's logits are nobody else's, and a copy would be as large.
+        student_logits.masked_fill_(student_empty, 0.0)
+        teacher_logits.masked_fill_(teacher_empty, 0.0)
+        scores = scan()
+        student_empty, teacher_empty = student_empty.squeeze(-1), teacher_empty.squeeze(-1)
     numerator, denominator = student_empty, teacher_empty
     if options["divergence"] == "forward_kl":
         numerator, denominator = teacher_empty, student_empty

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A chunk's logits of both models. 128 rows at V = 50k, whose GEMM is as fast as that of all rows at once (80 rows: 1.15
-# times its time, 40: 1.5), and in a last-level cache; each below the 32 MB from which glibc maps new pages every time.
+# Of both models' logits: in a last-level cache, and each below the 32 MB from which glibc maps new pages every time.
 WORKSPACE_MB = 48
+_TILE_ROWS, _TILE_COLUMNS = 512, 1024  # of a tile of logits, at most and at least
 _UPCAST_COLUMNS = 4096  # rows of a low-precision weight brought to fp32 at a time on a CPU
 _per_thread = threading.local()
 
@@ -18,6 +18,18 @@ class Heads(NamedTuple):
     student_bias: Tensor | None  # (V,)
     teacher_weight: Tensor  # (V, H')
     teacher_bias: Tensor | None  # (V,)
+
+    def columns(self, tile: slice) -> "Heads":
+        """The part of both heads that gives these columns of the logits."""
+        return Heads(*(None if tensor is None else tensor[tile] for tensor in self))
+
+
+def column_tile(num_rows: int, models: int, width: int, workspace_mb: float | None) -> int:
+    """Columns of the logits to project at a time: as many as leave room for `_TILE_ROWS` rows, where there are so many.
+    A product of few rows reads (and a CPU's library packs) the weight for little work: from rows of the whole
+    vocabulary, which at V = 152k are 41, scores took twice the time."""
+    room = int((workspace_mb or WORKSPACE_MB) * 2**20 / 4 / models)
+    return min(width, max(room // max(min(num_rows, _TILE_ROWS), 1), _TILE_COLUMNS))
 
 
 def row_chunks(num_rows: int, logits_a_row: int, workspace_mb: float | None) -> list[slice]:

@@ -7,7 +7,7 @@ from conftest import skip_unless_served
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rmsd_kernels import linear_token_divergence, linear_token_logprobs, linear_token_scores
+from rmsd_kernels import linear, linear_token_divergence, linear_token_logprobs, linear_token_scores, projection
 from rmsd_kernels.reference import scaled_logits, token_divergence, token_scores
 
 N, V, H, H2 = 9, 120, 8, 6
@@ -33,13 +33,19 @@ def projected(made, dtype, head=HEAD):
     )
 
 
+@pytest.fixture(params=[1024, 7], ids=["whole rows", "tiles"])
+def tiles(request, monkeypatch):
+    """The least columns of a tile: more than the tests' vocabulary, or few."""
+    monkeypatch.setattr(projection, "_TILE_COLUMNS", request.param)
+
+
 def to(made, device):
     return {name: x.to(device) for name, x in made.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_scores_from_hidden_states(divergence, dtype, backend, device):
+def test_scores_from_hidden_states(divergence, dtype, backend, device, tiles):
     made = inputs(dtype)
     ids = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
     heads = to(made, device)
@@ -144,7 +150,7 @@ def test_few_rows_are_projected_once_for_forward_and_backward():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_models_logprobs(backend, device, dtype):
+def test_one_models_logprobs(backend, device, dtype, tiles):
     made = inputs(dtype)
     hidden, weight, bias = made["student_hidden"], made["student_weight"], made["student_bias"]
     ids = torch.arange(N)
@@ -160,6 +166,40 @@ def test_one_models_logprobs(backend, device, dtype):
 
     for name, plain, truth in zip(got._fields, direct(torch.float32), direct(torch.float64), strict=True):
         assert_within_budget(getattr(got, name), plain, truth, name)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_tiles_without_mass_and_rows_that_are_no_distribution(divergence, backend, device, tiles):
+    """Columns that one model or both rule out, whole tiles of them among these; ids there; NaN; padding."""
+    made, ids = inputs(), torch.tensor([0, 30, 45, 60, 80, 99, 5, 46, 99])
+    made["student_bias"][40:90] = -torch.inf
+    made["teacher_bias"][:50] = -torch.inf
+    made["student_hidden"][3], made["teacher_hidden"][4] = torch.nan, torch.nan
+    made["teacher_bias"][100:] = torch.nan  # padding
+    options = dict(divergence=divergence, vocab_size=100)
+    heads = to(made, device)
+    positional = [heads.pop(n) for n in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+    got = linear_token_scores(*positional, ids.to(device), **heads, **options, workspace_mb=0.003, backend=backend)
+    plain, truth = (token_scores(*projected(made, d, {}), ids, **options) for d in (torch.float32, torch.float64))
+    assert truth.student_lse.isnan().sum() == 2 and (truth.student_logprob == -torch.inf).any()
+    for name in got._fields:
+        assert_within_budget(getattr(got, name), getattr(plain, name), getattr(truth, name), name)
+
+
+def test_many_rows_are_projected_in_tiles_and_few_as_they_are(monkeypatch):
+    """A product of few rows would read the weight for little work."""
+    shapes = []
+
+    def noted(student_hidden, teacher_hidden, heads, *rest):
+        shapes.append((len(student_hidden), len(heads.student_weight)))
+        return project_both(student_hidden, teacher_hidden, heads, *rest)
+
+    project_both = linear.project_both
+    monkeypatch.setattr(linear, "project_both", noted)
+    for rows in (600, 20):
+        hidden, weight = torch.randn(rows, 4), torch.randn(5000, 4)
+        linear_token_scores(hidden, weight, hidden, weight + 1, torch.zeros(rows, dtype=torch.int64), workspace_mb=8)
+    assert shapes == [(512, 2048), (88, 2048)] * 2 + [(512, 904), (88, 904), (20, 5000)]
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
