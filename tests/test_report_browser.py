@@ -22,6 +22,7 @@ FLAGS = (
 Keys = webdriver.Keys
 CANDIDATES = "#answer .t.candidate"
 KEPT = "#answer .t.kept"
+NOT_OURS = "not the student\N{RIGHT SINGLE QUOTATION MARK}s"
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +294,30 @@ def test_numbers_that_are_not_finite_are_said(tmp_path, reader):
     assert reader.indices("#answer .t.unknown") == {0}
     reader.hover(reader.token(0))
     assert reader.texts("#detail dd")[1:4] == ["not finite"] * 3
+
+
+def test_a_tool_turn_is_told_from_a_score_that_is_not_finite(tmp_path, reader):
+    one = rollout(1, 0, "rmsd", 3)
+    for position in (5, 6, 12, 20):
+        one["student_logprob"][position] = one["teacher_logprob"][position] = one["divergence"][position] = None
+    one |= {"unwritten": [5, 6, 12], "candidates": [0, 14], "kept": [0], "preferred": {}}
+    reader.open(write_report([make_run(tmp_path / "run", rollouts=[one])]))
+    assert reader.indices("#answer .t.unwritten") == {5, 6, 12} and reader.indices("#answer .t.unknown") == {20}
+    assert reader.one("#counts").text == f"{len(TOKENS)} tokens · 3 {NOT_OURS} · 2 candidates · 1 kept"
+    assert reader.one("#key-unwritten").is_displayed() and reader.one("#key-unknown").is_displayed()
+    reader.hover(reader.token(6))
+    assert reader.one("#detail .role").text == NOT_OURS.capitalize()
+    assert "neither scored nor trained on" in reader.one("#detail .wish").text
+    assert "not finite" not in reader.one("#detail").text and not reader.all("#detail .bars")
+    assert NOT_OURS in reader.token(6).get_attribute("aria-label")
+    reader.hover(reader.token(20))
+    assert reader.texts("#detail dd")[:4] == ["not finite"] * 4
+    assert "gap not finite" in reader.token(20).get_attribute("aria-label")
+
+
+def test_the_legend_lists_only_what_occurs(reader, page):
+    reader.open(page)
+    assert not reader.one("#key-unwritten").is_displayed() and not reader.one("#key-unknown").is_displayed()
 
 
 def test_an_empty_answer(tmp_path, reader):

@@ -90,6 +90,7 @@
 
   // ---- tokens ----
   if (!data.rollouts.length) return;
+  for (const rollout of data.rollouts) rollout.unwritten = new Set(rollout.unwritten);
   const MINUS = "\u2212";
   const signed = (v) => (v < 0 ? MINUS : "+") + Math.abs(v).toFixed(2);
   const nats = (v) => (v === null ? "not finite" : v.toFixed(2).replace("-", MINUS));
@@ -153,8 +154,12 @@
     const context = data.texts[shown.context];
     $("context").textContent = context.trim() ? context : "Nothing: an anchor row, where the teacher holds the model in place.";
     $("context").classList.toggle("faint", !context.trim());
-    $("counts").replaceChildren(...[[shown.length, "tokens"], [shown.candidates.length, "candidates"], [shown.kept.length, "kept"]]
-      .flatMap(([count, noun], i) => [i ? " \u00b7 " : "", element("b", "", String(count)), ` ${noun}`]));
+    $("counts").replaceChildren(...[
+      [shown.length, "tokens"],
+      ...(shown.unwritten.size ? [[shown.unwritten.size, "not the student\u2019s"]] : []),
+      [shown.candidates.length, "candidates"],
+      [shown.kept.length, "kept"],
+    ].flatMap(([count, noun], i) => [i ? " \u00b7 " : "", element("b", "", String(count)), ` ${noun}`]));
     $("cut").hidden = shown.length === shown.tokens.length;
     $("cut").textContent = `The first ${shown.tokens.length} of ${shown.length} tokens.`;
     const candidates = new Set(shown.candidates), kept = new Set(shown.kept);
@@ -171,7 +176,9 @@
 
   function token(text, i, isCandidate, isKept) {
     const gap = gapOf(i), node = element("span", "t", ...visible(text));
-    if (gap === null) node.classList.add("unknown");
+    const isOthers = shown.unwritten.has(i);
+    if (isOthers) node.classList.add("unwritten");
+    else if (gap === null) node.classList.add("unknown");
     else if (gap) {
       node.classList.add(gap > 0 ? "up" : "down");
       // A little more than proportional, as the legend's ramp is: gaps of one nat are to be seen beside ones of six.
@@ -183,7 +190,8 @@
     node.tabIndex = -1;
     node.setAttribute("role", "option");
     node.setAttribute("aria-selected", "false");
-    const label = [text.trim() || "blank", gap === null ? "gap not finite" : `gap ${signed(gap)} nats`];
+    const label = [text.trim() || "blank"];
+    label.push(isOthers ? "not the student\u2019s" : gap === null ? "gap not finite" : `gap ${signed(gap)} nats`);
     if (isCandidate) label.push("candidate");
     if (isKept) label.push("kept");
     if (Object.hasOwn(shown.preferred, i)) label.push(`teacher prefers ${shown.preferred[i].trim() || "blank"}`);
@@ -210,26 +218,35 @@
   }
 
   function describe(i) {
+    const place = ["token", `${i + 1} of ${shown.length}`];
+    const detail = shown.unwritten.has(i) ? othersDetail(place) : scoredDetail(i, place);
+    $("detail").replaceChildren(element("div", "token", ...visible(shown.tokens[i])), ...detail);
+  }
+
+  const factsOf = (facts) =>
+    element("dl", "", ...facts.flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]));
+
+  function othersDetail(place) {
+    const what = "The student did not write this, it read it (a tool\u2019s answer, say): neither scored nor trained on.";
+    return [element("div", "role", element("b", "", "Not the student\u2019s")), element("div", "wish none", what), factsOf([place])];
+  }
+
+  function scoredDetail(i, place) {
     const gap = gapOf(i), rank = shown.candidates.indexOf(i);
     const role = rank < 0 ? ["Not a candidate"] : [`Candidate, rank ${rank + 1} of ${shown.candidates.length}`];
     if (shown.kept.includes(i)) role.push(", ", element("b", "", "kept"));
     const wish = Object.hasOwn(shown.preferred, i)
       ? element("div", "wish", "The teacher most wants to promote ", element("b", "", ...visible(shown.preferred[i])))
       : element("div", "wish none", "The teacher\u2019s wish is recorded for candidates only.");
-    const facts = [
+    const facts = factsOf([
       ["log p, student", nats(shown.student[i])],
       ["log p, teacher", nats(shown.teacher[i])],
       ["gap, nats", gap === null ? "not finite" : signed(gap)],
       ["divergence", nats(shown.divergence[i])],
-      ["token", `${i + 1} of ${shown.length}`],
-    ];
-    $("detail").replaceChildren(
-      element("div", "token", ...visible(shown.tokens[i])),
-      element("div", "role", ...role),
-      element("div", "bars", ...bar("Student", shown.student[i]), ...bar("Teacher", shown.teacher[i])),
-      wish,
-      element("dl", "", ...facts.flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)])),
-    );
+      place,
+    ]);
+    const bars = element("div", "bars", ...bar("Student", shown.student[i]), ...bar("Teacher", shown.teacher[i]));
+    return [element("div", "role", ...role), bars, wish, facts];
   }
 
   const tokenAt = (event) => event.target.closest("#answer .t");
@@ -272,6 +289,9 @@
   $("run-field").hidden = withRollouts.size < 2;
   $("scale-low").textContent = MINUS + data.scale;
   $("scale-high").textContent = "+" + data.scale;
+  const any = (isSuch) => data.rollouts.some((one) => one.tokens.some((_, i) => isSuch(one, i)));
+  $("key-unwritten").hidden = !any((one, i) => one.unwritten.has(i));
+  $("key-unknown").hidden = !any((one, i) => (one.student[i] === null || one.teacher[i] === null) && !one.unwritten.has(i));
   $("view").hidden = false;
   showRun();
   // Open on an answer from which something was learned.

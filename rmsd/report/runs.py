@@ -198,7 +198,7 @@ def _is_rollout(line: dict) -> bool:
     if type(line.get("step")) is not int or not isinstance(tokens, list):
         return False
     columns = [line.get(name) for name in ("student_logprob", "teacher_logprob", "divergence")]
-    positions = [line.get("candidates"), line.get("kept")]
+    positions = [line.get("candidates"), line.get("kept"), line.get("unwritten", [])]
     return (
         all(isinstance(line.get(name), str) for name in ("prompt", "privileged_context"))
         and all(isinstance(token, str) for token in tokens)
