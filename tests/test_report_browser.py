@@ -153,6 +153,21 @@ def test_the_keyboard_reaches_everything(reader, page):
     assert len(reader.all("#answer [tabindex='0']")) == 1
 
 
+def test_what_the_keyboard_reaches_has_a_name_and_shows_its_focus(reader, page):
+    reader.open(page)
+    assert reader.one("#step").accessible_name == "Step"
+    names = []
+    while True:
+        reader.press(reader.Keys.TAB)
+        focused = reader.chrome.switch_to.active_element
+        if focused.tag_name == "body" or len(names) > 40:
+            break
+        assert focused.value_of_css_property("outline-style") == "solid", focused.accessible_name
+        assert float(focused.value_of_css_property("outline-width").removesuffix("px")) >= 2
+        names.append(focused.accessible_name)
+    assert len(names) == 16 and all(names), names
+
+
 def test_the_slider_moves_through_training(reader, page):
     reader.open(page)
     assert reader.one("#step-text").text == "1 of 30"

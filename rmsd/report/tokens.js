@@ -11,10 +11,12 @@ const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Z}]/u;
 const nameOf = (c) => NAMES[c] ?? `\u27e8U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
 
 function visible(text) { // text with its blanks made visible, as nodes
-  if (!text) return [element("span", "gap-mark", "\u2205")];
+  if (!text) return [element("span", "glyph", "\u2205")];
   const nodes = [];
   for (const character of text) {
-    if (HIDDEN.test(character)) nodes.push(element("span", "gap-mark", nameOf(character)));
+    // A word's leading blank may be faint; marks that are all there is to read may not.
+    const kind = character === " " && text.trim() ? "glyph blank" : "glyph";
+    if (HIDDEN.test(character)) nodes.push(element("span", kind, nameOf(character)));
     else if (typeof nodes.at(-1) === "string") nodes.push(nodes.pop() + character);
     else nodes.push(character);
   }
