@@ -268,7 +268,10 @@ def test_dark_follows_the_system_and_the_button(reader, page):
 @pytest.mark.parametrize("width", [390, 320, 768])
 @pytest.mark.parametrize("which", ["page", "comparison", "hostile"])
 def test_nothing_overflows_sideways(tmp_path, request, reader, width, which):
-    path = write_report([hostile_run(tmp_path / "run")]) if which == "hostile" else request.getfixturevalue(which)
+    if which == "hostile":
+        path = write_report([hostile_run(tmp_path / str(i), data=f"{'x' * 3000}{i}") for i in range(2)])
+    else:
+        path = request.getfixturevalue(which)
     reader.open(path, width=width)
     reader.run("document.querySelectorAll('details').forEach((one) => { one.open = true })")
     assert reader.run("return document.documentElement.scrollWidth") <= width

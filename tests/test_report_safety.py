@@ -22,8 +22,8 @@ HOSTILE = [
 ]
 
 
-def hostile_run(path):
-    """Every string that the page shows is an attack."""
+def hostile_run(path, **more):
+    """Every string that the page shows is an attack. `more`: keys of its recipe."""
     attack = "".join(HOSTILE)
     one = {
         **rollout(1, 0, "rmsd", 3),
@@ -38,7 +38,7 @@ def hostile_run(path):
         "preferred": {str(i): text for i, text in enumerate(HOSTILE)} | {"__proto__": attack},
     }
     printable = "".join(HOSTILE[:-1])
-    recipe = {"task": printable, "model": printable, "seed": printable, printable: printable}
+    recipe = {"task": printable, "model": printable, "seed": printable, printable: printable, **more}
     run = make_run(path, method=printable, judge=printable, recipe=recipe, rollouts=[one])
     lines = [{"kind": kind, "step": s, attack: 0.5, "loss": 0.5} for kind in ("train", "eval") for s in (1, 2)]
     write_lines(run / "metrics.jsonl", lines)

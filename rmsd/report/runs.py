@@ -62,7 +62,7 @@ class Series:
 
     @property
     def members(self) -> str:
-        """ "3 seeds", or "3 runs" where two of them had one seed or did not say."""
+        """How many, as "3 seeds"; as "3 runs" where two of them had one seed or did not say."""
         seeds = {str(run.seed) for run in self.runs if run.seed is not None}
         noun = "seed" if len(seeds) == len(self.runs) else "run"
         return f"{len(self.runs)} {noun}{'s' * (len(self.runs) > 1)}"
@@ -114,8 +114,10 @@ def group(runs: Sequence[Run]) -> list[Series]:
         # Only where two would bear one name does the rest of the recipe have to tell them apart.
         alike = [configuration(others[0].recipe) for other, others in named if other == name]
         own = configuration(members[0].recipe)
-        label = name + "".join(f" · {key.removeprefix('train.')} {own.get(key)}" for key in differing(alike))
-        series.append(Series(label, members))
+        told = [(key.removeprefix("train."), own.get(key, "not set")) for key in differing(alike)]
+        # Of a long value, a path as a rule, the end tells more than the beginning.
+        ends = [f" · {key} {value if len(value) <= 40 else '…' + value[-39:]}" for key, value in told]
+        series.append(Series(name + "".join(ends), members))
     return series
 
 
