@@ -62,10 +62,16 @@ def rollout_lines(
     mask: Tensor,  # (B, L) bool: what the student wrote; other tokens have no scores
     kept: Sequence[Sequence[int]],
 ) -> list[dict]:
-    """The first rollouts of a step, as many as there are questions, as lines of rollouts.jsonl."""
+    """The first rollouts of a step, as many as there are questions, as lines of rollouts.jsonl.
+
+    `unwritten` lists the positions that the student did not write, as a tool's turn: they have no scores, and null
+    stands in each column. Null at any other position is a score that was not finite.
+    """
     names = ("student_logprob", "teacher_logprob", "divergence")
     count = len(questions)
-    table = torch.stack([getattr(scores, name)[:count].where(mask[:count], torch.nan) for name in names]).tolist()
+    written = mask[:count]
+    table = torch.stack([getattr(scores, name)[:count].where(written, torch.nan) for name in names]).tolist()
+    written = written.tolist()
     return [
         {
             "step": step,
@@ -73,6 +79,7 @@ def rollout_lines(
             "privileged_context": question.privileged_context,
             "tokens": list(question.tokens),
             **{name: finite(column[b][: len(question.tokens)]) for name, column in zip(names, table, strict=True)},
+            "unwritten": [i for i in range(len(question.tokens)) if not written[b][i]],
             "candidates": [candidate.position for candidate in question.candidates],
             "kept": list(kept[b]),
             "preferred": {candidate.position: candidate.promoted for candidate in question.candidates},

@@ -77,3 +77,22 @@ def small_tiles(production_tiles):
         launch.TILES[dtype] = launch.Tile(unroll=8 // tile.vec, lanes=16, vec=tile.vec)
     for module in ("scores", "candidates"):
         importlib.import_module(f"rmsd_kernels.triton.{module}").BLOCK_L = 16
+
+
+@pytest.fixture(scope="session")
+def chrome(tmp_path_factory):
+    from browser import chromium
+
+    with chromium(tmp_path_factory.mktemp("chrome")) as chrome:
+        yield chrome
+
+
+@pytest.fixture
+def reader(chrome):
+    from browser import Reader
+
+    reader = Reader(chrome)
+    reader.complaints()  # of an earlier test
+    yield reader
+    chrome.execute_script("try { localStorage.clear() } catch {}")
+    assert reader.complaints() == []

@@ -94,6 +94,7 @@ def test_tool_turns_are_read_but_never_scored_selected_or_trained_on(tmp_path, m
         assert len(line["tokens"]) == len(mask)
         assert set(line["candidates"]) <= written and set(line["kept"]) <= written
         assert [value is None for value in line["divergence"]] == [not value for value in mask]
+        assert line["unwritten"] == [i for i, value in enumerate(mask) if not value]
     entry = made.state.log_history[0]
     assert entry["rollout_tokens"] == 4 * len(written) and entry["candidates"] <= 4 * len(written)
 

@@ -1,7 +1,5 @@
-"""The report's page as text: its numbers, its grouping of runs, what it escapes, how large it gets, how it refuses."""
+"""The report's page as text: its numbers, how large it gets, how it refuses."""
 
-import base64
-import hashlib
 import json
 import re
 import subprocess
@@ -14,17 +12,6 @@ from fake_run import CONTEXT, TOKENS, make_run, rollout, write_lines
 from rmsd.report import write_report
 from rmsd.report.charts import HEIGHT, WIDTH, chart, figure, nice_ticks
 from rmsd.report.runs import group, read_run
-
-HOSTILE = [
-    "</script><script>window.hacked=1</script>",
-    "<img src=x onerror=window.hacked=1>",
-    "javascript:window.hacked=1",
-    "<!--<script>",
-    "]]></svg><svg onload=window.hacked=1>",
-    '"><iframe srcdoc="<script>parent.hacked=1</script>">',
-    "{{ 7 * 7 }}{% raw %}",
-    "\u2028\u2029\u202e\x00\ud800",
-]
 
 
 class Page(HTMLParser):
@@ -115,10 +102,11 @@ def test_torn_last_line_is_left_out_and_said(tmp_path):
 
 def test_malformed_rollouts_are_left_out_and_said(tmp_path):
     good = rollout(1, 0, "rmsd", 3)
-    bad = [{**good, "kept": [999]}, {**good, "divergence": [0.1]}, {**good, "tokens": None}, {"step": 1}]
+    wrong = ({"kept": [999]}, {"unwritten": [-1]}, {"divergence": [0.1]}, {"tokens": None})
+    bad = [*({**good, **one} for one in wrong), {"step": 1}]
     page = page_of(make_run(tmp_path / "run", rollouts=[good, *bad]))
     assert len(page.data["rollouts"]) == 1
-    assert "4 malformed lines of rollouts.jsonl left out" in page.html
+    assert "5 malformed lines of rollouts.jsonl left out" in page.html
 
 
 def test_numbers_that_are_not_finite(tmp_path):
@@ -150,53 +138,6 @@ def test_run_evaluated_once_has_no_after(tmp_path):
     assert page_of(run).row("target_greedy") == [["0.250"], ["not", "evaluated"]]
 
 
-# ---- several runs --------------------------------------------------------------------------------------------------
-
-
-def test_seeds_are_one_series_with_mean_and_range(tmp_path):
-    runs = []
-    for method, ends in (("rmsd", (0.8, 1.0)), ("opsd", (0.4, 0.5))):
-        for seed, end in enumerate(ends):
-            runs.append(make_run(tmp_path / f"{method}{seed}", method=method, seed=seed))
-            write_lines(runs[-1] / "metrics.jsonl", evals(0.0, end))
-    page = page_of(*runs, output=tmp_path / "all.html")
-    assert page.row("target_greedy") == [
-        ["0.000"],
-        ["0.900", "0.800", "to", "1.000"],
-        ["0.450", "0.400", "to", "0.500"],
-    ]
-    assert [line["means"] for line in page.data["charts"][0]["lines"]] == [[0.0, 0.9], [0.0, 0.45]]
-    assert page.data["charts"][0]["lines"][0]["text"][1] == ["0.900", "0.800", "1.000"]
-    assert page.data["runs"][0] == "RMSD · context judge, seed 0"
-    assert page.html.count('class="band"') == 2
-
-
-def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
-    runs = [
-        read_run(make_run(tmp_path / f"{rate}-{seed}", seed=seed, recipe={"train": {"learning_rate": rate}}))
-        for rate in (5e-5, 1e-4)
-        for seed in (1, 2)
-    ]
-    series = group(runs)
-    assert [len(one.runs) for one in series] == [2, 2]
-    assert [one.label for one in series] == [
-        "RMSD · context judge · learning_rate 5e-05",
-        "RMSD · context judge · learning_rate 0.0001",
-    ]
-
-
-def test_judges_make_series_of_their_own(tmp_path):
-    runs = [read_run(make_run(tmp_path / judge, judge=judge)) for judge in ("context", "magnitude")]
-    assert [one.label for one in group(runs)] == ["RMSD · context judge", "RMSD · magnitude judge"]
-
-
-def test_where_the_page_goes(tmp_path):
-    runs = [make_run(tmp_path / "runs" / str(seed), seed=seed, steps=2) for seed in (1, 2)]
-    assert write_report(runs[:1]) == runs[0] / "report.html"
-    assert write_report(runs) == tmp_path / "runs" / "report.html", "a run's own page is not overwritten"
-    assert write_report(runs, tmp_path / "page.html") == tmp_path / "page.html"
-
-
 # ---- curves --------------------------------------------------------------------------------------------------------
 
 
@@ -226,60 +167,6 @@ def test_figures_read_well():
     assert shown == ["0.000", "0.740", "−0.500", "5.00e−5", "123.5", "–"]  # noqa: RUF001
     assert [figure(v, whole=True) for v in (31, 176.5)] == ["31", "176.5"]
     assert [figure(v, peak=0.1) for v in (5e-8, -5e-8, 0.1)] == ["0.000", "0.000", "0.100"]
-
-
-# ---- untrusted text ------------------------------------------------------------------------------------------------
-
-
-def hostile_run(path):
-    """Every string that the page shows is an attack."""
-    attack = "".join(HOSTILE)
-    one = {
-        **rollout(1, 0, "rmsd", 3),
-        "prompt": attack,
-        "privileged_context": attack,
-        "tokens": HOSTILE,
-        "student_logprob": [-1.0] * len(HOSTILE),
-        "teacher_logprob": [-2.0] * len(HOSTILE),
-        "divergence": [0.5] * len(HOSTILE),
-        "candidates": list(range(len(HOSTILE))),
-        "kept": [0, 1],
-        "preferred": {str(i): text for i, text in enumerate(HOSTILE)} | {"__proto__": attack},
-    }
-    printable = "".join(HOSTILE[:-1])
-    recipe = {"task": printable, "model": printable, "seed": printable, printable: printable}
-    run = make_run(path, method=printable, judge=printable, recipe=recipe, rollouts=[one])
-    lines = [{"kind": kind, "step": s, attack: 0.5, "loss": 0.5} for kind in ("train", "eval") for s in (1, 2)]
-    write_lines(run / "metrics.jsonl", lines)
-    return run
-
-
-def test_hostile_text_stays_text(tmp_path):
-    tame, hostile = page_of(make_run(tmp_path / "tame")), page_of(hostile_run(tmp_path / "hostile"))
-    assert {tag for tag, _ in hostile.elements} <= {tag for tag, _ in tame.elements}
-    assert not [name for _, attrs in hostile.elements for name in attrs if name.startswith("on") or name == "style"]
-    assert [tag for tag, _ in hostile.elements].count("script") == 2
-    assert hostile.data["rollouts"][0]["tokens"] == HOSTILE
-    assert not re.search("[<>&\u2028\u2029]", hostile.inline["application/json"])
-    assert hostile.inline["script"] == tame.inline["script"]
-    assert "49" not in hostile.html.split("<h1>")[1].split("</h1>")[0], "the recipe's text was rendered as a template"
-
-
-def test_policy_admits_our_script_and_style_alone(tmp_path):
-    page = page_of(make_run(tmp_path / "run"))
-    policy = next(attrs["content"] for _, attrs in page.elements if "http-equiv" in attrs)
-    directives = dict(directive.strip().split(" ", 1) for directive in policy.split(";"))
-    for name in ("style", "script"):
-        digest = base64.b64encode(hashlib.sha256(page.inline[name].encode()).digest()).decode()
-        assert directives[f"{name}-src"] == f"'sha256-{digest}'"
-    assert directives["default-src"] == directives["base-uri"] == directives["form-action"] == "'none'"
-
-
-def test_nothing_is_fetched(tmp_path):
-    page = page_of(make_run(tmp_path / "run"))
-    links = [attrs[name] for _, attrs in page.elements for name in ("src", "href", "srcset", "action") if name in attrs]
-    assert links == ["data:,"]
-    assert not re.search(r"@import|url\(|fetch\(|innerHTML|insertAdjacent|document\.write|eval\(", page.html)
 
 
 # ---- size ----------------------------------------------------------------------------------------------------------

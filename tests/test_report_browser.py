@@ -1,92 +1,15 @@
-"""The report in a real browser: what a reader sees and does. Needs chromium, chromedriver and selenium."""
-
-import shutil
+"""The report in a real browser: what a reader sees and does. Needs what browser.py says."""
 
 import pytest
+from browser import luminance
 from fake_run import CONTEXT, TOKENS, WISHES, make_run, rollout, write_lines
-from test_report import HOSTILE, hostile_run
+from test_report_safety import hostile_run
 
 from rmsd.report import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-pytestmark = [
-    pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH"),
-    pytest.mark.skipif(not CHROMEDRIVER, reason="no chromedriver on PATH"),
-]
-FLAGS = (
-    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    "disable-component-update disable-sync"
-)
-Keys = webdriver.Keys
 CANDIDATES = "#answer .t.candidate"
 KEPT = "#answer .t.kept"
-
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), f"user-data-dir={tmp_path_factory.mktemp('chrome')}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
-    yield driver
-    driver.quit()
-
-
-class Reader:
-    """A reader with one page open. What the browser complained about is asserted empty at the end of each test."""
-
-    def __init__(self, chrome):
-        self.chrome = chrome
-
-    def open(self, page, width=1280, dark=False):
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        self.chrome.get(page.as_uri())
-        return self
-
-    def run(self, script, *args):
-        return self.chrome.execute_script(script, *args)
-
-    def all(self, css):
-        return self.chrome.find_elements("css selector", css)
-
-    def one(self, css):
-        (element,) = self.all(css)
-        return element
-
-    def texts(self, css):
-        return [element.text for element in self.all(css)]
-
-    def token(self, index):
-        return self.one(f'#answer [data-index="{index}"]')
-
-    def indices(self, css):
-        return {int(element.get_attribute("data-index")) for element in self.all(css)}
-
-    def press(self, *keys):
-        webdriver.ActionChains(self.chrome).send_keys(*keys).perform()
-
-    def hover(self, element):
-        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
-        webdriver.ActionChains(self.chrome).move_to_element(element).perform()
-
-    def complaints(self):
-        return [entry["message"] for entry in self.chrome.get_log("browser")]
-
-
-@pytest.fixture
-def reader(chrome):
-    reader = Reader(chrome)
-    reader.complaints()  # of an earlier test
-    yield reader
-    chrome.execute_script("try { localStorage.clear() } catch {}")
-    assert reader.complaints() == []
+NOT_OURS = "not the student\N{RIGHT SINGLE QUOTATION MARK}s"
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +59,9 @@ def test_pointing_at_a_curve_reads_its_values(reader, page):
 def test_arrow_keys_read_a_curve(reader, page):
     reader.open(page)
     reader.run("document.querySelector('#eval-charts .chart').focus()")
-    reader.press(Keys.HOME)
+    reader.press(reader.Keys.HOME)
     assert reader.texts("#eval-charts .chart:first-child .readout span") == ["step 0", "0.000"]
-    reader.press(Keys.ARROW_RIGHT)
+    reader.press(reader.Keys.ARROW_RIGHT)
     assert reader.texts("#eval-charts .chart:first-child .readout span")[0] == "step 10"
 
 
@@ -168,29 +91,9 @@ def test_colour_says_sign_and_size_of_the_gap(tmp_path, reader):
     one["teacher_logprob"] = [-10.0 + gap for gap in gaps] + [-10.0] * (len(TOKENS) - 5)
     reader.open(write_report([make_run(tmp_path / "run", rollouts=[one])]))
     assert reader.indices("#answer .t.up") == {0, 1} and reader.indices("#answer .t.down") == {3, 4}
-    painted = [colour(reader, reader.token(i), "background-color") for i in range(5)]
+    painted = [reader.colour(reader.token(i), "background-color") for i in range(5)]
     blue = [b - r for r, _, b in painted]
     assert blue[0] > blue[1] + 40 > blue[2] + 60 and blue[4] < blue[3] - 40 < blue[2] - 60
-
-
-def colour(reader, element, name):
-    """What is painted, 0 to 255 each, on the page's paper."""
-    return reader.run(
-        """const [element, name] = arguments, canvas = document.createElement('canvas');
-        canvas.width = canvas.height = 1;
-        const context = canvas.getContext('2d');
-        for (const fill of [getComputedStyle(document.body).backgroundColor, getComputedStyle(element)[name]]) {
-          context.fillStyle = fill; context.fillRect(0, 0, 1, 1);
-        }
-        return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);""",
-        element,
-        name,
-    )
-
-
-def luminance(rgb):
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb)]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -199,7 +102,7 @@ def test_every_token_can_be_read_in_both_themes(tmp_path, reader, dark):
     one["teacher_logprob"][:2] = [one["student_logprob"][0] + 50, one["student_logprob"][1] - 50]
     reader.open(write_report([make_run(tmp_path / "run", rollouts=[one])]), dark=dark)
     for token in reader.all("#answer .t")[:12]:
-        behind, ink = (luminance(colour(reader, token, n)) for n in ("background-color", "color"))
+        behind, ink = (luminance(reader.colour(token, n)) for n in ("background-color", "color"))
         assert (max(behind, ink) + 0.05) / (min(behind, ink) + 0.05) >= 4.5, token.text
 
 
@@ -228,20 +131,20 @@ def test_the_keyboard_reaches_everything(reader, page):
     reader.open(page)
     reader.run("document.getElementById('step').focus()")
     for expected in ("rollout", "next"):  # `previous` is disabled at the first answer
-        reader.press(Keys.TAB)
+        reader.press(reader.Keys.TAB)
         assert reader.run("return document.activeElement.id") == expected
-    reader.press(Keys.TAB)
+    reader.press(reader.Keys.TAB)
     focused = "return Number(document.activeElement.dataset.index)"
     kept_first = next(i for i in rollout_of(reader, 1, 0)["candidates"] if i in WISHES)
     assert reader.run(focused) == kept_first
-    reader.press(Keys.HOME)
+    reader.press(reader.Keys.HOME)
     assert reader.run(focused) == 0 and reader.one("#detail .token").text == "At"
-    reader.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+    reader.press(reader.Keys.ARROW_RIGHT, reader.Keys.ARROW_RIGHT, reader.Keys.ARROW_LEFT)
     assert reader.run(focused) == 1 and reader.one("#detail .token").text == "·Acme"
     visited = set()
-    reader.press(Keys.HOME)
+    reader.press(reader.Keys.HOME)
     for _ in range(20):
-        reader.press(Keys.ARROW_DOWN)
+        reader.press(reader.Keys.ARROW_DOWN)
         visited.add(reader.run(focused))
     assert visited <= set(rollout_of(reader, 1, 0)["candidates"]) and len(visited) >= 19
     reader.run(f"document.querySelector('[data-index=\"{TOKENS.index(' Dep')}\"]').click()")
@@ -250,16 +153,31 @@ def test_the_keyboard_reaches_everything(reader, page):
     assert len(reader.all("#answer [tabindex='0']")) == 1
 
 
+def test_what_the_keyboard_reaches_has_a_name_and_shows_its_focus(reader, page):
+    reader.open(page)
+    assert reader.one("#step").accessible_name == "Step"
+    names = []
+    while True:
+        reader.press(reader.Keys.TAB)
+        focused = reader.chrome.switch_to.active_element
+        if focused.tag_name == "body" or len(names) > 40:
+            break
+        assert focused.value_of_css_property("outline-style") == "solid", focused.accessible_name
+        assert float(focused.value_of_css_property("outline-width").removesuffix("px")) >= 2
+        names.append(focused.accessible_name)
+    assert len(names) == 16 and all(names), names
+
+
 def test_the_slider_moves_through_training(reader, page):
     reader.open(page)
     assert reader.one("#step-text").text == "1 of 30"
     reader.run("document.getElementById('step').focus()")
-    reader.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    reader.press(reader.Keys.ARROW_RIGHT, reader.Keys.ARROW_RIGHT)
     assert reader.one("#step-text").text == "3 of 30"
     assert reader.one("#step").get_attribute("aria-valuetext") == "step 3"
     assert reader.indices(CANDIDATES) == set(rollout_of(reader, 3, 0)["candidates"])
     assert reader.indices(CANDIDATES) != set(rollout_of(reader, 1, 0)["candidates"])
-    reader.press(Keys.END)
+    reader.press(reader.Keys.END)
     assert reader.one("#step-text").text == "30 of 30"
     assert reader.indices(CANDIDATES) == set(rollout_of(reader, 30, 0)["candidates"])
 
@@ -275,7 +193,7 @@ def test_the_answers_of_a_step(reader, page):
     assert reader.indices(KEPT) == set()
     # The answer's number is kept over steps.
     reader.run("document.getElementById('step').focus()")
-    reader.press(Keys.ARROW_RIGHT)
+    reader.press(reader.Keys.ARROW_RIGHT)
     assert reader.one("#rollout-text").text == "3 of 3"
 
 
@@ -295,6 +213,30 @@ def test_numbers_that_are_not_finite_are_said(tmp_path, reader):
     assert reader.texts("#detail dd")[1:4] == ["not finite"] * 3
 
 
+def test_a_tool_turn_is_told_from_a_score_that_is_not_finite(tmp_path, reader):
+    one = rollout(1, 0, "rmsd", 3)
+    for position in (5, 6, 12, 20):
+        one["student_logprob"][position] = one["teacher_logprob"][position] = one["divergence"][position] = None
+    one |= {"unwritten": [5, 6, 12], "candidates": [0, 14], "kept": [0], "preferred": {}}
+    reader.open(write_report([make_run(tmp_path / "run", rollouts=[one])]))
+    assert reader.indices("#answer .t.unwritten") == {5, 6, 12} and reader.indices("#answer .t.unknown") == {20}
+    assert reader.one("#counts").text == f"{len(TOKENS)} tokens · 3 {NOT_OURS} · 2 candidates · 1 kept"
+    assert reader.one("#key-unwritten").is_displayed() and reader.one("#key-unknown").is_displayed()
+    reader.hover(reader.token(6))
+    assert reader.one("#detail .role").text == NOT_OURS.capitalize()
+    assert "neither scored nor trained on" in reader.one("#detail .wish").text
+    assert "not finite" not in reader.one("#detail").text and not reader.all("#detail .bars")
+    assert NOT_OURS in reader.token(6).get_attribute("aria-label")
+    reader.hover(reader.token(20))
+    assert reader.texts("#detail dd")[:4] == ["not finite"] * 4
+    assert "gap not finite" in reader.token(20).get_attribute("aria-label")
+
+
+def test_the_legend_lists_only_what_occurs(reader, page):
+    reader.open(page)
+    assert not reader.one("#key-unwritten").is_displayed() and not reader.one("#key-unknown").is_displayed()
+
+
 def test_an_empty_answer(tmp_path, reader):
     empty = {name: [] for name in ("tokens", "student_logprob", "teacher_logprob", "divergence", "candidates", "kept")}
     page = write_report([make_run(tmp_path / "run", rollouts=[{**rollout(1, 0, "rmsd", 3), **empty, "preferred": {}}])])
@@ -305,12 +247,12 @@ def test_an_empty_answer(tmp_path, reader):
 
 def test_dark_follows_the_system_and_the_button(reader, page):
     def paper():
-        return luminance(colour(reader, reader.one("body"), "background-color"))
+        return luminance(reader.colour(reader.one("body"), "background-color"))
 
     reader.open(page)
     assert paper() > 0.8
     reader.one("#theme").click()
-    assert paper() < 0.02 and reader.one("#theme").get_attribute("aria-pressed") == "true"
+    assert paper() < 0.02 and reader.one("#theme").get_attribute("aria-label") == "Switch to the light theme"
     reader.open(page)
     assert paper() < 0.02, "the choice is remembered"
     reader.one("#theme").click()
@@ -320,83 +262,16 @@ def test_dark_follows_the_system_and_the_button(reader, page):
     assert paper() < 0.02 and reader.one("#theme").text == "Light"
 
 
-# ---- several runs --------------------------------------------------------------------------------------------------
-
-
-def test_methods_stand_side_by_side(reader, comparison):
-    reader.open(comparison)
-    heads = reader.texts("#metrics thead th")
-    assert [head.splitlines()[0] for head in heads[2:]] == ["RMSD · context judge", "OPSD"]
-    assert reader.texts(".series li") == ["RMSD · context judge", "OPSD"]
-    chart = reader.one("#eval-charts .chart:first-child")
-    assert (
-        len(chart.find_elements("css selector", "path.band"))
-        == len(chart.find_elements("css selector", "path.line"))
-        == 2
-    )
-    strokes = [colour(reader, line, "stroke") for line in chart.find_elements("css selector", "path.line")]
-    assert sum(abs(a - b) for a, b in zip(*strokes, strict=True)) > 100
-
-
-def test_a_run_is_chosen_for_its_tokens(reader, comparison):
-    reader.open(comparison)
-    assert reader.texts("#run option") == [
-        "RMSD · context judge, seed 1", "RMSD · context judge, seed 2", "OPSD, seed 1", "OPSD, seed 2",
-    ]  # fmt: skip
-    assert len(reader.all(KEPT)) == len(WISHES)
-    reader.run("document.getElementById('run').focus()")
-    reader.press("O")
-    assert len(reader.all(KEPT)) == len(TOKENS), "OPSD trains on every token"
-
-
-# ---- on paper, on a phone, and under attack ------------------------------------------------------------------------
+# ---- on a phone ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [390, 320, 768])
 @pytest.mark.parametrize("which", ["page", "comparison", "hostile"])
 def test_nothing_overflows_sideways(tmp_path, request, reader, width, which):
-    path = write_report([hostile_run(tmp_path / "run")]) if which == "hostile" else request.getfixturevalue(which)
+    if which == "hostile":
+        path = write_report([hostile_run(tmp_path / str(i), data=f"{'x' * 3000}{i}") for i in range(2)])
+    else:
+        path = request.getfixturevalue(which)
     reader.open(path, width=width)
     reader.run("document.querySelectorAll('details').forEach((one) => { one.open = true })")
     assert reader.run("return document.documentElement.scrollWidth") <= width
-
-
-def test_nothing_is_fetched(reader, page):
-    reader.open(page)
-    assert reader.run("return performance.getEntriesByType('resource').map((one) => one.name)") == []
-
-
-def test_hostile_text_is_only_text(tmp_path, reader, page):
-    reader.open(page)
-    names = "return [...new Set([...document.querySelectorAll('*')].map((one) => one.localName))]"
-    tame = set(reader.run(names))
-    reader.open(write_report([hostile_run(tmp_path / "run")]))
-    assert reader.run("return window.hacked") is None
-    assert set(reader.run(names)) <= tame
-    tokens = reader.all("#answer .t")
-    assert len(tokens) == len(HOSTILE)
-    assert tokens[1].text == "<img·src=x·onerror=window.hacked=1>"
-    assert tokens[2].text == "javascript:window.hacked=1"
-    assert tokens[-1].text.startswith("⟨U+2028⟩⟨U+2029⟩⟨U+202E⟩⟨U+0000⟩")
-    for token in tokens:
-        reader.hover(token)
-    starts = "return document.getElementById('prompt').textContent.startsWith(arguments[0])"
-    assert reader.run(starts, HOSTILE[0] + HOSTILE[1])
-    assert reader.run("return window.hacked") is None
-    assert reader.run("return document.querySelectorAll('[onerror], [onload], [srcdoc], iframe, img').length") == 0
-
-
-def test_the_policy_would_stop_what_slips_through(reader, page):
-    reader.open(page)
-    refused = reader.chrome.execute_async_script(
-        """const done = arguments[0], refused = [];
-        const attempt = (act) => { try { act(); } catch (error) { refused.push(error.name); } };
-        const script = document.createElement('script'), image = document.createElement('img');
-        attempt(() => { script.text = 'window.hacked = 1'; document.body.append(script); });
-        attempt(() => { document.body.innerHTML += '<b id=x></b>'; });
-        image.onerror = () => { refused.push('image'); done(refused); };
-        image.src = 'http://127.0.0.1:9/';"""
-    )
-    assert refused == ["TypeError", "TypeError", "image"]
-    assert reader.run("return window.hacked") is None
-    assert any("Content Security Policy" in complaint for complaint in reader.complaints())

@@ -174,7 +174,7 @@ def test_rollouts_are_written_as_they_were_scored(tmp_path):
         assert set(line["kept"]) <= set(line["candidates"]) and len(line["kept"]) <= 3
         gap = [abs(t - s) for t, s in zip(line["teacher_logprob"], line["student_logprob"], strict=True)]
         assert sorted(line["candidates"], key=lambda i: -gap[i]) == line["candidates"]
-        assert set(line["preferred"]) == set(map(str, line["candidates"]))
+        assert set(line["preferred"]) == set(map(str, line["candidates"])) and line["unwritten"] == []
     assert lines[0]["step"] == 1
 
 

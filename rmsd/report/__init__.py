@@ -1,7 +1,7 @@
 """`write_report`: one self-contained HTML page about a run, or about several side by side.
 
-Prompts, answers and recipes are untrusted text. The template escapes everything; what page.js needs travels as JSON
-in which no "<" occurs; page.js makes text nodes only; and a Content-Security-Policy admits the page's own style and
+Prompts, answers and recipes are untrusted text. The template escapes everything; what the script needs travels as JSON
+in which no "<" occurs; the script makes text nodes only; and a Content-Security-Policy admits the page's own style and
 script by their hashes, so that nothing else could run or be fetched if all of that failed.
 """
 
@@ -19,12 +19,13 @@ from markupsafe import Markup
 
 from . import charts
 from .rollouts import as_data, fitting, shorten
-from .runs import Run, Series, group, judge_name, read_run
+from .runs import Run, Series, Spread, configuration, differing, group, judge_name, read_run
 
 __all__ = ["write_report"]
 
 MAX_BYTES = 2_900_000  # of the page
 MAX_CHARTS = 24
+SCRIPTS = ("page.js", "curves.js", "tokens.js")
 
 EXPLAIN = {
     "greedy": "share of held-out target prompts whose greedy answer {does}; higher is better",
@@ -59,7 +60,8 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
         run_dirs = [run_dirs]
     if not run_dirs:
         raise ValueError("report needs at least one run directory")
-    runs = [read_run(path) for path in run_dirs]
+    run_dirs = {Path(path).resolve(): path for path in run_dirs}  # a run named twice is not two seeds
+    runs = [read_run(path) for path in run_dirs.values()]
     home = runs[0].path if len(runs) == 1 else runs[0].path.parent
     output = Path(output) if output else home / "report.html"
     if not output.parent.is_dir():
@@ -76,17 +78,22 @@ def _page(runs: list[Run]) -> str:
         "runs": runs,
         "series": series,
         "notes": [(run.path.name, note) for run in runs for note in run.notes],
+        "banded": any(len(one.runs) > 1 for one in series),
+        "looks": [_look(i) for i in range(len(series))],
+        "heads": _heads(series),
         "table": _table(series),
         "eval_charts": evals,
         "train_charts": train,
         "explain": TRAIN_EXPLAIN,
         "recipes": [(str(run.path), shorten(yaml.safe_dump(run.recipe, sort_keys=False))) for run in runs],
+        "differences": _differences(series),
         "rollout_total": sum(len(run.rollouts) for run in runs),
     }
     data = {
         "geometry": {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")},
-        "charts": [_chart_data(chart) for chart in (*evals, *train)],
-        "runs": [_run_label(run, runs) for run in runs],
+        "charts": [_chart_data(chart, series) for chart in (*evals, *train)],
+        "looks": context["looks"],
+        "runs": _run_labels(series, runs),
     }
     bare = _render(context, {**data, **as_data([])}, 0)
     shown, rollouts = fitting(runs, MAX_BYTES - _size(bare), lambda rollouts: _size(_embeddable(rollouts)))
@@ -102,7 +109,8 @@ def _render(context: dict, data: dict, shown: int) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"figure": charts.figure, "named": _title}
-    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
+    style = _asset("style.css")
+    script = '"use strict";\n(() => {\n' + "\n".join(map(_asset, SCRIPTS)) + "})();\n"
     return environment.get_template("page.html").render(
         **context,
         geometry=charts,
@@ -113,6 +121,10 @@ def _render(context: dict, data: dict, shown: int) -> str:
         data=Markup(_embeddable(data)),
         rollout_shown=shown,
     )
+
+
+def _asset(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _size(text: str) -> int:
@@ -159,28 +171,51 @@ def _table(series: list[Series]) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         before = [value for one in series for value in one.ends(name, last=False)]
-        if name in ("kind", "step", "epoch") or not before:
+        if name in _NOT_DRAWN or not before:
             continue
-        after = [one.ends(name, last=True) for one in series]
-        own_before = [one.ends(name, last=False) for one in series]
+        own_before = [Spread.of(one.ends(name, last=False)) for one in series]
+        after = [Spread.of(one.ends(name, last=True)) for one in series]
+        values = [*before, *(value for spread in after if spread for value in (spread.low, spread.high))]
+        peak = max(map(abs, values))
+        ends = zip(after, series, strict=True)
+        ranges = [charts.range_text(end, one, peak=peak) if end else "" for end, one in ends]
         rows.append(
             {
                 "name": name,
                 "title": _title(name),
-                "peak": max(map(abs, (*before, *itertools.chain(*after)))),
+                "peak": peak,
                 "explanation": _explanation(name),
-                "before": _spread(before),
-                "after": [(_spread(was), _spread(values)) for was, values in zip(own_before, after, strict=True)],
-                "is_share": _is_share(name) and all(0 <= v <= 1 for v in (*before, *itertools.chain(*after))),
+                "before": Spread.of(before),
+                "after": list(zip(own_before, after, ranges, strict=True)),
+                "is_share": _is_share(name) and all(0 <= value <= 1 for value in values),
             }
         )
     return rows
 
 
-def _spread(values: list[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"mean": sum(values) / len(values), "low": min(values), "high": max(values), "n": len(values)}
+def _heads(series: list[Series]) -> list[str]:
+    """What the table says below each series' name: over how many runs, and after how many steps where that differs."""
+    last = [sorted({run.evals[-1]["step"] for run in one.runs if len(run.evals) > 1}) for one in series]
+    same = len(set(itertools.chain(*last))) < 2
+    heads = []
+    for one, steps in zip(series, last, strict=True):
+        parts = [f"mean of {one.members}, range"] if len(one.runs) > 1 else []
+        if steps and not same:
+            parts.append(f"after {steps[0]}" + (f" to {steps[-1]}" if len(steps) > 1 else "") + " steps")
+        heads.append("; ".join(parts))
+    return heads
+
+
+def _differences(series: list[Series]) -> list[tuple[str, list[str]]]:
+    """What else than method and judge tells the series apart: a key of the recipe, and each one's value."""
+    recipes = [configuration(one.runs[0].recipe) for one in series]
+    keys = [key for key in differing(recipes) if key not in ("method", "judge.kind")]
+    return [(key, [shorten(recipe.get(key, "not set"), 200) for recipe in recipes]) for key in keys]
+
+
+def _look(index: int) -> str:
+    """A series' colour and dashes: six of each, paired anew after every six series."""
+    return f"s{index % 6} d{(index + index // 6) % 6}"
 
 
 def _is_share(name: str) -> bool:
@@ -213,23 +248,27 @@ def _charts(series: list[Series]) -> tuple[list[charts.Chart], list[charts.Chart
 _NOT_DRAWN = ("kind", "step", "epoch")
 
 
-def _chart_data(chart: charts.Chart) -> dict[str, Any]:
+def _chart_data(chart: charts.Chart, series: list[Series]) -> dict[str, Any]:
+    style = {"whole": chart.whole, "peak": chart.peak}
     values = [
         {
             "steps": line.steps,
             "text": [
-                [charts.figure(v, chart.whole, chart.peak) for v in (spread if line.band else spread[:1])]
-                for spread in line.values
+                [charts.figure(spread.mean, **style), charts.range_text(spread, one, **style)] for spread in line.values
             ],
-            "means": [float(f"{spread[0]:.6g}") for spread in line.values],
+            "means": [float(f"{spread.mean:.6g}") for spread in line.values],
         }
         if line
         else None
-        for line in chart.lines
+        for line, one in zip(chart.lines, series, strict=True)
     ]
     return {"name": _title(chart.name), "x": chart.x_span, "y": chart.y_span, "lines": values}
 
 
-def _run_label(run: Run, runs: list[Run]) -> str:
-    label = next(one.label for one in group(runs) if run in one.runs)
-    return label if run.seed is None else f"{label}, seed {run.seed}"
+def _run_labels(series: list[Series], runs: list[Run]) -> list[str]:
+    """Series and seed; the directory too where that would name two runs alike."""
+    of = {run.path: one.label for one in series for run in one.runs}
+    labels = [of[run.path] + (f", seed {run.seed}" if run.seed is not None else "") for run in runs]
+    return [
+        label if labels.count(label) == 1 else f"{label}, {run.path}" for label, run in zip(labels, runs, strict=True)
+    ]

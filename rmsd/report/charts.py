@@ -1,14 +1,16 @@
 """Curves as geometry: the template turns it into SVG, page.js reads the values out at the pointer."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .runs import Series
+from .runs import Series, Spread
 
 # In SVG units, which are about CSS pixels at the width that the page gives a chart.
 WIDTH, HEIGHT = 280, 172
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 28
+LONE = 2.5  # half the width of a band that one step alone has
 MAX_POINTS = 240  # a line; more than the eye can tell apart in 300 pixels
 MINUS = "\N{MINUS SIGN}"
 
@@ -17,10 +19,10 @@ MINUS = "\N{MINUS SIGN}"
 class Line:
     label: str
     path: str
-    band: str  # "" for one run
+    band: str  # from the least to the greatest, wherever two runs or more have a value; "" where none do
     dots: list[tuple[float, float]]
     steps: list[int]
-    values: list[tuple[float, float, float]]  # mean, least, greatest
+    values: list[Spread]
 
 
 @dataclass(frozen=True)
@@ -39,30 +41,30 @@ class Chart:
 def chart(series: Sequence[Series], kind: str, name: str, unit_interval: bool) -> Chart | None:
     """A metric of all series in one plot; None where no run has a finite value of it."""
     curves = [_thin(one.curve(kind, name)) for one in series]
-    points = [point for curve in curves for point in curve]
-    if not points:
+    steps = [step for curve in curves for step, _ in curve]
+    spreads = [spread for curve in curves for _, spread in curve]
+    if not spreads:
         return None
-    steps = [point[0] for point in points]
     x_ticks = nice_ticks(min(steps), max(steps), 5, whole=True)
     x_span = (min(steps), max(max(steps), min(steps) + 1))
-    if unit_interval and all(low >= 0 and high <= 1 for _, _, low, high in points):
+    if unit_interval and all(spread.low >= 0 and spread.high <= 1 for spread in spreads):
         y_ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
     else:
-        least, greatest = min(point[2] for point in points), max(point[3] for point in points)
+        least, greatest = min(spread.low for spread in spreads), max(spread.high for spread in spreads)
         # Zero belongs to the picture unless the curve lives far from it.
         if 0 < least < 0.6 * greatest:
             least = 0.0
         y_ticks = nice_ticks(least, greatest, 4)
     y_span = (y_ticks[0], y_ticks[-1])
-    whole = not unit_interval and all(low == int(low) and high == int(high) for _, _, low, high in points)
-    peak = max(max(abs(low), abs(high)) for _, _, low, high in points)
+    whole = not unit_interval and all(s.low == int(s.low) and s.high == int(s.high) for s in spreads)
+    peak = max(max(abs(spread.low), abs(spread.high)) for spread in spreads)
     lines = [
-        _line(one.label, curve, x_span, y_span, dots=kind == "evals", band=len(one.runs) > 1) if curve else None
+        _line(one.label, curve, x_span, y_span, dots=kind == "evals") if curve else None
         for one, curve in zip(series, curves, strict=True)
     ]
     return Chart(
         name,
-        "; ".join(_describe(line, whole, peak) for line in lines if line),
+        "; ".join(_describe(line, one, whole, peak) for line, one in zip(lines, series, strict=True) if line),
         [(_x(t, x_span), str(int(t))) for t in x_ticks if x_span[0] <= t <= x_span[1]],
         [(_y(t, y_span), tick_text(t)) for t in y_ticks],
         x_span,
@@ -114,6 +116,14 @@ def figure(value: float | None, whole: bool = False, peak: float = 0.0) -> str:
     return f"{value:.{digits}f}".replace("-", MINUS)
 
 
+def range_text(spread: Spread, series: Series, whole: bool = False, peak: float = 0.0) -> str:
+    """What a mean leaves out: "0.833 to 1.000", and ", 2 of 3 seeds" where some have no value. "" for a single run."""
+    parts = [" to ".join(figure(v, whole, peak) for v in (spread.low, spread.high))] if spread.runs > 1 else []
+    if spread.runs < len(series.runs):
+        parts.append(f"{spread.runs} of {series.members}")
+    return ", ".join(parts)
+
+
 def _thin(curve: list[tuple]) -> list[tuple]:
     if len(curve) <= MAX_POINTS:
         return curve
@@ -128,25 +138,36 @@ def _y(value: float, span: tuple[float, float]) -> float:
     return round(HEIGHT - BOTTOM - (value - span[0]) / (span[1] - span[0]) * (HEIGHT - TOP - BOTTOM), 1)
 
 
-def _line(label, curve, x_span, y_span, *, dots: bool, band: bool) -> Line:
-    def path(points: list[tuple[float, float]]) -> str:
-        return "M" + "L".join(f"{_x(step, x_span)},{_y(value, y_span)}" for step, value in points)
-
-    mean = [(step, mean) for step, mean, _, _ in curve]
+def _line(label: str, curve: list[tuple[int, Spread]], x_span, y_span, *, dots: bool) -> Line:
+    mean = [(_x(step, x_span), _y(spread.mean, y_span)) for step, spread in curve]
     show_dots = len(mean) == 1 or (dots and len(mean) <= 40)
-    outline = [(step, high) for step, _, _, high in curve] + [(step, low) for step, _, low, _ in reversed(curve)]
+    pieces = [list(piece) for many, piece in itertools.groupby(curve, lambda point: point[1].runs > 1) if many]
     return Line(
         label,
-        path(mean),
-        path(outline) + "Z" if band else "",
-        [(_x(step, x_span), _y(value, y_span)) for step, value in mean] if show_dots else [],
-        [step for step, *_ in curve],
-        [(mean, low, high) for _, mean, low, high in curve],
+        _path(mean),
+        "".join(_outline(piece, x_span, y_span) for piece in pieces),
+        mean if show_dots else [],
+        [step for step, _ in curve],
+        [spread for _, spread in curve],
     )
 
 
-def _describe(line: Line, whole: bool, peak: float) -> str:
-    first, last = (figure(line.values[i][0], whole, peak) for i in (0, -1))
-    if len(line.steps) == 1:
-        return f"{line.label}: {first} at step {line.steps[0]}"
-    return f"{line.label}: from {first} at step {line.steps[0]} to {last} at step {line.steps[-1]}"
+def _outline(piece: list[tuple[int, Spread]], x_span, y_span) -> str:
+    """Along the greatest values and back along the least. One step alone is given a width, to be seen."""
+    upper = [(_x(step, x_span), _y(spread.high, y_span)) for step, spread in piece]
+    lower = [(_x(step, x_span), _y(spread.low, y_span)) for step, spread in piece]
+    if len(piece) == 1:
+        upper, lower = ([(round(x + dx, 1), y) for x, y in edge for dx in (-LONE, LONE)] for edge in (upper, lower))
+    return _path([*upper, *reversed(lower)]) + "Z"
+
+
+def _path(points: list[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x},{y}" for x, y in points)
+
+
+def _describe(line: Line, series: Series, whole: bool, peak: float) -> str:
+    first, last = (figure(line.values[i].mean, whole, peak) for i in (0, -1))
+    name = line.label if len(series.runs) == 1 else f"{line.label}, mean of {series.members}"
+    span = range_text(line.values[-1], series, whole, peak)
+    end = f"{last} at step {line.steps[-1]}" + (f" ({span})" if span else "")
+    return f"{name}: {end}" if len(line.steps) == 1 else f"{name}: from {first} at step {line.steps[0]} to {end}"

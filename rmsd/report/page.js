@@ -1,279 +1,42 @@
-"use strict";
 // Everything shown here was written by models or users: text nodes and fixed attribute names only, never markup.
-(() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const $ = (id) => document.getElementById(id);
-  const SVG = "http://www.w3.org/2000/svg";
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
 
-  function element(tag, className, ...children) {
-    const node = document.createElement(tag);
-    if (className) node.className = className;
-    node.append(...children);
-    return node;
-  }
+function element(tag, className, ...children) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  node.append(...children);
+  return node;
+}
 
-  // ---- theme ----
-  const root = document.documentElement;
-  const systemDark = matchMedia("(prefers-color-scheme: dark)");
-  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
-  function showTheme() {
-    $("theme").textContent = isDark() ? "Light" : "Dark";
-    $("theme").setAttribute("aria-pressed", String(isDark()));
-    $("theme").setAttribute("aria-label", isDark() ? "Switch to the light theme" : "Switch to the dark theme");
-  }
-  function stored(value) {
-    try { // a file: page may be denied storage
-      if (value) localStorage.setItem("rmsd-theme", value);
-      return localStorage.getItem("rmsd-theme");
-    } catch { return null; }
-  }
-  const remembered = stored();
-  if (remembered === "dark" || remembered === "light") root.dataset.theme = remembered;
-  $("theme").hidden = false;
-  $("theme").addEventListener("click", () => {
-    root.dataset.theme = isDark() ? "light" : "dark";
-    stored(root.dataset.theme);
-    showTheme();
-  });
-  systemDark.addEventListener("change", showTheme);
+function drawing(tag, attributes, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+// ---- theme ----
+const root = document.documentElement;
+const systemDark = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
+function showTheme() {
+  $("theme").textContent = isDark() ? "Light" : "Dark";
+  $("theme").setAttribute("aria-label", isDark() ? "Switch to the light theme" : "Switch to the dark theme");
+}
+function stored(value) {
+  try { // a file: page may be denied storage
+    if (value) localStorage.setItem("rmsd-theme", value);
+    return localStorage.getItem("rmsd-theme");
+  } catch { return null; }
+}
+const remembered = stored();
+if (remembered === "dark" || remembered === "light") root.dataset.theme = remembered;
+$("theme").hidden = false;
+$("theme").addEventListener("click", () => {
+  root.dataset.theme = isDark() ? "light" : "dark";
+  stored(root.dataset.theme);
   showTheme();
-
-  // ---- curves: values at the pointer ----
-  for (const figure of document.querySelectorAll("[data-chart]")) readValues(figure, data.charts[figure.dataset.chart]);
-
-  function readValues(figure, chart) {
-    const g = data.geometry, svg = figure.querySelector("svg"), readout = figure.querySelector(".readout");
-    const steps = [...new Set(chart.lines.flatMap((line) => (line ? line.steps : [])))].sort((a, b) => a - b);
-    const x = (step) => g.LEFT + (step - chart.x[0]) / (chart.x[1] - chart.x[0]) * (g.WIDTH - g.LEFT - g.RIGHT);
-    const y = (v) => g.HEIGHT - g.BOTTOM - (v - chart.y[0]) / (chart.y[1] - chart.y[0]) * (g.HEIGHT - g.TOP - g.BOTTOM);
-    const overlay = svg.appendChild(document.createElementNS(SVG, "g"));
-    let at = steps.length - 1;
-
-    function draw(tag, attributes) {
-      const node = overlay.appendChild(document.createElementNS(SVG, tag));
-      for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-    }
-    function show(active) {
-      const step = steps[at];
-      overlay.replaceChildren();
-      readout.replaceChildren(element("span", "", `step ${step}`));
-      if (active) draw("line", { class: "cross", x1: x(step), x2: x(step), y1: g.TOP, y2: g.HEIGHT - g.BOTTOM });
-      chart.lines.forEach((line, index) => {
-        const i = line ? line.steps.indexOf(step) : -1;
-        if (i < 0) return;
-        if (active) draw("circle", { class: `mark s${index % 6}`, cx: x(step), cy: y(line.means[i]), r: 4 });
-        const [mean, low, high] = line.text[i];
-        const key = chart.lines.length > 1 ? [element("i", `key s${index % 6}`)] : [];
-        const spread = low === undefined ? [] : [` ${low} to ${high}`];
-        readout.append(element("span", "", ...key, element("b", "", mean), ...spread));
-      });
-    }
-    svg.addEventListener("pointermove", (event) => {
-      const box = svg.getBoundingClientRect();
-      const pointer = (event.clientX - box.left) / box.width * g.WIDTH;
-      at = steps.reduce((best, step, i) => (Math.abs(x(step) - pointer) < Math.abs(x(steps[best]) - pointer) ? i : best), 0);
-      show(true);
-    });
-    const rest = () => { at = steps.length - 1; show(false); };
-    svg.addEventListener("pointerleave", rest);
-    figure.addEventListener("blur", rest);
-    figure.addEventListener("focus", () => show(figure.matches(":focus-visible")));
-    figure.addEventListener("keydown", (event) => {
-      const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length - 1 }[event.key];
-      if (to === undefined) return;
-      event.preventDefault();
-      at = Math.max(0, Math.min(steps.length - 1, to));
-      show(true);
-    });
-    show(false);
-  }
-
-  // ---- tokens ----
-  if (!data.rollouts.length) return;
-  const MINUS = "\u2212";
-  const signed = (v) => (v < 0 ? MINUS : "+") + Math.abs(v).toFixed(2);
-  const nats = (v) => (v === null ? "not finite" : v.toFixed(2).replace("-", MINUS));
-  const NAMES = { "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", " ": "\u00b7" };
-  // Blanks, control and format characters and lone surrogates have no look of their own; some reorder what is near.
-  const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Z}]/u;
-  const nameOf = (c) => NAMES[c] ?? `\u27e8U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
-
-  function visible(text) { // text with its blanks made visible, as nodes
-    if (!text) return [element("span", "gap-mark", "\u2205")];
-    const nodes = [];
-    for (const character of text) {
-      if (HIDDEN.test(character)) nodes.push(element("span", "gap-mark", nameOf(character)));
-      else if (typeof nodes.at(-1) === "string") nodes.push(nodes.pop() + character);
-      else nodes.push(character);
-    }
-    return nodes;
-  }
-
-  function probability(logprob) {
-    if (logprob === null) return "?";
-    const p = Math.exp(logprob);
-    if (p >= 0.0995) return `${(p * 100).toFixed(0)}%`;
-    return p >= 0.0005 ? `${(p * 100).toPrecision(2)}%` : "<0.05%";
-  }
-
-  let rollouts = [], steps = [], shown = null, selected = 0; // of the run; of the run; the rollout; its token
-
-  function options(select, texts) {
-    select.replaceChildren(...texts.map((text, i) => new Option(text, i)));
-  }
-
-  function showRun() {
-    rollouts = data.rollouts.filter((rollout) => rollout.run === Number($("run").value));
-    steps = [...new Set(rollouts.map((rollout) => rollout.step))].sort((a, b) => a - b);
-    $("step").max = steps.length - 1;
-    $("step").value = Math.min($("step").value, steps.length - 1);
-    showStep();
-  }
-
-  const ofStep = () => rollouts.filter((rollout) => rollout.step === steps[$("step").value]);
-
-  function showStep() {
-    const step = steps[$("step").value], now = ofStep();
-    $("step-text").textContent = `${step} of ${steps.at(-1)}`;
-    $("step").setAttribute("aria-valuetext", `step ${step}`);
-    const wanted = Math.max(0, Math.min($("rollout").selectedIndex, now.length - 1));
-    const context = (rollout) => (data.texts[rollout.context].trim() ? "" : " (no context)");
-    options($("rollout"), now.map((r) => data.texts[r.prompt].replace(/\s+/g, " ").slice(0, 90) + context(r)));
-    $("rollout").selectedIndex = wanted;
-    showRollout();
-  }
-
-  function showRollout() {
-    const now = ofStep(), index = $("rollout").selectedIndex;
-    shown = now[index];
-    $("rollout-text").textContent = `${index + 1} of ${now.length}`;
-    $("previous").disabled = index <= 0;
-    $("next").disabled = index >= now.length - 1;
-    $("prompt").textContent = data.texts[shown.prompt];
-    const context = data.texts[shown.context];
-    $("context").textContent = context.trim() ? context : "Nothing: an anchor row, where the teacher holds the model in place.";
-    $("context").classList.toggle("faint", !context.trim());
-    $("counts").replaceChildren(...[[shown.length, "tokens"], [shown.candidates.length, "candidates"], [shown.kept.length, "kept"]]
-      .flatMap(([count, noun], i) => [i ? " \u00b7 " : "", element("b", "", String(count)), ` ${noun}`]));
-    $("cut").hidden = shown.length === shown.tokens.length;
-    $("cut").textContent = `The first ${shown.tokens.length} of ${shown.length} tokens.`;
-    const candidates = new Set(shown.candidates), kept = new Set(shown.kept);
-    $("answer").replaceChildren(...shown.tokens.flatMap((text, i) => {
-      const node = token(text, i, candidates.has(i), kept.has(i));
-      return text.endsWith("\n") ? [node, element("br")] : [node, element("wbr")];
-    }));
-    const first = shown.candidates.find((i) => kept.has(i)) ?? shown.candidates[0] ?? 0;
-    if (shown.tokens.length) select(Math.min(first, shown.tokens.length - 1));
-    else $("detail").replaceChildren(element("p", "role", "An empty answer."));
-  }
-
-  const gapOf = (i) => (shown.teacher[i] === null || shown.student[i] === null ? null : shown.teacher[i] - shown.student[i]);
-
-  function token(text, i, isCandidate, isKept) {
-    const gap = gapOf(i), node = element("span", "t", ...visible(text));
-    if (gap === null) node.classList.add("unknown");
-    else if (gap) {
-      node.classList.add(gap > 0 ? "up" : "down");
-      // A little more than proportional, as the legend's ramp is: gaps of one nat are to be seen beside ones of six.
-      node.style.setProperty("--gap", Math.min(1, (Math.abs(gap) / data.scale) ** 0.75).toFixed(3));
-    }
-    node.classList.toggle("candidate", isCandidate);
-    node.classList.toggle("kept", isKept);
-    node.dataset.index = i;
-    node.tabIndex = -1;
-    node.setAttribute("role", "option");
-    node.setAttribute("aria-selected", "false");
-    const label = [text.trim() || "blank", gap === null ? "gap not finite" : `gap ${signed(gap)} nats`];
-    if (isCandidate) label.push("candidate");
-    if (isKept) label.push("kept");
-    if (Object.hasOwn(shown.preferred, i)) label.push(`teacher prefers ${shown.preferred[i].trim() || "blank"}`);
-    node.setAttribute("aria-label", label.join(", "));
-    return node;
-  }
-
-  const nodeOf = (i) => $("answer").querySelector(`[data-index="${i}"]`);
-
-  function select(i, focus = false) {
-    const old = nodeOf(selected), node = nodeOf(i);
-    if (old) { old.setAttribute("aria-selected", "false"); old.tabIndex = -1; }
-    selected = i;
-    node.setAttribute("aria-selected", "true");
-    node.tabIndex = 0;
-    if (focus) node.focus({ preventScroll: false });
-    describe(i);
-  }
-
-  function bar(who, logprob) {
-    const fill = element("i");
-    fill.style.setProperty("--p", logprob === null ? 0 : Math.exp(logprob).toFixed(4));
-    return [element("span", "", who), element("span", `bar ${who.toLowerCase()}`, fill), element("span", "", probability(logprob))];
-  }
-
-  function describe(i) {
-    const gap = gapOf(i), rank = shown.candidates.indexOf(i);
-    const role = rank < 0 ? ["Not a candidate"] : [`Candidate, rank ${rank + 1} of ${shown.candidates.length}`];
-    if (shown.kept.includes(i)) role.push(", ", element("b", "", "kept"));
-    const wish = Object.hasOwn(shown.preferred, i)
-      ? element("div", "wish", "The teacher most wants to promote ", element("b", "", ...visible(shown.preferred[i])))
-      : element("div", "wish none", "The teacher\u2019s wish is recorded for candidates only.");
-    const facts = [
-      ["log p, student", nats(shown.student[i])],
-      ["log p, teacher", nats(shown.teacher[i])],
-      ["gap, nats", gap === null ? "not finite" : signed(gap)],
-      ["divergence", nats(shown.divergence[i])],
-      ["token", `${i + 1} of ${shown.length}`],
-    ];
-    $("detail").replaceChildren(
-      element("div", "token", ...visible(shown.tokens[i])),
-      element("div", "role", ...role),
-      element("div", "bars", ...bar("Student", shown.student[i]), ...bar("Teacher", shown.teacher[i])),
-      wish,
-      element("dl", "", ...facts.flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)])),
-    );
-  }
-
-  const tokenAt = (event) => event.target.closest("#answer .t");
-  $("answer").addEventListener("pointerover", (event) => {
-    const node = tokenAt(event);
-    if (node) describe(Number(node.dataset.index));
-  });
-  $("answer").addEventListener("pointerleave", () => shown.tokens.length && describe(selected));
-  $("answer").addEventListener("click", (event) => {
-    const node = tokenAt(event);
-    if (node) select(Number(node.dataset.index), true);
-  });
-  $("answer").addEventListener("keydown", (event) => {
-    const marked = shown.candidates.filter((i) => i < shown.tokens.length).sort((a, b) => a - b);
-    const to = {
-      ArrowRight: selected + 1,
-      ArrowLeft: selected - 1,
-      ArrowDown: marked.find((i) => i > selected),
-      ArrowUp: marked.findLast((i) => i < selected),
-      Home: 0,
-      End: shown.tokens.length - 1,
-    }[event.key];
-    if (!(event.key in { ArrowRight: 1, ArrowLeft: 1, ArrowDown: 1, ArrowUp: 1, Home: 1, End: 1 })) return;
-    event.preventDefault();
-    if (to >= 0 && to < shown.tokens.length) select(to, true);
-  });
-
-  function move(by) {
-    $("rollout").selectedIndex += by;
-    showRollout();
-  }
-  $("run").addEventListener("change", showRun);
-  $("step").addEventListener("input", showStep);
-  $("rollout").addEventListener("change", showRollout);
-  $("previous").addEventListener("click", () => move(-1));
-  $("next").addEventListener("click", () => move(1));
-
-  const withRollouts = new Set(data.rollouts.map((rollout) => rollout.run));
-  $("run").replaceChildren(...data.runs.flatMap((name, i) => (withRollouts.has(i) ? [new Option(name, i)] : [])));
-  $("run-field").hidden = withRollouts.size < 2;
-  $("scale-low").textContent = MINUS + data.scale;
-  $("scale-high").textContent = "+" + data.scale;
-  $("view").hidden = false;
-  showRun();
-  // Open on an answer from which something was learned.
-  move(Math.max(0, ofStep().findIndex((rollout) => rollout.kept.length && data.texts[rollout.context].trim())));
-})();
+});
+systemDark.addEventListener("change", showTheme);
+showTheme();

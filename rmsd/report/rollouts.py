@@ -44,6 +44,7 @@ def as_data(chosen: list[tuple[int, dict]]) -> dict[str, Any]:
                 "divergence": [_round(rollout["divergence"][i]) for i in shown],
                 "candidates": rollout["candidates"],
                 "kept": rollout["kept"],
+                "unwritten": rollout.get("unwritten", []),
                 "preferred": {
                     position: shorten(token, MAX_TOKEN_TEXT)
                     for position, token in rollout.get("preferred", {}).items()

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -40,6 +40,19 @@ class Run:
         return self.recipe.get("seed")
 
 
+class Spread(NamedTuple):
+    """A metric over the runs that have a finite value of it."""
+
+    mean: float
+    low: float
+    high: float
+    runs: int  # how many have one
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread | None":
+        return cls(sum(values) / len(values), min(values), max(values), len(values)) if values else None
+
+
 @dataclass
 class Series:
     """Runs of one configuration under different seeds: a line with its band."""
@@ -47,14 +60,21 @@ class Series:
     label: str
     runs: list[Run]
 
-    def curve(self, kind: str, name: str) -> list[tuple[int, float, float, float]]:
-        """(step, mean, least, greatest) over the runs that have a finite value there."""
+    @property
+    def members(self) -> str:
+        """How many, as "3 seeds"; as "3 runs" where two of them had one seed or did not say."""
+        seeds = {str(run.seed) for run in self.runs if run.seed is not None}
+        noun = "seed" if len(seeds) == len(self.runs) else "run"
+        return f"{len(self.runs)} {noun}{'s' * (len(self.runs) > 1)}"
+
+    def curve(self, kind: str, name: str) -> list[tuple[int, Spread]]:
+        """Each step that some run logged, in order, with the metric over the runs that did."""
         values = defaultdict(list)
         for run in self.runs:
             for line in getattr(run, kind):
                 if (value := line.get(name)) is not None:
                     values[line["step"]].append(value)
-        return [(step, sum(v) / len(v), min(v), max(v)) for step, v in sorted(values.items())]
+        return [(step, Spread.of(v)) for step, v in sorted(values.items())]
 
     def ends(self, name: str, last: bool) -> list[float]:
         """The metric in each run's first or last evaluation; a run evaluated once has only a first."""
@@ -87,21 +107,24 @@ def group(runs: Sequence[Run]) -> list[Series]:
     """One series for each method, judge and remaining configuration, in order of appearance."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(_configuration(run.recipe), sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(configuration(run.recipe), sort_keys=True), []).append(run)
     named = [(_name(members[0]), members) for members in groups.values()]
-    names = [name for name, _ in named]
-    flat = [_configuration(members[0].recipe) for _, members in named]
-    differing = [
-        key for key in sorted({key for f in flat for key in f} - {"method", "judge.kind"})
-        if len({json.dumps(f.get(key)) for f in flat}) > 1
-    ]  # fmt: skip
     series = []
-    for (name, members), own in zip(named, flat, strict=True):
+    for name, members in named:
         # Only where two would bear one name does the rest of the recipe have to tell them apart.
-        if names.count(name) > 1:
-            name += "".join(f" · {key.removeprefix('train.')} {own.get(key)}" for key in differing)
-        series.append(Series(name, members))
+        alike = [configuration(others[0].recipe) for other, others in named if other == name]
+        own = configuration(members[0].recipe)
+        told = [(key.removeprefix("train."), own.get(key, "not set")) for key in differing(alike)]
+        # Of a long value, a path as a rule, the end tells more than the beginning.
+        ends = [f" · {key} {value if len(value) <= 40 else '…' + value[-39:]}" for key, value in told]
+        series.append(Series(name + "".join(ends), members))
     return series
+
+
+def differing(configurations: Sequence[dict[str, str]]) -> list[str]:
+    """The keys whose values are not the same in all of them."""
+    keys = sorted({key for one in configurations for key in one})
+    return [key for key in keys if len({one.get(key) for one in configurations}) > 1]
 
 
 def flatten(mapping: dict, prefix: str = "") -> dict[str, Any]:
@@ -112,7 +135,8 @@ def flatten(mapping: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _configuration(recipe: dict) -> dict[str, str]:
+def configuration(recipe: dict) -> dict[str, str]:
+    """The recipe, flat, without what may differ between the runs of a series."""
     return {key: str(value) for key, value in flatten(recipe).items() if not key.startswith(_INCIDENTAL)}
 
 
@@ -198,7 +222,7 @@ def _is_rollout(line: dict) -> bool:
     if type(line.get("step")) is not int or not isinstance(tokens, list):
         return False
     columns = [line.get(name) for name in ("student_logprob", "teacher_logprob", "divergence")]
-    positions = [line.get("candidates"), line.get("kept")]
+    positions = [line.get("candidates"), line.get("kept"), line.get("unwritten", [])]
     return (
         all(isinstance(line.get(name), str) for name in ("prompt", "privileged_context"))
         and all(isinstance(token, str) for token in tokens)
