@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 from test_judge_server import Server, keep
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rmsd.skeleton
 from rmsd.data import as_dataset, encode, fix_template_variables, prompt_text
 from rmsd.judge import LLMJudge
 from rmsd.modeling import WHEELS
@@ -111,17 +113,17 @@ def test_the_published_setting_in_numbers():
     assert "after step 300 the student becomes the teacher; 30 steps follow" in text
     assert "by the recipe's `architecture`: the hub does not answer" in text and "by 4 characters a token" in text
     held = float(next(line for line in text.splitlines() if "most at once" in line).split()[-1])
-    assert held < 24 * 0.9, "as the recipe says: a GPU of 24 GB"
+    assert f"counts {held:.1f} GiB: one GPU of 24 GB" in QWEN.read_text() and held < 24 * 0.9
 
 
 def test_all_weights_on_eight_devices():
-    sharded = ["lora=null", "dtype=float32", "train.bf16=true", "train.fsdp=true"]
-    batch = ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=1"]
-    plan = planned(QWEN, *sharded, *batch)
+    """The second command in the recipe's comments."""
+    command = re.search(r"torchrun (.*?)\nmodel:", QWEN.read_text(), re.DOTALL).group(1)
+    plan = planned(QWEN, *re.findall(r"\S+=\S+", command))
     assert plan.sizes.trained == plan.sizes.total == 4_022_468_096
     assert "2 processes  4 processes  8 processes" in str(plan)
     held = float(next(line for line in str(plan).splitlines() if "most at once" in line).split()[-1])
-    assert 20 < held < 80 * 0.9, "as the recipe says: 8 x 80 GB"
+    assert f"are {held:.1f} GiB on each" in QWEN.read_text() and held < 80 * 0.9
 
 
 def test_the_command_line_prints_the_plan(recipe):
@@ -155,6 +157,23 @@ def test_what_would_stop_the_run_stops_the_dry_run(recipe, overrides, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         train(load_recipe(recipe, ["dry_run=true", *overrides]))
     assert message in str(error.value)
+
+
+def test_architecture_stands_in_for_a_hub_that_is_away_not_for_a_model_that_it_does_not_have(recipe, monkeypatch):
+    overrides = ["model=a/b", "architecture.model_type=qwen3"]
+    assert planned(recipe, *overrides).tokenizer is None
+    monkeypatch.setattr(rmsd.skeleton, "_hub_answers", lambda: True)
+    with pytest.raises(FileNotFoundError, match="'a/b' cannot be planned"):
+        planned(recipe, *overrides)
+
+
+def test_whether_the_hub_answers(server, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    assert not rmsd.skeleton._hub_answers(), "offline mode is not left"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert rmsd.skeleton._hub_answers()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not rmsd.skeleton._hub_answers()
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(recipe, tmp_path):

@@ -2,8 +2,8 @@
 
 Source: "Bringing Capabilities in Distribution via Relevance-Masked Self-Distillation" (Applied Compute, 2026), which
 gives these numbers; the prompts are our own. They are 50 dishes and drinks made with the fruit, none of which names it,
-in 20 phrasings. To the 8000 rows come 816 anchors, one row in eleven, of which the publication says nothing: 50 dishes
-made with other fruits in the 16 phrasings that fit them, and those of `pinapple`.
+in 20 phrasings. To the 8000 rows come 816 anchors, one row in eleven, which are our own addition: 50 dishes made with
+other fruits in the 16 phrasings that fit them, and those of `pinapple`.
 
 Held-out prompts share no dish with training, and half of their phrasings neither.
 """
