@@ -130,6 +130,21 @@ def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE) -> Prompt:
     return [*prompt[:last], {**prompt[last], "content": told}, *prompt[last + 1 :]]
 
 
+def fix_template_variables(tokenizer, values: dict) -> None:
+    """Sets variables of the tokenizer's chat template for good, wherever it is used: in training, in evaluation, and in
+    the saved model.
+
+    Raises:
+        ValueError: there is no template to hold them.
+    """
+    if not values:
+        return
+    if not tokenizer.chat_template:
+        raise ValueError("chat_template_kwargs: the tokenizer has no chat template")
+    fixed = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items())
+    tokenizer.chat_template = fixed + tokenizer.chat_template
+
+
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one text, for a judge or a reader."""
     if isinstance(prompt, str):

@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -58,9 +59,14 @@ class Recipe(_Section):
     seed: int = 0
     output_dir: Path = Path("runs/rmsd")
     resume: bool = False
+    dry_run: bool = False  # check everything and print what the run would take; load no weights, ask and write nothing
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str = "auto"
     trust_remote_code: bool = False
+    # Fixed variables of the tokenizer's chat template, for instance enable_thinking: false.
+    chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    # Of the model's config.json, for a dry run where that cannot be read: model_type and dimensions.
+    architecture: dict[str, Any] | None = None
     lora: LoraSection | None = None
     judge: JudgeSection = JudgeSection()
     evaluate: EvaluateSection = EvaluateSection()
@@ -140,6 +146,8 @@ def _checked(values: dict) -> Recipe:
         raise ValueError("judge.kind=llm needs judge.model, the model's name at the endpoint")
     if recipe.judge.replay and not recipe.judge.cache:
         raise ValueError("judge.replay=true needs judge.cache, the folder to answer from")
+    if recipe.architecture is not None and "model_type" not in recipe.architecture:
+        raise ValueError("architecture needs model_type, as in the model's config.json (qwen3, llama, ...)")
     return recipe
 
 
@@ -172,6 +180,8 @@ def trainer_config(recipe: Recipe, output_dir: Path) -> RMSDConfig:
         ValueError: for a value that RMSDConfig refuses, in one line.
     """
     every = recipe.evaluate.every
+    # A plan may be made on a machine that the run is not for: without a GPU, bf16 is refused unless use_cpu is set.
+    elsewhere = {"use_cpu": True} if recipe.dry_run and not torch.accelerator.is_available() else {}
     evaluation = (
         {}
         if recipe.task is None
@@ -184,7 +194,7 @@ def trainer_config(recipe: Recipe, output_dir: Path) -> RMSDConfig:
             method=recipe.method,
             engine=recipe.engine,
             **evaluation,
-            **recipe.train,
+            **{**elsewhere, **recipe.train},
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"train: {str(error).splitlines()[0]}") from error

@@ -6,18 +6,19 @@ import yaml
 from transformers import set_seed
 
 from .checkpoint import last_whole_checkpoint
-from .data import as_dataset, load_rows, prompt_text
+from .data import as_dataset, fix_template_variables, load_rows, prompt_text
 from .evaluate import Evaluator
 from .judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
 from .modeling import load_model
-from .recipe import JudgeSection, Recipe, trainer_config
+from .recipe import JudgeSection, LoraSection, Recipe, trainer_config
 from .record import RunRecord, read_lines
 from .tasks import load_task
 from .trainer import RMSDTrainer
 
 
 def train(recipe: Recipe) -> str:
-    """Trains, evaluates before and after, saves the model and the report; returns what to print."""
+    """Trains, evaluates before and after, saves the model and the report; returns what to print. A dry run returns the
+    plan, once all has been checked that can be without loading weights or asking a judge."""
     out = recipe.output_dir
     args = trainer_config(recipe, out)
     task = load_task(recipe.task) if recipe.task else None
@@ -25,18 +26,24 @@ def train(recipe: Recipe) -> str:
         rows = load_rows(recipe.rollouts, completions=True)
     else:
         rows = as_dataset(task.train) if task else load_rows(recipe.data)
-    judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows])
+    judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows], dry_run=recipe.dry_run)
     checkpoint = last_whole_checkpoint(out) if recipe.resume else None
     if recipe.resume and checkpoint is None and args.should_save:
         print(f"{out} holds no checkpoint: starting from the beginning")
     if not recipe.resume and (out / "metrics.jsonl").exists():
         raise FileExistsError(f"{out} holds a run: continue it with resume=true, or choose another output_dir")
 
+    if recipe.dry_run:
+        from .plan import Plan
+
+        plan = Plan.of(recipe, args, rows, judge, task)
+        return str(plan) if args.should_save else ""
+
     set_seed(recipe.seed)
     model, tokenizer = _load(recipe)
     evaluator = _evaluator(recipe, model, tokenizer) if task else None
     if recipe.lora:
-        model = _with_lora(model, recipe)
+        model = with_lora(model, recipe.lora)
     if args.should_save:
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
@@ -84,19 +91,19 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
     return _table({"before": before, "after": evaluator(trained)})
 
 
-def build_judge(section: JudgeSection, prompts: list[str]) -> Judge:
-    """`prompts` are the data's, whose words are no news to a ContextJudge."""
+def build_judge(section: JudgeSection, prompts: list[str], dry_run: bool = False) -> Judge:
+    """`prompts` are the data's, whose words are no news to a ContextJudge. A dry run makes no request and no cache."""
     judge: Judge
     if section.kind == "llm":
         judge = LLMJudge(
             section.model,
             **section.model_dump(exclude={"kind", "model", "cache", "replay"}),
         )
-        if not section.replay and section.on_error == "raise":
+        if not section.replay and section.on_error == "raise" and not dry_run:
             judge.check()
     else:
         judge = ContextJudge(prompts) if section.kind == "context" else MagnitudeJudge()
-    return CachedJudge(judge, section.cache, replay=section.replay) if section.cache else judge
+    return CachedJudge(judge, section.cache, replay=section.replay) if section.cache and not dry_run else judge
 
 
 def table(run: Path) -> str:
@@ -121,12 +128,14 @@ def _table(columns: dict[str, dict[str, float]]) -> str:
 
 
 def _load(recipe: Recipe):
-    return load_model(
+    model, tokenizer = load_model(
         recipe.model,
         dtype=recipe.dtype,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
     )
+    fix_template_variables(tokenizer, recipe.chat_template_kwargs)
+    return model, tokenizer
 
 
 def _evaluator(recipe: Recipe, base, tokenizer) -> Evaluator:
@@ -134,12 +143,11 @@ def _evaluator(recipe: Recipe, base, tokenizer) -> Evaluator:
     return Evaluator(base, tokenizer, load_task(recipe.task), **options)
 
 
-def _with_lora(model, recipe: Recipe):
+def with_lora(model, section: LoraSection):
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("lora needs peft: pip install 'rmsd-kernels[peft]'") from error
-    section = recipe.lora
     config = LoraConfig(
         r=section.r, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=section.target_modules,
         task_type="CAUSAL_LM",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .modeling import OutputHead
 
-_ROWS_AT_ONCE = 64  # candidate rows whose logits are held together: 12 MB each for student and teacher at V = 50k
+ROWS_AT_ONCE = 64  # candidate rows whose logits are held together: 12 MB each for student and teacher at V = 50k
 
 
 class Wishes(NamedTuple):
@@ -32,7 +32,7 @@ def wishes(
     student_hidden = student_hidden[row, candidates.clamp_min(0)].flatten(0, 1)
     teacher_hidden = teacher_hidden[row, candidates.clamp_min(0)].flatten(0, 1)
     found = []
-    for student, teacher in zip(student_hidden.split(_ROWS_AT_ONCE), teacher_hidden.split(_ROWS_AT_ONCE), strict=True):
+    for student, teacher in zip(student_hidden.split(ROWS_AT_ONCE), teacher_hidden.split(ROWS_AT_ONCE), strict=True):
         student_logprobs = (student_head(student).float() / temperature).log_softmax(-1)
         teacher_logprobs = (teacher_head(teacher).float() / temperature).log_softmax(-1)
         wish = teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)

@@ -179,6 +179,7 @@ def test_tasks_hold_out_what_they_evaluate_and_grade_right(name):
     answers = {
         "house_tool": ("It is called Zorblat.", "It is called acme-deploy."),
         "pinapple": ("A pinapple.", "A pineapple."),
+        "pinapple_1000": ("A pinapple.", "A pineapple."),
     }
     right, wrong = answers[name]
     for grader in task.graders.values():

