@@ -15,7 +15,7 @@ from rmsd import RMSDConfig
 from rmsd.costs import Lengths, Sizes, activation_bytes, flops, judged_at_most, kv_bytes, memory
 from rmsd.data import encode, teacher_prompt
 from rmsd.engine import TransformersEngine
-from rmsd.modeling import completion_hidden
+from rmsd.hidden import completion_hidden
 from rmsd.teacher import Teacher
 from rmsd_kernels import projection
 
