@@ -28,6 +28,8 @@ SUITES = {
     ),
     "projection.py": (["tests/test_linear.py", "tests/test_contract.py"], "not triton"),
     "linear.py": (["tests/test_linear.py", "tests/test_contract.py", "tests/test_compile.py"], "not triton"),
+    "partials.py": (["tests/test_linear.py", "tests/test_distributed.py"], "not triton"),
+    "hidden.py": (["tests/test_hidden.py", "tests/test_trainer.py"], ""),
     "triton": (KERNEL_TESTS, "triton"),
     "cpu": (KERNEL_TESTS, "cpu"),
 }
@@ -78,6 +80,9 @@ MUTATIONS = {
         ("kept = logits if keeps else ()", "kept = ()"),
         ("scores.student_logprob, scores.student_lse", "scores.student_lse, scores.student_lse"),
         ("teacher_weight.detach()", "teacher_weight"),
+        ("(flat_ids >= start) & (flat_ids < tile.stop)", "flat_ids < tile.stop"),
+        ("(flat_ids - start).clamp(", "flat_ids.clamp("),
+        ('width if options["divergence"] == "jsd" else column_tile', "column_tile"),
     ],
     "rmsd_kernels/projection.py": [
         ("max(1, int((workspace_mb or WORKSPACE_MB)", "max(10**9, int((workspace_mb or WORKSPACE_MB)"),
@@ -86,6 +91,20 @@ MUTATIONS = {
         ("return logits[:rows], logits[rows:]", "return logits[:rows], logits[:rows]"),
         ("None if workspace is None else workspace[rows:]", "workspace"),
         ("kept.numel() < rows * width", "False"),
+        ("min(num_rows, _TILE_ROWS)", "num_rows"),
+        ("None if tensor is None else tensor[tile]", "None if tensor is None else tensor[: tile.stop - tile.start]"),
+    ],
+    "rmsd_kernels/partials.py": [
+        (".masked_fill(denominator, _INF).masked_fill(numerator, 0.0)", ".masked_fill(numerator, 0.0)"),
+        ("mean(divergences + first - second, first)", "mean(divergences, first)"),
+        ("mean(entropies[0] - student_shift, student_shift)", "mean(entropies[0], student_shift)"),
+        ("student_lse.isfinite().all() and scores.teacher_lse.isfinite().all()", "student_lse.isfinite().all()"),
+        (".masked_fill((divergences == _INF).any(0), _INF)", ""),
+    ],
+    "rmsd/hidden.py": [
+        ("(end - begin) * (prompt + length) + each", "(end - begin) * (prompt + length)"),
+        ("prompt = max(prompt, prompt_lengths[order[begin]])", "prompt = prompt_lengths[order[begin]]"),
+        ("length = max(lengths[i] for i in group)", "length = lengths[group[0]]"),
     ],
     "rmsd_kernels/triton/visits.py": [
         ("first_z = tl.fma(first_z, first_rescale, ", "first_z = tl.fma(first_z, 1.0, "),

@@ -7,7 +7,7 @@ from conftest import device_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsd_kernels as rk
-from rmsd_kernels import functional, ops
+from rmsd_kernels import functional, ops, projection
 
 OPTIONS = dict(divergence="jsd", beta=0.3, temperature=0.9, teacher_temperature=1.1, vocab_size=18, logit_scale=1.0,
                softcap=0.0)  # fmt: skip
@@ -83,6 +83,16 @@ def linear(student, teacher, ids, mask, backend):
 
 @pytest.mark.parametrize("function", [scores, candidates, divergence, linear], ids=lambda f: f.__name__)
 def test_compiled_equals_eager_at_every_shape(backend, device, function):
+    compiled_equals_eager(backend, device, function)
+
+
+def test_compiled_equals_eager_in_tiles_of_the_vocabulary(monkeypatch):
+    monkeypatch.setattr(projection, "_TILE_COLUMNS", 16)  # of 30
+    monkeypatch.setattr(projection, "WORKSPACE_MB", 4 * 2 * 16 * 8 / 2**20)
+    compiled_equals_eager("torch", "cpu", linear)
+
+
+def compiled_equals_eager(backend, device, function):
     torch._dynamo.reset()
     compiled = torch.compile(function, **COMPILE)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
