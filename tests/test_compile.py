@@ -83,16 +83,6 @@ def linear(student, teacher, ids, mask, backend):
 
 @pytest.mark.parametrize("function", [scores, candidates, divergence, linear], ids=lambda f: f.__name__)
 def test_compiled_equals_eager_at_every_shape(backend, device, function):
-    compiled_equals_eager(backend, device, function)
-
-
-def test_compiled_equals_eager_in_tiles_of_the_vocabulary(monkeypatch):
-    monkeypatch.setattr(projection, "_TILE_COLUMNS", 16)  # of 30
-    monkeypatch.setattr(projection, "WORKSPACE_MB", 4 * 2 * 16 * 8 / 2**20)
-    compiled_equals_eager("torch", "cpu", linear)
-
-
-def compiled_equals_eager(backend, device, function):
     torch._dynamo.reset()
     compiled = torch.compile(function, **COMPILE)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -109,6 +99,20 @@ def compiled_equals_eager(backend, device, function):
             torch.testing.assert_close(have, want, rtol=0, atol=1e-6)
     if backend != "torch" and function is not linear:  # whose number of chunks is in the graph
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1, "the second shape compiled anew"
+
+
+def test_tiles_of_the_vocabulary_compile(monkeypatch):
+    monkeypatch.setattr(projection, "_TILE_COLUMNS", 16)  # of 30
+    monkeypatch.setattr(projection, "WORKSPACE_MB", 4 * 2 * 16 * 8 / 2**20)
+    student, teacher, ids, _ = batch("cpu")
+    weight = torch.linspace(-1, 1, 30 * student.shape[-1]).view(30, -1)
+
+    def tiled(student, teacher):
+        return rk.linear_token_scores(student, weight, teacher, weight, ids, backend="torch")
+
+    torch._dynamo.reset()
+    for have, want in zip(torch.compile(tiled, **COMPILE)(student, teacher), tiled(student, teacher), strict=True):
+        torch.testing.assert_close(have, want, rtol=0, atol=1e-6)
 
 
 def test_compiled_code_holds_the_operator_and_not_the_reference(kernels, device):
