@@ -23,7 +23,7 @@ METHODS = {
     "RMSD, context judge": ("rmsd", []),
     "RMSD, magnitude judge": ("mag", ["judge.kind=magnitude"]),
     "RMSD, LLM judge": ("llm", ["judge.kind=llm", "judge.model=smollm2", "judge.on_error=skip", "judge.timeout=300"]),
-    "OPSD": ("opsd", ["method=opsd"]),
+    "OPSD": ("opsd", ["method=opsd", "train.learning_rate=1.2e-4"]),
 }
 
 

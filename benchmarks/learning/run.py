@@ -30,7 +30,7 @@ RATES = {
     "distil": [1e-4, 3e-4, 1e-3],
 }
 CONTINUED = [name for name in methods.METHODS if name not in ("sft_templates", "rl")]
-QUICK_RATES = {"sft_own": 1e-3, "opsd": 3e-4, "rmsd_context": 3e-4, "rmsd_context_anchors": 3e-4}
+QUICK_RATES = {"sft_own": 3e-4, "opsd": 3e-4, "rmsd_context": 1e-4, "rmsd_context_anchors": 3e-4}
 
 
 def job(method: str, seed: int, learning_rate: float, label: str = "", **options) -> dict:
