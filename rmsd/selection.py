@@ -24,7 +24,7 @@ def questions_of(
     """What a judge needs to know, as text. Everything is brought to the host at once, not number by number."""
     gap = (scores.teacher_logprob - scores.student_logprob).cpu()
     positions = candidates.cpu().tolist()
-    promoted, student_preferred, teacher_preferred = (decode(ids.flatten().tolist()) for ids in wishes)
+    promoted, student_preferred, teacher_preferred = (decode(ids.flatten().tolist()) for ids in wishes[:3])
     width = candidates.shape[1]
     return [
         Question(

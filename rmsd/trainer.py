@@ -134,13 +134,14 @@ class RMSDTrainer(Trainer):
         scores, candidates = step.score(
             self.loss, *student, *teacher, rollouts.completion_ids, rollouts.completion_mask
         )
+        wished = wishes(*student, *teacher, candidates, args.temperature, args.vocab_topk)
         questions = questions_of(
             [prompt_text(row["prompt"]) for row in rows],
             [row["privileged_context"] for row in rows],
             self._token_texts(rollouts),
             scores,
             candidates,
-            wishes(*student, *teacher, candidates, args.temperature),
+            wished,
             self._decode,
             args.num_kept,
         )
@@ -153,7 +154,7 @@ class RMSDTrainer(Trainer):
             kept, seconds = answer.result()
             keep = keep_mask(kept, written.shape)
             self.metrics.add_seconds("judge_seconds", seconds)
-            self.metrics.count(rollouts, scores, candidates, keep)
+            self.metrics.count(rollouts, scores, candidates, wished.tail_mass, keep)
             if self.record and self.is_world_process_zero():
                 recorded = questions[: args.recorded_rollouts]
                 self.record.rollouts(

@@ -40,6 +40,7 @@ TRAIN_EXPLAIN = {
     "divergence": "mean over all tokens of the answers, nats",
     "kept_tokens": "tokens trained on in a step",
     "candidates": "tokens with the largest gaps in a step",
+    "tail_mass": "probability outside the student's top k, which the loss overlooks; mean over candidates",
     "rollout_tokens": "tokens the student wrote in a step",
     "grad_norm": "length of the gradient before clipping",
     "learning_rate": "the optimiser's step size",
