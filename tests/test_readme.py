@@ -49,3 +49,15 @@ def test_before_and_after_run_in_one_loop_and_after_trains_fewer_tokens():
 def test_readme_names_the_test_command_that_ci_runs():
     ci = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8")
     assert "make test" in README and re.search(r"^make test$", ci, re.MULTILINE)
+
+
+def test_every_number_that_the_readme_claims_is_in_the_page_it_names():
+    table = README.partition("## What it gives")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2:4] for line in table.splitlines() if line.startswith("|") and "](docs/" in line]
+    assert len(rows) >= 5
+    for measured, where in rows:
+        page = (Path(__file__).parents[1] / re.search(r"\((docs/\w+\.md)\)", where).group(1)).read_text(
+            encoding="utf-8"
+        )
+        for number in re.findall(r"\d[\d,]*\.?\d*", measured):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d]|\.\d)", page), f"{number} is not in {where}"
