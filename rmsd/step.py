@@ -41,15 +41,20 @@ class TrainPart:
 NO_PART = TrainPart(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool))
 
 
-def train_parts(keep: Tensor, prompt_lengths: list[int], device: torch.device) -> list[TrainPart]:
+def train_parts(
+    keep: Tensor, prompt_lengths: list[int], device: torch.device, one_forward: bool = False
+) -> list[TrainPart]:
     """What of a batch reaches the student's training forward and backward, from keep, (B, L) bool on the host: the
-    sequences that keep a token, cut after the last one and parted by length. No other token can have a gradient:
-    attention is causal."""
+    sequences that keep a token, cut after the last one and, unless `one_forward`, parted by length. No other token can
+    have a gradient: attention is causal."""
     if not keep.any():
         return [NO_PART]
     kept = keep.any(1).nonzero().squeeze(1)
     lengths = lengths_of(keep[kept])
-    groups = by_length([prompt_lengths[i] for i in kept.tolist()], lengths, device)
+    if one_forward:
+        groups = [list(range(len(lengths)))]
+    else:
+        groups = by_length([prompt_lengths[i] for i in kept.tolist()], lengths, device)
     return [TrainPart(kept[group], keep[kept[group], : max(lengths[i] for i in group)]) for group in groups]
 
 

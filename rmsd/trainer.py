@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from . import step
@@ -165,7 +166,13 @@ class RMSDTrainer(Trainer):
                 "rollouts": rollouts,
                 "teacher_hidden": teacher_hidden,
                 "keep": keep,
-                "parts": step.train_parts(keep, list(map(len, rollouts.prompt_ids)), args.device),
+                "parts": step.train_parts(
+                    keep,
+                    list(map(len, rollouts.prompt_ids)),
+                    args.device,
+                    # Its engine steps the optimizer after a micro-batch's first backward.
+                    one_forward=self.accelerator.distributed_type == DistributedType.DEEPSPEED,
+                ),
             }
 
         return judged

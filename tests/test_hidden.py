@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from rmsd import hidden
 from rmsd.hidden import by_length, completion_hidden, lengths_of
+from rmsd.step import train_parts
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,18 @@ def test_like_lengths_share_a_forward_and_others_do_not():
     assert by_length([5] * 4, [20, 21, 22, 23], CPU) == [[0, 1, 2, 3]]
     assert sorted(map(sorted, by_length([5] * 4, [20, 400, 21, 401], CPU))) == [[0, 2], [1, 3]]
     assert sorted(map(sorted, by_length([5, 300, 6, 5], [20] * 4, CPU))) == [[0, 2, 3], [1]], "prompts count too"
+
+
+def test_a_batch_is_cut_to_what_it_keeps_and_parted_by_length():
+    keep = torch.zeros(4, 500, dtype=torch.bool)
+    keep[0, 7] = keep[1, 400] = keep[1, 2] = keep[3, 9] = True  # sequence 2 keeps nothing
+    parts = train_parts(keep, [5] * 4, CPU)
+    assert sorted((part.sequences.tolist(), part.keep.shape[1]) for part in parts) == [([0, 3], 10), ([1], 401)]
+    assert all(torch.equal(part.keep, keep[part.sequences, : part.keep.shape[1]]) for part in parts)
+    (together,) = train_parts(keep, [5] * 4, CPU, one_forward=True)
+    assert together.sequences.tolist() == [0, 1, 3] and together.keep.shape == (3, 401)
+    (nothing,) = train_parts(keep & False, [5] * 4, CPU)
+    assert nothing.sequences.tolist() == [0] and nothing.keep.shape == (1, 1) and not nothing.keep.any()
 
 
 def test_lengths_reach_to_the_last_true_entry():
