@@ -139,15 +139,19 @@ def name_of(label: str) -> str:
 
 
 def curves(results: list[dict], file: str, metrics: tuple[str, ...]) -> str:
-    """A panel a metric, a line a label: the seeds' mean with their range."""
+    """A panel a metric, a line a label: the seeds' mean with their range. A method with anchors has the colour of the
+    same without, and dashes."""
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.2), squeeze=False)
+    colours = list(dict.fromkeys(label.replace("_anchors", "") for label in by_label(results)))
     for axis, metric in zip(axes[0], metrics, strict=True):
-        for number, (label, runs) in enumerate(by_label(results).items()):
+        for label, runs in by_label(results).items():
             steps = [mark["step"] for mark in runs[0]]
             values = [[run[i][metric] for run in runs] for i in range(len(steps))]
-            style = dict(color=f"C{number % 10}")
-            axis.plot(steps, [mean(v) for v in values], label=name_of(label), lw=1.4, **style)
-            axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.12, lw=0, **style)
+            color = f"C{colours.index(label.replace('_anchors', ''))}"
+            dashes = "--" if "_anchors" in label else "-"
+            axis.plot(steps, [mean(v) for v in values], dashes, label=name_of(label), lw=1.5, color=color)
+            ends = [min(v) for v in values], [max(v) for v in values]
+            axis.fill_between(steps, *ends, alpha=0.05, lw=0, color=color)
         axis.set(title=metric.replace("_", " "), xlabel="step")
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
