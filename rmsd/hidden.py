@@ -78,7 +78,7 @@ def completion_hidden(
     one_forward: bool = False,
 ) -> Tensor:
     """(B, L, H): the hidden states whose logits are the distributions that the completion's tokens are drawn from;
-    zeros where a sequence has ended. The forwards are `by_length`'s groups, or one."""
+    finite numbers without meaning where a sequence has ended. The forwards are `by_length`'s groups, or one."""
     if one_forward:
         return _one_forward(model, prompt_ids, completion_ids, completion_mask, pad_id)
     lengths = lengths_of(completion_mask)
