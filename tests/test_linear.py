@@ -175,7 +175,7 @@ def test_tiles_without_mass_and_rows_that_are_no_distribution(divergence, backen
     made, ids = inputs(), torch.tensor([0, 30, 45, 60, 80, 99, 5, 46, 99])
     made["student_bias"][40:90] = -torch.inf
     if faint:
-        made["student_bias"][:40] -= 300
+        made["student_bias"][:40] -= 800
     made["teacher_bias"][:50] = -torch.inf
     made["student_hidden"][3], made["teacher_hidden"][4] = torch.nan, torch.nan
     made["teacher_bias"][100:] = torch.nan  # padding
