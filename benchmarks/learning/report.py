@@ -90,12 +90,27 @@ def continued(results: list[dict], after: list[dict]) -> dict[str, str]:
 
 
 def ablated(results: list[dict]) -> dict[str, str]:
-    """A section a group of settings."""
+    """A section a group of settings: a figure, and its numbers."""
     groups: dict[str, list[dict]] = {}
     for result in results:
         group, setting = result["label"].split(": ", 1)
         groups.setdefault(group, []).append({**result, "label": setting})
-    return {group: bars(settings, f"{group.replace(' ', '_')}.svg", MARKS) for group, settings in groups.items()}
+    return {
+        group: bars(settings, f"{group.replace(' ', '_')}.svg", MARKS) + "\n\n" + setting_table(settings)
+        for group, settings in groups.items()
+    }
+
+
+def setting_table(results: list[dict]) -> str:
+    """A row a setting: means over seeds at the end, and target only on each seed."""
+    lines = [_row(["setting", *COLUMNS, "tokens trained on", "target only by lesson"])]
+    lines.append(_row(["---"] * (len(COLUMNS) + 3)))
+    for setting, runs in by_label(results).items():
+        at = [marks[-1] for marks in runs]
+        cells = [f"{mean(mark[name] for mark in at):.{digits}f}" for name, digits in COLUMNS.values()]
+        tokens, each = mean(mark["tokens"] for mark in at), (f"{mark['target_only']:.2f}" for mark in at)
+        lines.append(_row([setting, *cells, f"{tokens:.0f}", ", ".join(each)]))
+    return "\n".join(lines)
 
 
 def main_table(results: list[dict], marks_at: Callable = at_the_end) -> str:
