@@ -37,6 +37,27 @@ def skip_unless_served(backend: str, dtype: torch.dtype = torch.float32) -> None
         pytest.skip(f"{backend}: {reason}")
 
 
+@pytest.fixture
+def environment():
+    """TrainingArguments asks accelerate for FSDP through variables, which would stay for every later trainer."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def server():
+    """A judge's server on loopback that keeps the second candidate and the first."""
+    from test_judge_server import Server, keep
+
+    made = Server()
+    made.script = [keep(2, 1)]
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request) -> str:
     skip_unless_served(request.param)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import tiny
 import torch
 import yaml
 from huggingface_hub import constants
-from test_judge_server import Server, keep
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rmsd.skeleton
@@ -32,22 +30,8 @@ QWEN = ROOT / "recipes" / "qwen3_4b_pinapple.yaml"
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """And with the variables afterwards that were there before: by them TrainingArguments asks accelerate for FSDP."""
+def offline(monkeypatch, environment):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    made.script = [keep(2, 1)]
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
 
 
 @pytest.fixture

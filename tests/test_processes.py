@@ -18,7 +18,7 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_judge_server import Server, keep
+from test_judge_server import keep
 
 from rmsd import RMSDConfig
 from rmsd.distributed import check_sharded_teacher
@@ -35,24 +35,6 @@ LAUNCHERS = {
     "accelerate": "accelerate.commands.launch --num_processes 2 --use_fsdp --fsdp_version 2 "
     "--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_cpu_ram_efficient_loading false",
 }
-
-
-@pytest.fixture
-def environment():
-    """TrainingArguments asks accelerate for FSDP through variables, which would stay for every later trainer."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    made.script = [keep(2, 1)]
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
 
 
 @pytest.fixture
