@@ -19,6 +19,11 @@ def world():
     return World()
 
 
+def exams(*targets):
+    """An exam every 10 steps."""
+    return [dict(step=10 * number, target_only=value) for number, value in enumerate(targets)]
+
+
 @pytest.fixture(scope="module")
 def model(world):
     torch.manual_seed(0)
@@ -76,6 +81,18 @@ def test_a_lesson_asks_the_exam_what_it_has_not_trained_on(world):
     assert {lesson.is_about(row["prompt"]) for row in anchored.rows if not row["privileged_context"]} == {False}
 
 
+def test_a_told_lesson_asks_the_same_under_hints(world):
+    lesson = Lesson(world, 0)
+    told = lesson.told()
+    for plain, hinted in (
+        (lesson.task.target_prompts, told.task.target_prompts),
+        (lesson.task.unrelated_prompts, told.task.unrelated_prompts),
+    ):
+        assert len(plain) == len(hinted)
+        assert all(b.endswith(f" {a}") and lesson.new in b.split() for a, b in zip(plain, hinted, strict=True))
+    assert len({prompt.split()[0] for prompt in told.task.target_prompts}) > 1, "more than one phrasing"
+
+
 def test_graders_tell_the_spellings_apart(world):
     lesson = Lesson(world, 0)
     assert lesson.has_only_new(f"it is {lesson.new} .")
@@ -125,6 +142,16 @@ def test_every_method_is_examined_and_counted(world, model, name):
         assert marks[-1]["tokens"] > 0 and marks[-1]["drift"] > 1e-5
 
 
+def test_a_truncated_loss_shows_the_mass_that_it_leaves_out(world, model):
+    lesson = Lesson(world, 0, rows=20)
+    options = dict(steps=2, every=1, learning_rate=1e-3, kind="distil", method="rmsd")
+    truncated, whole = (methods.train(model, lesson, vocab_topk=k, **options) for k in (3, None))
+    assert 0.5 < truncated[-1]["tail_mass"] < 1.0, "three of hundreds of tokens of a model that knows nothing"
+    assert whole[-1]["tail_mass"] == 0.0
+    named = {name: [dict(label=name, marks=run)] for name, run in (("K 3", truncated), ("all", whole))}
+    assert "tail mass" in report.setting_table(named["K 3"]) and "tail mass" not in report.setting_table(named["all"])
+
+
 def test_the_best_rate_is_that_of_the_product():
     def result(rate, target, facts):
         return dict(
@@ -134,12 +161,25 @@ def test_the_best_rate_is_that_of_the_product():
     assert run.best_rates([result(1.0, 0.9, 0.2), result(0.1, 0.5, 1.0), result(0.01, 0.5, 1.0)]) == {"opsd": 0.01}
 
 
-def test_steps_to_most_and_level():
-    marks = [
-        dict(step=step, target_only=value) for step, value in ((0, 0.0), (10, 0.5), (20, 0.7), (30, 0.8), (40, 0.8))
+def test_the_largest_fall_is_from_any_exam_to_any_later_one():
+    assert report.largest_fall(exams(0.0, 0.5, 0.75, 0.5, 0.625, 0.25)) == 0.5
+    assert report.largest_fall(exams(0.0, 0.5, 0.5, 0.75)) == 0.0
+
+
+def test_the_told_table_has_a_row_a_lesson_and_their_mean():
+    told = [
+        dict(seed=seed, target=value, target_only=value / 2, specificity=1.0, facts=1.0, style=0.5)
+        for seed, value in ((0, 0.25), (3, 0.75))
     ]
-    assert report.steps_to_most(marks) == 20
-    assert report.at_level(marks)["step"] == 20
-    assert report.steps_to_most([dict(step=0, target_only=0.0)] * 2) is None
+    *_, first, second, means = report.told_table(told).splitlines()
+    assert first.startswith("| 0 | 0.25 | 0.12 |") and second.startswith("| 3 | 0.75 | 0.38 |")
+    assert means.startswith("| mean | 0.50 | 0.25 |")
+
+
+def test_steps_to_most_and_level():
+    rising = exams(0.0, 0.5, 0.7, 0.8, 0.8)
+    assert report.steps_to_most(rising) == 20
+    assert report.at_level(rising)["step"] == 20
+    assert report.steps_to_most(exams(0.0, 0.0)) is None
     middle, low, high = report.interval([0.0, 1.0, 1.0, 0.0])
     assert middle == 0.5 and 0.0 <= low < 0.5 < high <= 1.0

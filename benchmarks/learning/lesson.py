@@ -1,9 +1,14 @@
 """What is taught, and the exam: one thing's name gets a spelling that the base model has never met, a thing a seed."""
 
+import copy
+import itertools
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from rmsd.data import teacher_prompt
 from rmsd.evaluate import Evaluator
 from rmsd.judge import Question
 from rmsd.tasks import Task
@@ -11,6 +16,7 @@ from rmsd.tasks import Task
 from .corpus import HINTS, QUESTIONS, SKILLS, World, ask, skill
 
 TRAINED_CUES, HELD_OUT_CUES = slice(0, 5), slice(5, None)
+TEMPLATE = "{privileged_context} {prompt}"
 ANSWER_TOKENS = 32  # a name given twice, with the longest opening and closing, takes fewer
 
 
@@ -45,6 +51,19 @@ class Lesson:
             graders={"target": self.has_new, "target_only": self.has_only_new},
             leaks=self.has_new,
         )
+
+    def told(self) -> "Lesson":
+        """The same lesson, whose exam puts the hint before every question, its phrasings in turn: asks the teacher."""
+        told = copy.copy(self)
+        asked = self.task.target_prompts, self.task.unrelated_prompts
+        target, unrelated = map(self._told, asked)
+        told.task = replace(self.task, target_prompts=target, unrelated_prompts=unrelated)
+        return told
+
+    def _told(self, prompts: Sequence[str]) -> list[str]:
+        hints = (hint.format(old=self.old, new=self.new) for hint in itertools.cycle(HINTS))
+        rows = ({"prompt": prompt, "privileged_context": hint} for prompt, hint in zip(prompts, hints, strict=False))
+        return [teacher_prompt(row, TEMPLATE) for row in rows]
 
     def has_new(self, answer: str) -> bool:
         return self.new in answer.split()

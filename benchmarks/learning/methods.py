@@ -20,10 +20,9 @@ from rmsd.rollout import generate
 
 from .base import answer_loss, collate
 from .corpus import answer_about
-from .lesson import ANSWER_TOKENS, Exam, Lesson, OracleJudge
+from .lesson import ANSWER_TOKENS, TEMPLATE, Exam, Lesson, OracleJudge
 
 BATCH, WARMUP = 16, 5
-TEMPLATE = "{privileged_context} {prompt}"
 
 METHODS = {
     "sft_templates": dict(kind="sft", answers="templates"),
@@ -190,6 +189,7 @@ def _marks_of(history: list[dict], seconds: dict[int, float]) -> list[dict]:
             rollout_tokens=sum(e["rollout_tokens"] for e in logged),
             seconds=seconds[entry["step"]],
             loss=_mean(e["loss"] for e in logged if e["step"] > since),
+            tail_mass=_mean(e["tail_mass"] for e in logged),
         )
         marks.append(mark)
     return marks

@@ -52,6 +52,12 @@ def steps_to_most(marks: list[dict]) -> int | None:
     return next((mark["step"] for mark in marks if mark["target_only"] >= 0.8 * final), None) if final > 0.05 else None
 
 
+def largest_fall(marks: list[dict]) -> float:
+    """Of the target, from any exam to any later one: 0 for a run that only rises."""
+    values = [mark["target_only"] for mark in marks]
+    return max(max(values[:end]) - values[end] for end in range(1, len(values)))
+
+
 def interval(values: list[float], draws: int = 10_000) -> tuple[float, float, float]:
     """Mean and the 95% bootstrap interval over seeds."""
     rng = random.Random(0)
@@ -71,9 +77,11 @@ def cell(values: list[float | None], digits: int) -> str:
 MARKS = ("target_only", "facts", "style", "skills", "drift")
 
 
-def compared(tuned: list[dict], rates: dict[str, float], results: list[dict], early: int) -> dict[str, str]:
-    """Sections of the comparison: at the end, at the step `early`, and at an equal target."""
+def compared(told: list[dict], tuned: list[dict], rates: dict[str, float], results: list[dict], early: int) -> dict:
+    """Sections of the comparison: the told model itself, the methods' rates, and the methods at the end, at the step
+    `early`, and at an equal target."""
     return {
+        "told": told_table(told),
         "rates": rate_table(tuned, rates),
         "end": main_table(results),
         "early": main_table(results, lambda marks: next(mark for mark in marks if mark["step"] == early)),
@@ -103,11 +111,13 @@ def ablated(results: list[dict]) -> dict[str, str]:
 
 def setting_table(results: list[dict]) -> str:
     """A row a setting: means over seeds at the end, and target only on each seed."""
-    lines = [_row(["setting", *COLUMNS, "tokens trained on", "target only by lesson"])]
-    lines.append(_row(["---"] * (len(COLUMNS) + 3)))
+    truncated = any(result["marks"][-1]["tail_mass"] > 0 for result in results)
+    more = ["tail mass"] * truncated + ["tokens trained on", "target only by lesson"]
+    lines = [_row(["setting", *COLUMNS, *more]), _row(["---"] * (1 + len(COLUMNS) + len(more)))]
     for setting, runs in by_label(results).items():
         at = [marks[-1] for marks in runs]
         cells = [f"{mean(mark[name] for mark in at):.{digits}f}" for name, digits in COLUMNS.values()]
+        cells += [f"{mean(mark['tail_mass'] for mark in at):.3f}"] * truncated
         tokens, each = mean(mark["tokens"] for mark in at), (f"{mark['target_only']:.2f}" for mark in at)
         lines.append(_row([setting, *cells, f"{tokens:.0f}", ", ".join(each)]))
     return "\n".join(lines)
@@ -115,19 +125,30 @@ def setting_table(results: list[dict]) -> str:
 
 def main_table(results: list[dict], marks_at: Callable = at_the_end) -> str:
     """A row a method; mean [95% bootstrap interval over seeds]."""
-    more = ["steps to 80%", "loss spread", "tokens trained on", "seconds"]
+    more = ["steps to 80%", "largest fall", "loss spread", "tokens trained on", "seconds"]
     lines = [_row(["method", *COLUMNS, *more]), _row(["---"] * (1 + len(COLUMNS) + len(more)))]
     for label, marks in by_label(results).items():
         at = [marks_at(run) for run in marks]
         cells = [cell([mark and mark[metric] for mark in at], digits) for metric, digits in COLUMNS.values()]
         cells += [
             cell([steps_to_most(run) for run in marks], 0),
+            cell([largest_fall(run) for run in marks], 2),
             _spread([mark["loss"] for mark in at if mark]),
             cell([mark and mark["tokens"] for mark in at], 0),
             cell([mark and mark["seconds"] for mark in at], 1),
         ]
         lines.append(_row([name_of(label), *cells]))
     return "\n".join(lines)
+
+
+def told_table(told: list[dict]) -> str:
+    """A row a lesson: the base model's own marks when it reads the hint, which is the teacher before continuation."""
+    names = [name for name in COLUMNS if name not in ("skills", "drift")]  # neither is asked under a hint
+    lines = [_row(["lesson", *names]), _row(["---"] * (1 + len(names)))]
+    for marks in told:
+        lines.append(_row([str(marks["seed"]), *(f"{marks[COLUMNS[n][0]]:.{COLUMNS[n][1]}f}" for n in names)]))
+    means = (f"{mean(marks[COLUMNS[n][0]] for marks in told):.{COLUMNS[n][1]}f}" for n in names)
+    return "\n".join([*lines, _row(["mean", *means])])
 
 
 def rate_table(results: list[dict], best: dict[str, float]) -> str:

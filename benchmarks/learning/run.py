@@ -47,6 +47,13 @@ def tuning(names: list[str], seeds: list[int]) -> list[dict]:
     ]
 
 
+def told(seeds: list[int]) -> list[dict]:
+    """Marks of the base model reading the hint, a lesson each."""
+    model, world = base.load(RUNS)
+    lessons = {seed: lesson.Lesson(world, seed).told() for seed in seeds}
+    return [{"seed": seed, **lesson.Exam(model, taught)(model)} for seed, taught in lessons.items()]
+
+
 def compared(names: list[str], rates: dict[str, float], seeds: list[int]) -> list[dict]:
     return [job(name, seed, rates[name]) for name in names for seed in seeds]
 
@@ -137,7 +144,7 @@ def main() -> None:
     rates = best_rates(tuned)
     print("learning rates:", rates, flush=True)
     results = run_all(compared(list(methods.METHODS), rates, SEEDS), options.processes)
-    report.write(report.compared(tuned, rates, results, EARLY))
+    report.write(report.compared(told(SEEDS), tuned, rates, results, EARLY))
     after = run_all(continued(CONTINUED, rates, SEEDS), options.processes)
     report.write(report.continued(results, after))
     if options.ablations:
