@@ -20,7 +20,7 @@ from rmsd_kernels import (
     token_divergence,
     token_scores,
 )
-from rmsd_kernels.functional import PREFERRED_BACKENDS
+from rmsd_kernels.backends import PREFERRED_BACKENDS
 
 ROWS, VOCAB, HIDDEN = 64, 8192, 64
 DEVICE = default_device()

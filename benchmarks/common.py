@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from rmsd_kernels import cpu, projection
-from rmsd_kernels.functional import PREFERRED_BACKENDS
+from rmsd_kernels.backends import PREFERRED_BACKENDS
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

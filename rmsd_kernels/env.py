@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from . import __version__, checks, cpu, functional
+from . import __version__, backends, checks, cpu
 
 OPERATIONS = (
     "token_scores",
@@ -49,8 +49,8 @@ def devices() -> dict[str, str]:
 
 def choice(device: str, dtype: torch.dtype) -> tuple[str, str]:
     """(backend, why) that `backend="auto"` takes."""
-    preferred = functional.PREFERRED_BACKENDS.get(device, "torch")
-    reason = functional.why_not(preferred, torch.empty(0, dtype=dtype, device=device))
+    preferred = backends.PREFERRED_BACKENDS.get(device, "torch")
+    reason = backends.why_not(preferred, torch.empty(0, dtype=dtype, device=device))
     return ("torch", f"{preferred} cannot: {reason}") if reason else (preferred, f"preferred for {device} tensors")
 
 
@@ -69,10 +69,10 @@ def report() -> str:
         for operation in OPERATIONS:
             for (backend, why), dtypes in taken.items():
                 lines.append(f"  {operation:<38} {', '.join(dtypes):<27} {backend:<7} {why}")
-        others = [name for name in ("triton", "cpu") if name != functional.PREFERRED_BACKENDS.get(device)]
+        others = [name for name in ("triton", "cpu") if name != backends.PREFERRED_BACKENDS.get(device)]
         tensor = torch.empty(0, device=device)
         for name in others:
-            lines.append(f"  backend={name!r}: {functional.why_not(name, tensor) or 'would serve, if asked for'}")
+            lines.append(f"  backend={name!r}: {backends.why_not(name, tensor) or 'would serve, if asked for'}")
     return "\n".join(lines)
 
 

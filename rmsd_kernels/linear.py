@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backends import resolve_backend
 from .checks import check_head, check_heads, check_ids, check_options, check_rows, check_transform
-from .functional import _scores, divergence_of_rows, gradient_of_rows, resolve_backend
+from .functional import _scores, divergence_of_rows, gradient_of_rows
 from .partials import merged_scores, shard_scores
 from .projection import Heads, backproject, column_tile, project, project_both, row_chunks, workspace_for
 from .reference import TokenScores

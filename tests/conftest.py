@@ -29,7 +29,7 @@ def device_of(backend: str) -> str:
 
 
 def skip_unless_served(backend: str, dtype: torch.dtype = torch.float32) -> None:
-    from rmsd_kernels.functional import why_not
+    from rmsd_kernels.backends import why_not
 
     if device_of(backend) == "cuda" and not torch.cuda.is_available():
         pytest.skip("triton: no GPU and TRITON_INTERPRET is not 1")

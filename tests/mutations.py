@@ -22,6 +22,7 @@ KERNEL_TESTS = [f"tests/test_{stem}.py" for stem in ("fuzz", "selection", "score
 SUITES = {
     "reference.py": (["tests/test_reference.py"], ""),
     "checks.py": (["tests/test_contract.py", "tests/test_loss.py"], "not triton"),
+    "backends.py": (["tests/test_contract.py"], "not triton"),
     "functional.py": (
         ["tests/test_contract.py", "tests/test_compile.py", "tests/test_linear.py", "tests/test_divergence.py"],
         "not triton",
@@ -64,11 +65,13 @@ MUTATIONS = {
         ("softcap is not None and not 0.0 < softcap < math.inf", "False"),
         ("if teacher_weight.ndim == 2 and teacher_weight.shape[0] != student_weight.shape[0]:", "if False:"),
     ],
-    "rmsd_kernels/functional.py": [
+    "rmsd_kernels/backends.py": [
         ('{"cuda": "triton", "cpu": "cpu"}', '{"cuda": "triton", "cpu": "torch"}'),
+        ("@functools.cache\ndef _log_fallback", "def _log_fallback"),
+    ],
+    "rmsd_kernels/functional.py": [
         ("logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()", "logits.contiguous()"),
         ("return result if rows is None else torch.where(rows >= 0, result, 0.0)", "return result"),
-        ("@functools.cache\ndef _log_fallback", "def _log_fallback"),
         ("@torch.no_grad()\ndef _scores", "def _scores"),
     ],
     "rmsd_kernels/linear.py": [

@@ -7,7 +7,7 @@ from conftest import device_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsd_kernels as rk
-from rmsd_kernels import functional, ops, projection
+from rmsd_kernels import backends, ops, projection
 
 OPTIONS = dict(divergence="jsd", beta=0.3, temperature=0.9, teacher_temperature=1.1, vocab_size=18, logit_scale=1.0,
                softcap=0.0)  # fmt: skip
@@ -237,4 +237,4 @@ def test_auto_takes_the_kernels_of_the_device(kernels):
     device = device_of(kernels)
     if kernels == "triton" and device == "cpu":
         pytest.skip("auto gives CPU tensors to the C++ kernels, interpreted Triton or not")
-    assert functional.resolve_backend("auto", torch.empty(0, device=device), "test") == kernels
+    assert backends.resolve_backend("auto", torch.empty(0, device=device), "test") == kernels

@@ -206,7 +206,7 @@ def test_candidates_need_sequences():
 
 
 def test_falling_back_is_logged_once_by_name_and_reason(caplog):
-    rmsd_kernels.functional._log_fallback.cache_clear()
+    rmsd_kernels.backends._log_fallback.cache_clear()
     for _ in range(2):
         call(token_scores, student_logits=STUDENT.double(), teacher_logits=TEACHER.double())
     (record,) = caplog.records
@@ -257,7 +257,7 @@ def test_results_do_not_change_with_the_number_of_threads(backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nothing_is_read_back_from_the_device(backend, monkeypatch):
     """Tensors without values: .item(), bool(), or a shape that depends on values raises."""
-    monkeypatch.setattr(rmsd_kernels.functional, "why_not", lambda backend, tensor: None)
+    monkeypatch.setattr(rmsd_kernels.backends, "why_not", lambda backend, tensor: None)
     student, teacher = torch.randn(2, 2, 3, 8, device="meta")
     ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
     mask = ids == 0
@@ -276,7 +276,7 @@ def test_nothing_is_read_back_from_the_device(backend, monkeypatch):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nothing_is_read_back_by_the_linear_forms(backend, monkeypatch):
     """Autocast knows no meta device, so these run on fake CPU tensors, less the checks that only a CPU gets."""
-    monkeypatch.setattr(rmsd_kernels.functional, "why_not", lambda backend, tensor: None)
+    monkeypatch.setattr(rmsd_kernels.backends, "why_not", lambda backend, tensor: None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with FakeTensorMode():
         hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.common import peak_bytes
-from rmsd_kernels import cpu, functional, reference, scores_and_candidates, token_divergence, token_scores
+from rmsd_kernels import backends, cpu, reference, scores_and_candidates, token_divergence, token_scores
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,9 +78,9 @@ def test_every_build_keeps_to_the_reference(name, dtype, use_build):
 def test_environment_chooses_only_among_what_the_processor_runs(use_build):
     use_build("avx1024")
     assert cpu.why_not(torch.empty(0)) == f"RMSD_CPU_CAPABILITY=avx1024: this processor runs {', '.join(runnable())}"
-    assert functional.resolve_backend("auto", torch.empty(0), "token_scores") == "torch"
+    assert backends.resolve_backend("auto", torch.empty(0), "token_scores") == "torch"
     with pytest.raises(ValueError, match="RMSD_CPU_CAPABILITY=avx1024"):
-        functional.resolve_backend("cpu", torch.empty(0), "token_scores")
+        backends.resolve_backend("cpu", torch.empty(0), "token_scores")
 
 
 def test_without_a_library_it_says_how_to_build(monkeypatch, use_build):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rmsd_kernels
-from rmsd_kernels import checks, env, functional
+from rmsd_kernels import backends, checks, env
 
 
 def rows_of(report: str) -> dict[tuple[str, str], tuple[str, str]]:
@@ -37,12 +37,12 @@ def test_every_public_operation_and_dtype_is_listed():
 def test_the_backend_it_names_is_the_one_taken():
     for (operation, dtype), (backend, why) in rows_of(env.report()).items():
         tensor = torch.zeros(1, dtype=getattr(torch, dtype))
-        assert functional.resolve_backend("auto", tensor, operation) == backend
+        assert backends.resolve_backend("auto", tensor, operation) == backend
         assert why
 
 
 def test_it_says_why_a_backend_is_not_taken(monkeypatch):
-    monkeypatch.setattr(functional, "why_not", lambda backend, tensor: "its moon is not full")
+    monkeypatch.setattr(backends, "why_not", lambda backend, tensor: "its moon is not full")
     report = env.report()
     assert {backend for backend, _ in rows_of(report).values()} == {"torch"}
     assert {why for _, why in rows_of(report).values()} == {"cpu cannot: its moon is not full"}
