@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotl
 from benchmarks.learning import methods, report, run
 from benchmarks.learning.corpus import SKILLS, World, skill
 from benchmarks.learning.lesson import Lesson, OracleJudge
+from benchmarks.learning.muon import Muon
 from rmsd.judge import Candidate, Question
 
 
@@ -60,6 +61,23 @@ def test_the_corpus_never_holds_what_lessons_teach(world):
     words = {word for _ in range(3000) for part in world.document(rng)[:2] for word in part.split()}
     assert len(words & {thing.name for thing in world.things}) == len(world.things)
     assert not words & set(world.lessons)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_is_torch_s_but_for_the_rounding(shape):
+    torch.manual_seed(0)
+    start, target = torch.randn(shape), torch.randn(shape)
+    ends = []
+    for optimizer in (Muon, lambda p, lr: torch.optim.Muon(p, lr, weight_decay=0.0)):
+        weight = torch.nn.Parameter(start.clone())
+        stepping = optimizer([weight], 0.1)
+        for _ in range(3):
+            stepping.zero_grad()
+            (weight - target).square().sum().backward()
+            stepping.step()
+        ends.append(weight.detach())
+    moved = (ends[0] - start).norm()
+    assert moved > 0.5 and (ends[0] - ends[1]).norm() < 0.02 * moved
 
 
 def test_exercises_have_one_right_answer():

@@ -9,19 +9,20 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from . import corpus
+from . import corpus, muon
 from .corpus import World, skill
+from .muon import Muon
 
 CONFIG = dict(
     hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=128,
-    copying_steps=200, steps=2000, batch_size=64, learning_rate=3e-3, muon_rate=0.02, warmup=50, seed=0,
+    copying_steps=200, steps=1200, batch_size=64, learning_rate=3e-3, muon_rate=0.02, warmup=50, seed=0,
 )  # fmt: skip
 
 
 def load(cache: Path) -> tuple[LlamaForCausalLM, World]:
     """The base model in eval mode, from the cache when the corpus and the configuration are what they were."""
     world = World()
-    key = json.dumps(CONFIG) + Path(corpus.__file__).read_text(encoding="utf-8")
+    key = json.dumps(CONFIG) + "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (corpus, muon))
     folder = cache / f"base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "config.json").exists():
         model, seconds = pretrain(world)
@@ -33,7 +34,9 @@ def load(cache: Path) -> tuple[LlamaForCausalLM, World]:
 
 
 def pretrain(world: World) -> tuple[LlamaForCausalLM, float]:
-    """(model, seconds)."""
+    """(model, seconds), on two threads whatever the machine has: their number decides the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     torch.manual_seed(CONFIG["seed"])
     shape = {name: CONFIG[name] for name in list(CONFIG)[:5]}
     tokenizer = world.tokenizer
@@ -47,7 +50,7 @@ def pretrain(world: World) -> tuple[LlamaForCausalLM, float]:
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [
-        torch.optim.Muon(matrices, CONFIG["muon_rate"], weight_decay=0.0),
+        Muon(matrices, CONFIG["muon_rate"]),
         torch.optim.AdamW(others, CONFIG["learning_rate"], betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     schedules = [
@@ -70,6 +73,7 @@ def pretrain(world: World) -> tuple[LlamaForCausalLM, float]:
         if step % 100 == 99:
             kinds = ", ".join(f"{kind} {_loss_on(model, batch):.3f}" for kind, batch in held_out.items())
             print(f"pre-training {step + 1}/{steps}, {time.monotonic() - started:.0f} s: {kinds}", flush=True)
+    torch.set_num_threads(threads)
     return model.eval(), time.monotonic() - started
 
 

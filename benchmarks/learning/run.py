@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import base, corpus, lesson, methods, report
+from . import base, corpus, lesson, methods, muon, report
 from .ablations import ABLATED, GROUPS
 
 RUNS = Path("runs/learning")
@@ -122,7 +122,7 @@ def _run(job: dict) -> Path:
 
 def _path(job: dict) -> Path:
     """By what is run, not by its label: settings that several comparisons share are run once."""
-    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (base, corpus, lesson, methods)]
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (base, corpus, muon, lesson, methods)]
     asked = json.dumps([job["method"], job["seed"], job["options"], *sources], sort_keys=True)
     return RUNS / f"{job['method']}-{job['seed']}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.json"
 
