@@ -38,6 +38,10 @@ class RMSDConfig(TrainingArguments):
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the rollouts' sampling."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the rollouts' sampling; 0 for all."})
     engine: str = field(default="transformers", metadata={"help": "transformers or vllm: who writes the rollouts."})
+    engine_scores: bool = field(
+        default=False,
+        metadata={"help": "Candidates come from the log-probabilities that the engine records of student and teacher."},
+    )
     engine_cache_gb: float = field(default=1.0, metadata={"help": "GiB of vllm's KV cache."})
     teacher_template: str = field(
         default=TEACHER_TEMPLATE,
@@ -87,6 +91,16 @@ class RMSDConfig(TrainingArguments):
         )  # fmt: skip
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
+        if self.engine_scores:
+            # What an engine records is of the sampled token and the likeliest few, at temperature 1.
+            needed = dict(engine="vllm", method="rmsd", criterion="logprob_gap", temperature=1.0)
+            for name, value in needed.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"engine_scores needs {name}={value}, not {getattr(self, name)}")
+            if self.continuation_metric in ("divergence", "tail_mass"):
+                raise ValueError(
+                    f"engine_scores leaves {self.continuation_metric} unknown: name another continuation_metric"
+                )
         if self.engine == "vllm":
             check_vllm()
         if not self.engine_cache_gb > 0:

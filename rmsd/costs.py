@@ -104,13 +104,17 @@ def memory(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, processes: int =
         "optimizer's states": optimizer_bytes(sizes, args) / shards,
         "teacher": teacher_bytes(sizes, args),
         "evaluator's copy of the base head": sizes.vocab * sizes.hidden * sizes.element if args.do_eval else 0,
-        "hidden states of all answers, both models": 2 * args.gradient_accumulation_steps * rows
+        "hidden states of all answers": (1 if args.engine_scores else 2) * args.gradient_accumulation_steps * rows
         * lengths.longest_answer * sizes.hidden * element,
     }  # fmt: skip
-    rollouts = {
-        "scores' logits, a chunk at a time": WORKSPACE_MB * 2**20,
-        "candidates' logits": _wishes_bytes(sizes, args),
-    }
+    if args.engine_scores:  # logits, and their log-softmax, of one sequence that it reads
+        told = lengths.longest_teacher_prompt + lengths.longest_answer
+        rollouts = {"vllm's logits of an answer it reads": 2 * 4 * sizes.vocab * told}
+    else:
+        rollouts = {
+            "scores' logits, a chunk at a time": WORKSPACE_MB * 2**20,
+            "candidates' logits": _wishes_bytes(sizes, args),
+        }
     if generated and args.engine == "vllm":
         rollouts["vllm's weights"] = sizes.weight_bytes
         rollouts["KV cache (engine_cache_gb)"] = args.engine_cache_gb * 2**30
@@ -191,17 +195,25 @@ def flops(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, generated: bool =
             + _attention(sizes, 1, (answer - 1) * (prompt + answer / 2))  # the t-th token reads prompt + t
             + row * answer
         )
-    if not generated or args.engine != "transformers":  # which records the hidden states as it samples
+    if args.engine_scores:  # with adapters merged, and the head over the prompt too
+        for reader, length in {"student": prompt + answer, "teacher": told + answer}.items():
+            if reader == "teacher" or not generated:
+                merged = 2 * sizes.body_trained * sizes.has_adapter
+                parts[f"engine reads the answer as {reader}"] = _forward(sizes, length) + (row - merged) * length
+    elif not generated or args.engine != "transformers":  # which records the hidden states as it samples
         parts["student reads its answer"] = _forward(sizes, prompt + answer) + row
     # An adapter that is switched off multiplies nothing; a second one, as a continuation makes, does.
     off = sizes.body_trained if sizes.has_adapter and args.teacher != "live" and not teacher_bytes(sizes, args) else 0
     recomputed = 2 if args.gradient_checkpointing else 1
     backward = (2 * sizes.body + 2 * sizes.body_trained) * (prompt + answer)
     backward += 2 * _attention(sizes, prompt + answer, prompt + answer)
+    parts["teacher reads the answer"] = _forward(sizes, told + answer) - 2 * off * (told + answer) + row
+    if args.engine_scores:
+        parts["head: the engine's scores checked, both models"] = 2 * row * kept
+    else:
+        parts["head: scores of every token, both models"] = 2 * row * answer
+        parts["head: what the teacher wants at the candidates"] = 2 * row * args.num_candidates
     return parts | {
-        "teacher reads the answer": _forward(sizes, told + answer) - 2 * off * (told + answer) + row,
-        "head: scores of every token, both models": 2 * row * answer,
-        "head: what the teacher wants at the candidates": 2 * row * args.num_candidates,
         "student's training forward": recomputed * _forward(sizes, prompt + answer) + row,
         "student's training backward": backward,
         "head: loss of the kept tokens": row * kept * _loss_products(sizes, args, kept),

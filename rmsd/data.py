@@ -6,6 +6,7 @@ row: the teacher reads the student's own prompt, so that every gap is drift from
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -83,16 +84,28 @@ def check_row(row: dict, where: str) -> None:
         check_completion(row, where)
 
 
-def check_lengths(rows: Iterable[dict], tokenizer, template: str, longest: int, context: int, vocab: int) -> None:
+def context_of(config, args) -> float:
+    """Tokens that a model of this config can train on, infinity where it does not say. An engine that reads answers
+    writes one more after each."""
+    return (getattr(config, "max_position_embeddings", None) or math.inf) - args.engine_scores
+
+
+def check_lengths(
+    rows: Iterable[dict], tokenizer, template: str, longest: int, context: int, vocab: int
+) -> tuple[int, int]:
     """A row that cannot be trained on is refused before anything is trained.
 
     Args:
         longest: tokens of an answer, at most, where the row brings none.
         context: what the model holds at most.
 
+    Returns:
+        Tokens of a prompt and its answer together, at most: as the student reads them, and as the teacher does.
+
     Raises:
         ValueError: naming the row.
     """
+    most = [0, 0]
     for number, row in enumerate(rows):
         answer = f"an answer of max_completion_length={longest}"
         room = longest
@@ -104,7 +117,8 @@ def check_lengths(rows: Iterable[dict], tokenizer, template: str, longest: int, 
             mask = row.get("completion_mask")
             if mask is not None and len(mask) != room:
                 raise ValueError(f"row {number}: completion_mask has {len(mask)} entries, the completion {room} tokens")
-        for role, prompt in (("prompt", row["prompt"]), ("teacher's prompt", teacher_prompt(row, template))):
+        prompts = (("prompt", row["prompt"]), ("teacher's prompt", teacher_prompt(row, template)))
+        for reader, (role, prompt) in enumerate(prompts):
             try:
                 length = len(encode(tokenizer, prompt)) + room
             except ValueError as error:
@@ -113,6 +127,8 @@ def check_lengths(rows: Iterable[dict], tokenizer, template: str, longest: int, 
                 raise ValueError(
                     f"row {number}: the {role} and {answer} take {length} tokens; the model's context holds {context}"
                 )
+            most[reader] = max(most[reader], length)
+    return most[0], most[1]
 
 
 def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE) -> Prompt:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .rollout import Rollouts, generate
+from .rollout import Recorded, Rollouts, generate
 
 ENGINES = ("transformers", "vllm")
 MAX_GAP = 0.5  # nats a token; bf16 engines are seen at some hundredths
+TOP = 8  # likeliest tokens recorded where candidates come from the engine
 
 
 class Engine(Protocol):
@@ -70,10 +71,12 @@ class VLLMEngine:
         model: the student, a causal LM of transformers or a PEFT (LoRA) model around one.
         max_length: tokens of a prompt and its answer together, at most.
         cache_gb: GiB of its KV cache. Requests that do not fit wait for others to finish.
+        num_top: likeliest tokens recorded at every position.
     """
 
-    def __init__(self, model: nn.Module, *, max_length: int, cache_gb: float):
+    def __init__(self, model: nn.Module, *, max_length: int, cache_gb: float, num_top: int = 0):
         check_vllm()
+        self._num_top = num_top
         # Its own process would need every weight pickled to it, and its log tells of things that are as they should be.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -102,7 +105,8 @@ class VLLMEngine:
             )
 
     def sync(self, model: nn.Module) -> None:
-        """Copies every weight, and on a CPU repacks it: 0.4 to 0.9 s for 135M fp32 parameters on one core."""
+        """Copies every weight of the student, or of a teacher whose readings are wanted, and on a CPU repacks it: 0.4
+        to 0.9 s for 135M fp32 parameters on one core."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
         self._llm.apply_model(_repack_head)
 
@@ -128,31 +132,61 @@ class VLLMEngine:
                 top_p=top_p,
                 top_k=top_k,
                 seed=(seed + i) % 2**63,
-                logprobs=0,  # of the sampled token alone, before temperature and top-k
+                logprobs=self._num_top,  # and of the sampled token, before temperature and top-k
                 detokenize=False,
             )
             for i in range(len(prompt_ids))
         ]
-        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
-        with _process_as_it_was(self._device):
-            outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
-        if [output.prompt_token_ids for output in outputs] != prompt_ids:
-            raise RuntimeError("vLLM read other prompts than it was given: its ids are not the trainer's")
+        outputs = self._outputs(prompt_ids, sampling)
         answers = [list(output.outputs[0].token_ids) for output in outputs]
-        logprobs = [
-            [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, answer, strict=True)]
-            for output, answer in zip(outputs, answers, strict=True)
-        ]
         width = max(map(len, answers))
         return Rollouts(
             prompt_ids=prompt_ids,
             completion_ids=_right_padded(answers, width, pad_id).to(self._device),
             completion_mask=_right_padded([[True] * len(answer) for answer in answers], width, False).to(self._device),
-            student_logprob=_right_padded(logprobs, width, 0.0).to(self._device),
+            recorded=self._recorded(answers, [output.outputs[0].logprobs for output in outputs], width),
+        )
+
+    def read(self, prompt_ids: list[list[int]], rollouts: Rollouts) -> Recorded:
+        """What the weights it holds say of finished answers after these prompts. vLLM projects every token that it
+        reads, the prompts' too, one sequence after the other, and writes one token more."""
+        from vllm import SamplingParams
+
+        present = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
+        answers = [ids[mask].tolist() for ids, mask in present]
+        sequences = [prompt + answer for prompt, answer in zip(prompt_ids, answers, strict=True)]
+        reading = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=self._num_top, detokenize=False)
+        outputs = self._outputs(sequences, [reading] * len(sequences))
+        entries = [output.prompt_logprobs[len(ids) :] for output, ids in zip(outputs, prompt_ids, strict=True)]
+        return self._recorded(answers, entries, rollouts.completion_ids.shape[1])
+
+    def _outputs(self, prompt_ids: list[list[int]], sampling: list):
+        with _process_as_it_was(self._device):
+            outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompt_ids], sampling, use_tqdm=False)
+        if [output.prompt_token_ids for output in outputs] != prompt_ids:
+            raise RuntimeError("vLLM read other tokens than it was given: its ids are not the trainer's")
+        return outputs
+
+    def _recorded(self, answers: list[list[int]], entries: list[list[dict]], width: int) -> Recorded:
+        """`entries` are vLLM's: {token id: log-probability} of each position's likeliest tokens and its own."""
+        places = [list(zip(*pair, strict=True)) for pair in zip(answers, entries, strict=True)]
+        own = [[entry[token].logprob for token, entry in row] for row in places]
+        top = [[sorted(entry, key=lambda i: -entry[i].logprob)[: self._num_top] for _, entry in row] for row in places]
+        logprobs = [
+            [[entry[i].logprob for i in ids] for ids, (_, entry) in zip(*pair, strict=True)]
+            for pair in zip(top, places, strict=True)
+        ]
+        none = [0] * self._num_top
+        return Recorded(
+            _right_padded(own, width, 0.0).to(self._device),
+            _right_padded(top, width, none).long().to(self._device),
+            _right_padded(logprobs, width, none).float().to(self._device),
         )
 
 
-def engine_for(name: str, model: nn.Module, *, max_length: int, cache_gb: float, num_processes: int = 1) -> Engine:
+def engine_for(
+    name: str, model: nn.Module, *, max_length: int, cache_gb: float, num_top: int = 0, num_processes: int = 1
+) -> Engine:
     """The engine of a recipe.
 
     Raises:
@@ -162,28 +196,29 @@ def engine_for(name: str, model: nn.Module, *, max_length: int, cache_gb: float,
         return TransformersEngine()
     if num_processes > 1:
         raise ValueError(f"engine=vllm serves one training process, not {num_processes}: set engine=transformers")
-    return VLLMEngine(model, max_length=max_length, cache_gb=cache_gb)
+    return VLLMEngine(model, max_length=max_length, cache_gb=cache_gb, num_top=num_top)
 
 
-def engine_gap(rollouts: Rollouts, student_logprob: Tensor) -> float:
-    """Nats a token, in the mean, between the log-probabilities that an engine sampled by and the trainer's of the same
-    tokens, (B, L): rounding, 1e-5 in fp32.
+def engine_gap(recorded: Tensor, logprob: Tensor, whose: str = "student") -> float:
+    """Nats a token, in the mean, between the log-probabilities that an engine recorded, (R,), and the trainer's of the
+    same tokens: rounding, 1e-5 in fp32.
 
     Raises:
-        RuntimeError: it is so large that the engine must hold other weights than the student.
+        RuntimeError: it is so large that the engine must have held other weights than `whose`.
     """
-    gap = (rollouts.student_logprob - student_logprob).abs()[rollouts.completion_mask].mean().item()
+    gap = (recorded - logprob).abs().mean().item()
     if gap > MAX_GAP:
         raise RuntimeError(
-            f"the engine's log-probabilities differ from the student's by {gap:.2f} nats a token: "
-            "it does not hold the student's weights; set engine=transformers"
+            f"the engine's log-probabilities differ from the {whose}'s by {gap:.2f} nats a token: "
+            f"it does not hold the {whose}'s weights; set engine=transformers"
         )
     return gap
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) as a checkpoint of the model names them. The active LoRA is added to a copy of each weight that it
-    changes, one at a time: merging in place and back would leave rounding in the base weights."""
+    """(name, weight) as a checkpoint of the model names them. The active LoRA, if it is not switched off, is added to a
+    copy of each weight that it changes, one at a time: merging in place and back would leave rounding in the base
+    weights."""
     if not hasattr(model, "get_base_model"):
         yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
         return
@@ -195,7 +230,8 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             owner = owner.removesuffix(".base_layer")
             layer, weight = layers[owner], parameter.detach()
             if leaf == "weight":
-                weight = sum((layer.get_delta_weight(name).detach() for name in layer.active_adapters), weight)
+                adapters = [] if layer.disable_adapters else layer.active_adapters
+                weight = sum((layer.get_delta_weight(name).detach() for name in adapters), weight)
             yield f"{owner}.{leaf}", weight
         elif ".lora_" not in name:
             yield name, parameter.detach()

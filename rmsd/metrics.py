@@ -6,30 +6,44 @@ from torch import Tensor
 from rmsd_kernels import TokenScores
 
 from .rollout import Rollouts
+from .scoring import Logprobs
 
-_SUMS = ("rollout_tokens", "empty_rollouts", "candidates", "kept_tokens", "kept_sequences")
+# Means: their sums, and the counts that divide them, which are no entry's numbers where they have a "_" before them.
+_MEANS = {"divergence": "_scored_tokens", "tail_mass": "candidates"}
 
 
 class StepMetrics:
     """Sums over micro-batches, the steps of a log entry, and ranks; and `own`, numbers of this rank alone."""
 
     def __init__(self):
-        self._sums: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
         self.own: dict[str, float] = {}
         self.skipped_steps = 0  # in the whole run, on every rank alike
 
     def count(
-        self, rollouts: Rollouts, scores: TokenScores, candidates: Tensor, tail_mass: Tensor, keep: Tensor
+        self,
+        rollouts: Rollouts,
+        scores: TokenScores | Logprobs,
+        candidates: Tensor,
+        tail_mass: Tensor | None,
+        keep: Tensor,
     ) -> None:
+        """What is unknown, a divergence of Logprobs or a tail_mass of None, is no number of the entry."""
         mask = rollouts.completion_mask
-        finite = mask & scores.divergence.isfinite()
         keep = keep.to(mask.device, non_blocking=True)
-        numbers = (
-            mask.sum(), (~mask.any(1)).sum(), (candidates >= 0).sum(), keep.sum(), keep.any(1).sum(),
-            scores.divergence.where(finite, 0.0).sum(), finite.sum(), tail_mass.sum(),
-        )  # fmt: skip
-        numbers = torch.stack([number.float() for number in numbers])
-        self._sums = numbers if self._sums is None else self._sums + numbers
+        numbers = {
+            "rollout_tokens": mask.sum(),
+            "empty_rollouts": (~mask.any(1)).sum(),
+            "candidates": (candidates >= 0).sum(),
+            "kept_tokens": keep.sum(),
+            "kept_sequences": keep.any(1).sum(),
+        }
+        if isinstance(scores, TokenScores):
+            finite = mask & scores.divergence.isfinite()
+            numbers |= {"divergence": scores.divergence.where(finite, 0.0).sum(), "_scored_tokens": finite.sum()}
+        if tail_mass is not None:
+            numbers["tail_mass"] = tail_mass.sum()
+        self._sums = {name: self._sums.get(name, 0.0) + number.float() for name, number in numbers.items()}
 
     def add_seconds(self, name: str, seconds: float) -> None:
         self.own[name] = self.own.get(name, 0.0) + seconds
@@ -37,18 +51,10 @@ class StepMetrics:
     def drain(self, accelerator, nonfinite_rows: Tensor) -> dict[str, float]:
         """The entry's numbers, the same on every rank but for its own; counting starts anew. All ranks call it.
         `nonfinite_rows` and skipped_steps go on counting."""
-        sums = self._sums if self._sums is not None else torch.zeros(len(_SUMS) + 3, device=nonfinite_rows.device)
-        *numbers, divergence, tokens, tail_mass, nonfinite = accelerator.reduce(
-            torch.cat([sums, nonfinite_rows.float().view(1)])
-        ).tolist()
-        counts = dict(zip(_SUMS, numbers, strict=True))
-        entry = {
-            **counts,
-            "divergence": divergence / max(tokens, 1.0),  # the mean over tokens
-            "tail_mass": tail_mass / max(counts["candidates"], 1.0),  # the mean over candidates
-            "nonfinite_rows": nonfinite,
-            "skipped_steps": self.skipped_steps,
-            **self.own,
-        }
-        self._sums, self.own = None, {}
+        sums = {**self._sums, "nonfinite_rows": nonfinite_rows.float()}
+        sums = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values()))).tolist(), strict=True))
+        means = {name: sums[name] / max(sums[count], 1.0) for name, count in _MEANS.items() if name in sums}
+        entry = {name: number for name, number in sums.items() if not name.startswith("_")}
+        entry |= {**means, "skipped_steps": self.skipped_steps, **self.own}
+        self._sums, self.own = {}, {}
         return entry

@@ -13,7 +13,7 @@ from datasets import Dataset
 from .completions import completion_ids
 from .config import RMSDConfig
 from .costs import Lengths, Sizes, flops, judged_at_most, memory
-from .data import check_lengths, encode, prompt_text, teacher_prompt
+from .data import check_lengths, context_of, encode, prompt_text, teacher_prompt
 from .distributed import check_sharded_teacher
 from .judge import Candidate, Judge, LLMJudge, Question
 from .recipe import Recipe
@@ -53,8 +53,7 @@ class Plan:
             check_sharded_teacher(bool(recipe.lora), args)
         if tokenizer:
             config = model.config.get_text_config()
-            context = getattr(config, "max_position_embeddings", None) or math.inf
-            answer = args.max_completion_length
+            context, answer = context_of(config, args), args.max_completion_length
             check_lengths(rows, tokenizer, args.teacher_template, answer, context, config.vocab_size)
         lengths = lengths_of(rows, tokenizer, args)
         return cls(recipe, args, rows, judge, task, tokenizer, source, Sizes.of(model), lengths)

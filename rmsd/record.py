@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from rmsd_kernels import TokenScores
 
 from .judge import Question
+from .scoring import Logprobs
 
 
 class RunRecord(TrainerCallback):
@@ -58,16 +59,17 @@ class RunRecord(TrainerCallback):
 def rollout_lines(
     step: int,
     questions: Sequence[Question],
-    scores: TokenScores,  # each (B, L)
+    scores: TokenScores | Logprobs,  # each (B, L)
     mask: Tensor,  # (B, L) bool: what the student wrote; other tokens have no scores
     kept: Sequence[Sequence[int]],
 ) -> list[dict]:
     """The first rollouts of a step, as many as there are questions, as lines of rollouts.jsonl.
 
     `unwritten` lists the positions that the student did not write, as a tool's turn: they have no scores, and null
-    stands in each column. Null at any other position is a score that was not finite.
+    stands in each column. Null at any other position is a score that was not finite. A score that is not known at all,
+    as the divergence where an engine scored, is no column.
     """
-    names = ("student_logprob", "teacher_logprob", "divergence")
+    names = [name for name in ("student_logprob", "teacher_logprob", "divergence") if name in scores._fields]
     count = len(questions)
     written = mask[:count]
     table = torch.stack([getattr(scores, name)[:count].where(written, torch.nan) for name in names]).tolist()

@@ -1,11 +1,20 @@
 """The student's answers, and the hidden states that their tokens were drawn from."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .hidden import captured_hidden, completion_hidden, left_padded
+
+
+class Recorded(NamedTuple):
+    """What an engine records of B answers as it writes or reads them, before temperature and top-k."""
+
+    logprob: Tensor  # (B, L) fp32, of the answers' own tokens; 0 on padding
+    top_ids: Tensor  # (B, L, k) int64, the likeliest tokens of each position, the likeliest first
+    top_logprob: Tensor  # (B, L, k) fp32
 
 
 @dataclass
@@ -17,7 +26,7 @@ class Rollouts:
     completion_ids: Tensor  # (B, L) int64
     completion_mask: Tensor  # (B, L) bool
     student_hidden: Tensor | None = None  # (B, L, H): row i gave the distribution of completion_ids[i]
-    student_logprob: Tensor | None = None  # (B, L) fp32, as an engine recorded it, at temperature 1
+    recorded: Recorded | None = None  # by the engine that wrote them
     attention_mask: Tensor | None = None  # (B, L) bool: false on padding alone
 
     def __post_init__(self):

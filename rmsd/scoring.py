@@ -1,4 +1,4 @@
-"""What the teacher wants, seen from the two models' hidden states: scores of every token, wishes at the candidates."""
+"""What the teacher wants at the candidates: from the two models' hidden states, or from what an engine recorded."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from .modeling import OutputHead
+from .rollout import Recorded
 
 ROWS_AT_ONCE = 64  # candidate rows whose logits are held together: 12 MB each for student and teacher at V = 50k
+
+
+class Logprobs(NamedTuple):
+    """What of TokenScores an engine's records tell, (B, L) fp32 each."""
+
+    student_logprob: Tensor
+    teacher_logprob: Tensor
 
 
 class Wishes(NamedTuple):
@@ -16,9 +24,8 @@ class Wishes(NamedTuple):
     promoted: Tensor  # int64, argmax q (log q - log p): the token that the teacher most wants to promote
     student_preferred: Tensor  # int64, argmax p
     teacher_preferred: Tensor  # int64, argmax q
-    tail_mass: (
-        Tensor  # fp32, the student's mass outside its `vocab_topk` largest logits: what a truncated loss overlooks
-    )
+    # fp32, the student's mass outside its `vocab_topk` largest logits: what a truncated loss overlooks. None: unknown.
+    tail_mass: Tensor | None
 
 
 @torch.no_grad()
@@ -53,3 +60,28 @@ def wishes(
         *stacked.view(3, *candidates.shape).masked_fill(missing, 0).unbind(),
         tail_mass.view(candidates.shape).masked_fill(missing, 0.0),
     )
+
+
+def recorded_wishes(
+    student: Recorded,
+    teacher: Recorded,
+    completion_ids: Tensor,  # (B, L) int64
+    candidates: Tensor,  # (B, T) int64, -1 for none
+) -> Wishes:
+    """`promoted` is found among the teacher's likeliest tokens alone. Where the student's record lacks one, its p is
+    taken to be that of the last it holds: the true p is no larger, so the wish is at least as strong."""
+    row = torch.arange(candidates.shape[0], device=candidates.device).unsqueeze(1)
+    own_ids, own_logprob, student_ids, student_top, teacher_ids, teacher_top = (
+        tensor[row, candidates.clamp_min(0)]
+        for tensor in (completion_ids, *student, *teacher[1:])
+    )  # fmt: skip
+    # The sampled token's log-probability is known too, however unlikely it was.
+    known_ids = torch.cat([student_ids, own_ids.unsqueeze(-1)], -1)
+    known = torch.cat([student_top, own_logprob.unsqueeze(-1)], -1)
+    same = teacher_ids.unsqueeze(-1) == known_ids.unsqueeze(-2)  # (B, T, k, k + 1)
+    found = known.unsqueeze(-2).where(same, -torch.inf).amax(-1)
+    found = found.where(same.any(-1), student_top[..., -1:])
+    wish = (teacher_top.exp() * (teacher_top - found)).nan_to_num(0.0)  # 0 log 0 is 0
+    promoted = teacher_ids.gather(-1, wish.argmax(-1, keepdim=True)).squeeze(-1)
+    chosen = (promoted, student_ids[..., 0], teacher_ids[..., 0])
+    return Wishes(*(ids.masked_fill(candidates < 0, 0) for ids in chosen), tail_mass=None)

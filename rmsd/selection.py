@@ -8,14 +8,14 @@ from torch import Tensor
 from rmsd_kernels import TokenScores
 
 from .judge import Candidate, Judge, MagnitudeJudge, Question
-from .scoring import Wishes
+from .scoring import Logprobs, Wishes
 
 
 def questions_of(
     prompts: Sequence[str],
     privileged_contexts: Sequence[str],
     tokens: Sequence[Sequence[str]],
-    scores: TokenScores,  # each (B, L)
+    scores: TokenScores | Logprobs,  # each (B, L)
     candidates: Tensor,  # (B, T) int64, -1 for none
     wishes: Wishes,  # each (B, T)
     decode,  # list[int] -> list[str], a text for each id

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmsd_kernels import TokenScores
+from rmsd_kernels import TokenScores, linear_token_scores, select_tokens
 
 from .hidden import by_length, lengths_of
 from .loss import LinearRMSDLoss
@@ -25,6 +25,41 @@ def score(
     return loss.candidates(
         *_heads(student_hidden, student_head, teacher_hidden, teacher_head),
         completion_ids, completion_mask, **_head_options(student_head, teacher_head),
+    )  # fmt: skip
+
+
+def widest_gaps(
+    loss: LinearRMSDLoss,
+    student_logprob: Tensor,  # (B, L) fp32
+    teacher_logprob: Tensor,  # (B, L) fp32
+    completion_mask: Tensor,  # (B, L) bool
+) -> Tensor:
+    """Candidates (B, T), -1 for none, by the criterion logprob_gap from log-probabilities alone."""
+    gap = (teacher_logprob - student_logprob).abs()
+    gap = gap.where(gap.isfinite(), torch.nan)  # never qualifies
+    return select_tokens(gap, completion_mask, num_tokens=loss.num_candidates, threshold=loss.threshold)
+
+
+def at_kept(tensor: Tensor, keep: Tensor) -> Tensor:
+    """(B, L, ...) -> (R, ...), at the true entries of `keep`, (B, L) bool on the host."""
+    return tensor[tuple(index.to(tensor.device) for index in keep.nonzero(as_tuple=True))]
+
+
+@torch.no_grad()
+def kept_scores(
+    loss: LinearRMSDLoss,
+    student_hidden: Tensor,  # (B, L, H)
+    student_head: OutputHead,
+    teacher_hidden: Tensor,  # (B, L, H')
+    teacher_head: OutputHead,
+    completion_ids: Tensor,  # (B, L) int64
+    keep: Tensor,  # (B, L) bool, on the host
+) -> TokenScores:
+    """Of the kept tokens, (R,) each."""
+    student_hidden, teacher_hidden, ids = (at_kept(x, keep) for x in (student_hidden, teacher_hidden, completion_ids))
+    return linear_token_scores(
+        *_heads(student_hidden, student_head, teacher_hidden, teacher_head),
+        ids, **_head_options(student_head, teacher_head), **loss.score_options,
     )  # fmt: skip
 
 

@@ -70,6 +70,25 @@ class Teacher:
                 model, teacher_prompt_ids, rollouts.completion_ids, rollouts.attention_mask, pad_id
             )
 
+    @torch.no_grad()
+    def kept_hidden(self, teacher_prompt_ids: list[list[int]], rollouts: Rollouts, pad_id: int, keep: Tensor) -> Tensor:
+        """As `hidden`, but of the sequences that keep a token, up to the last one; without meaning elsewhere. `keep` is
+        (B, L) bool on the host."""
+        kept = keep.any(1).nonzero().squeeze(1)
+        weight = self.head.weight
+        hidden = weight.new_zeros(*keep.shape, weight.shape[1])
+        if len(kept):
+            upto = keep.flip(1).cumsum(1).flip(1).bool()[kept].to(weight.device)
+            at = kept.to(weight.device)
+            needed = Rollouts(
+                [rollouts.prompt_ids[i] for i in kept.tolist()],
+                rollouts.completion_ids[at],
+                rollouts.completion_mask[at] & upto,
+                attention_mask=rollouts.attention_mask[at] & upto,
+            )
+            hidden[at] = self.hidden([teacher_prompt_ids[i] for i in kept.tolist()], needed, pad_id).to(weight.dtype)
+        return hidden
+
     def average(self, decay: float) -> None:
         """teacher = decay * teacher + (1 - decay) * student, for kind "ema"."""
         with torch.no_grad(), whole(self.student):

@@ -2,9 +2,8 @@
 
 import contextlib
 import hashlib
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
@@ -15,9 +14,9 @@ from . import step
 from .completions import rollouts_of
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
-from .data import as_dataset, check_lengths, encode, prompt_text, teacher_prompt
+from .data import as_dataset, check_lengths, context_of, encode, prompt_text, teacher_prompt
 from .distributed import as_rank_zero, check_sharded_teacher, check_sharding, most_of_ranks, whole
-from .engine import engine_for, engine_gap
+from .engine import TOP, engine_for
 from .faults import NonfiniteGradients, saving
 from .hidden import completion_hidden
 from .judge import ContextJudge, Judge
@@ -26,8 +25,9 @@ from .loss import LinearRMSDLoss
 from .metrics import StepMetrics
 from .modeling import OutputHead
 from .record import RunRecord, rollout_lines
-from .rollout import Rollouts, eos_ids_of, hidden_states
-from .scoring import wishes
+from .rollout import Rollouts, eos_ids_of
+from .routes import Scored, Written, engine_gaps, scored_by_engine, scored_by_trainer
+from .scoring import Logprobs
 from .selection import ask, keep_mask, questions_of
 from .teacher import Teacher
 
@@ -87,15 +87,16 @@ class RMSDTrainer(Trainer):
         self.add_callback(TeacherSchedule(self))
         self.add_callback(NonfiniteGradients(self))
         config = self.model.config.get_text_config()
-        check_lengths(
+        read, told = check_lengths(
             train_dataset, processing_class, args.teacher_template, args.max_completion_length,
-            getattr(config, "max_position_embeddings", None) or math.inf, config.vocab_size,
+            context_of(config, args), config.vocab_size,
         )  # fmt: skip
-        longest = max(len(encode(processing_class, row["prompt"])) for row in self.train_dataset)
         self.engine = engine_for(
-            args.engine, self.model, max_length=longest + args.max_completion_length, cache_gb=args.engine_cache_gb,
+            args.engine, self.model, max_length=max(read, told) + 1 if args.engine_scores else read,
+            cache_gb=args.engine_cache_gb, num_top=TOP if args.engine_scores else 0,
             num_processes=self.accelerator.num_processes,
         )  # fmt: skip
+        self.scored = scored_by_engine if args.engine_scores else scored_by_trainer
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -110,11 +111,10 @@ class RMSDTrainer(Trainer):
         if not batches:
             return [], None
         started = time.monotonic()
-        model = self.accelerator.unwrap_model(self.model)
-        with whole(model), ThreadPoolExecutor(1) as judging:
-            self.engine.sync(model)
+        with whole(self.student), ThreadPoolExecutor(1) as judging:
+            self.engine.sync(self.student)
             # The judge reads one micro-batch while the next is written and scored.
-            asked = [self._rollouts(rows, micro_batch, judging) for micro_batch, rows in enumerate(batches)]
+            asked = [self._asked(scored, judging) for scored in self.scored(self, self._written(batches))]
             prepared = [answer() for answer in asked]
         most = most_of_ranks([len(batch["parts"]) for batch in prepared], self.accelerator)
         for batch, count in zip(prepared, most, strict=True):
@@ -124,30 +124,27 @@ class RMSDTrainer(Trainer):
         self.metrics.add_seconds("prepare_seconds", time.monotonic() - started)
         return prepared, sequences.clamp_min(1.0)
 
-    def _rollouts(self, rows: list[dict], micro_batch: int, judging: Executor) -> Callable[[], dict]:
-        """One micro-batch: generate, score, ask the judge; what is returned waits for its answer."""
-        args, tokenizer = self.args, self.processing_class
-        rollouts = self._answers(rows, [encode(tokenizer, row["prompt"]) for row in rows], micro_batch)
-        teacher_ids = [encode(tokenizer, teacher_prompt(row, args.teacher_template)) for row in rows]
-        teacher_hidden = self.teacher.hidden(teacher_ids, rollouts, self.pad_id)
-        student = (rollouts.student_hidden, self._student_head())
-        teacher = (teacher_hidden, self.teacher.head)
-        scores, candidates = step.score(
-            self.loss, *student, *teacher, rollouts.completion_ids, rollouts.completion_mask
-        )
-        wished = wishes(*student, *teacher, candidates, args.temperature, args.vocab_topk)
+    def _written(self, batches: list[list[dict]]) -> Iterator[Written]:
+        """The answers of one micro-batch after the other, each when it is asked for."""
+        tokenizer, template = self.processing_class, self.args.teacher_template
+        for micro_batch, rows in enumerate(batches):
+            teacher_ids = [encode(tokenizer, teacher_prompt(row, template)) for row in rows]
+            prompt_ids = [encode(tokenizer, row["prompt"]) for row in rows]
+            yield Written(rows, teacher_ids, self._answers(rows, prompt_ids, micro_batch))
+
+    def _asked(self, scored: Scored, judging: Executor) -> Callable[[], dict]:
+        """One micro-batch: the judge is asked; what is returned waits for its answer."""
+        args, rows, rollouts, scores = self.args, scored.rows, scored.rollouts, scored.scores
         questions = questions_of(
             [prompt_text(row["prompt"]) for row in rows],
             [row["privileged_context"] for row in rows],
             self._token_texts(rollouts),
             scores,
-            candidates,
-            wished,
+            scored.candidates,
+            scored.wishes,
             self._decode,
             args.num_kept,
         )
-        if rollouts.student_logprob is not None and args.temperature == 1.0:
-            self.metrics.own["engine_gap"] = engine_gap(rollouts, scores.student_logprob)
         written = rollouts.completion_mask.cpu()
         answer = judging.submit(self._kept, questions, written)
 
@@ -155,7 +152,7 @@ class RMSDTrainer(Trainer):
             kept, seconds = answer.result()
             keep = keep_mask(kept, written.shape)
             self.metrics.add_seconds("judge_seconds", seconds)
-            self.metrics.count(rollouts, scores, candidates, wished.tail_mass, keep)
+            self.metrics.count(rollouts, scores, scored.candidates, scored.wishes.tail_mass, keep)
             if self.record and self.is_world_process_zero():
                 recorded = questions[: args.recorded_rollouts]
                 self.record.rollouts(
@@ -164,7 +161,8 @@ class RMSDTrainer(Trainer):
             return {
                 "input_ids": rollouts.completion_ids,  # what Trainer counts FLOPs by
                 "rollouts": rollouts,
-                "teacher_hidden": teacher_hidden,
+                "logprobs": [scores.student_logprob, scores.teacher_logprob],
+                "teacher_hidden": scored.teacher_hidden(keep),
                 "keep": keep,
                 "parts": step.train_parts(
                     keep,
@@ -187,23 +185,20 @@ class RMSDTrainer(Trainer):
         return kept, time.monotonic() - asked_at
 
     def _answers(self, rows: list[dict], prompt_ids: list[list[int]], micro_batch: int) -> Rollouts:
-        """The student's, with its hidden states: written by the engine, or the rows' own completions."""
+        """The student's: written by the engine, or the rows' own completions."""
         args = self.args
         if rows[0].get("completion") is not None:
-            rollouts = rollouts_of(rows, prompt_ids, self.processing_class, self.pad_id, args.device)
-        else:
-            rollouts = self.engine(
-                prompt_ids,
-                max_new_tokens=args.max_completion_length,
-                pad_id=self.pad_id,
-                eos_ids=self.eos_ids,
-                temperature=args.sampling_temperature,
-                top_p=args.top_p,
-                top_k=args.top_k,
-                seed=self._seed(micro_batch),
-            )
-        rollouts.student_hidden = hidden_states(self.accelerator.unwrap_model(self.model), rollouts, self.pad_id)
-        return rollouts
+            return rollouts_of(rows, prompt_ids, self.processing_class, self.pad_id, args.device)
+        return self.engine(
+            prompt_ids,
+            max_new_tokens=args.max_completion_length,
+            pad_id=self.pad_id,
+            eos_ids=self.eos_ids,
+            temperature=args.sampling_temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            seed=self._seed(micro_batch),
+        )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A forward and backward for each part of the batch, so that one part's activations are held at a time."""
@@ -226,17 +221,22 @@ class RMSDTrainer(Trainer):
         )  # fmt: skip
         prompt_ids = [rollouts.prompt_ids[i] for i in part.sequences.tolist()]
         student_hidden = completion_hidden(model, prompt_ids, ids, attended, self.pad_id, one_forward=True)
+        models = (student_hidden, self.student_head(), teacher_hidden, self.teacher.head)
+        if self.args.engine_scores and part.keep.any():
+            kept = Logprobs(*(step.at_kept(logprob[sequences, :length], part.keep) for logprob in inputs["logprobs"]))
+            self.metrics.own |= engine_gaps(kept, step.kept_scores(self.loss, *models, ids, part.keep))
         # Data parallel training averages gradients over ranks; ours are shares of a sum.
         scale = self.accelerator.num_processes
-        loss = scale * step.train_loss(
-            self.loss, student_hidden, self._student_head(),
-            teacher_hidden, self.teacher.head,
-            ids, mask, part.keep, num_items_in_batch,
-        )  # fmt: skip
+        loss = scale * step.train_loss(self.loss, *models, ids, mask, part.keep, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
-    def _student_head(self) -> OutputHead:
-        return OutputHead.current(self.accelerator.unwrap_model(self.model), self.head_transform)
+    @property
+    def student(self) -> torch.nn.Module:
+        """The model without what accelerate has put around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def student_head(self) -> OutputHead:
+        return OutputHead.current(self.student, self.head_transform)
 
     def _seed(self, micro_batch: int) -> int:
         """A seed for every micro-batch of every step and rank, so that a resumed run samples what it would have."""
@@ -274,9 +274,8 @@ class RMSDTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if self.evaluator is None:
             raise ValueError("evaluate() needs an evaluator: RMSDTrainer(..., evaluator=...)")
-        model = self.accelerator.unwrap_model(self.model)
-        with whole(model):
-            metrics = self.evaluator(model)
+        with whole(self.student):
+            metrics = self.evaluator(self.student)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in as_rank_zero(metrics).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

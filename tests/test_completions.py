@@ -37,7 +37,8 @@ def rows(**extra):
 def prepared(made, rows):
     """What the trainer makes of one micro-batch."""
     with ThreadPoolExecutor(1) as judging:
-        return made._rollouts(rows, 0, judging)()
+        (scored,) = made.scored(made, made._written([rows]))
+        return made._asked(scored, judging)()
 
 
 def no_generation(monkeypatch):
@@ -128,7 +129,7 @@ def test_the_training_forward_reads_tool_turns_too(tmp_path):
     loss = made.training_step(made.model, part, 4.0)
     rollouts = part["rollouts"]
     plain = train_loss(
-        made.loss, rollouts.student_hidden, made._student_head(), part["teacher_hidden"], made.teacher.head,
+        made.loss, rollouts.student_hidden, made.student_head(), part["teacher_hidden"], made.teacher.head,
         rollouts.completion_ids, rollouts.completion_mask, part["keep"], 4.0,
     )  # fmt: skip
     assert plain > 1e-3

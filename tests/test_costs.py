@@ -8,6 +8,7 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import rmsd.routes
 import rmsd.step
 import rmsd.trainer
 from benchmarks.common import peak_bytes
@@ -152,10 +153,10 @@ def counted(monkeypatch):
         monkeypatch.setattr(owner, name, wrapped)
 
     count(TransformersEngine, "__call__", "sampling")
-    count(rmsd.trainer, "hidden_states", "reading")
+    count(rmsd.routes, "hidden_states", "reading")
     count(Teacher, "hidden", "teacher")
     count(rmsd.step, "score", "scores")
-    count(rmsd.trainer, "wishes", "wishes")
+    count(rmsd.routes, "wishes", "wishes")
     count(rmsd.trainer.RMSDTrainer, "training_step", "training")
     return found
 
@@ -203,6 +204,25 @@ def test_flops_are_those_of_a_real_step(tmp_path, counted, monkeypatch, case):
     room = 1.2 if "checkpointing" in case else 1.1 if "lora" in case else 1.0
     assert 1.0 - 1e-9 < ratio.pop("training") < room + 1e-9
     assert ratio == pytest.approx(dict.fromkeys(ratio, 1.0), rel=1e-9)
+
+
+@pytest.mark.parametrize("generated", [True, False])
+def test_an_engine_that_scores_takes_the_students_reading_and_the_scores_off_the_trainer(tmp_path, generated):
+    sizes, lengths = Sizes.of(tiny.model()), Lengths(10, 20, 6, 10, 20, 6)
+    args = RMSDConfig(output_dir=str(tmp_path), engine="transformers", num_kept=3)
+    args.engine = "vllm"  # which need not be installed to be counted
+    plain = flops(sizes, args, lengths, generated=generated)
+    held = memory(sizes, args, lengths, generated=generated)
+    args.engine_scores = True
+    scored = flops(sizes, args, lengths, generated=generated)
+    row, body = 2 * sizes.vocab * sizes.hidden, plain["teacher reads the answer"] - 2 * sizes.vocab * sizes.hidden
+    gone, come = plain.keys() - scored.keys(), scored.keys() - plain.keys()
+    assert len(gone) == 3 and sum(plain[part] for part in gone) > sum(scored[part] for part in come if "head" in part)
+    assert scored["engine reads the answer as teacher"] == body + 26 * row
+    assert ("engine reads the answer as student" in scored) is not generated
+    assert scored["head: the engine's scores checked, both models"] == 6 * row
+    now = memory(sizes, args, lengths, generated=generated)
+    assert 2 * now["throughout"]["hidden states of all answers"] == held["throughout"]["hidden states of all answers"]
 
 
 # ---- requests ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,9 +14,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rmsd import RMSDConfig
+from rmsd.data import check_lengths, context_of, encode
 from rmsd.engine import TransformersEngine, check_vllm, engine_for, engine_gap, merged_weights
 from rmsd.recipe import load_recipe, trainer_config
-from rmsd.rollout import Rollouts, generate, hidden_states
+from rmsd.rollout import generate, hidden_states
 
 OPTIONS = dict(max_new_tokens=6, pad_id=0, eos_ids=[0], temperature=1.0, top_p=1.0, top_k=0, seed=3)
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
@@ -76,12 +78,11 @@ def test_merged_weights_are_peft_s_own_and_leave_the_model_alone():
         torch.testing.assert_close(weight, expected[name].detach(), rtol=0, atol=1e-7)
 
 
-def test_the_gap_is_a_mean_over_the_answers_and_too_large_a_one_is_refused():
-    mask = torch.tensor([[True, True], [True, False]])
-    rollouts = Rollouts(PROMPTS, torch.zeros(2, 2, dtype=torch.long), mask, student_logprob=torch.full((2, 2), -1.0))
-    assert engine_gap(rollouts, torch.tensor([[-1.3, -1.0], [-0.7, 5.0]])) == pytest.approx(0.2)
-    with pytest.raises(RuntimeError, match=r"differ from the student's by 2.00 nats"):
-        engine_gap(rollouts, torch.tensor([[-3.0, -3.0], [-3.0, -1.0]]))
+def test_the_gap_is_a_mean_over_tokens_and_too_large_a_one_is_refused():
+    recorded = torch.full((3,), -1.0)
+    assert engine_gap(recorded, torch.tensor([-1.3, -1.0, -0.7])) == pytest.approx(0.2)
+    with pytest.raises(RuntimeError, match=r"differ from the teacher's by 2.00 nats .* hold the teacher's weights"):
+        engine_gap(recorded, torch.full((3,), -3.0), "teacher")
 
 
 def test_without_vllm_one_line_says_what_to_install_before_anything_is_loaded(without_vllm, tmp_path):
@@ -104,13 +105,38 @@ def test_an_engine_is_refused_where_it_cannot_be(tmp_path):
         engine_for("vllm", tiny.model(), max_length=8, cache_gb=1.0, num_processes=2)
 
 
-def test_with_vllm():
-    """tests/vllm_cases.py in a process of its own: vLLM starts a process group and patches torch in the one it has."""
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "transformers"}, "engine_scores needs engine=vllm, not transformers"),
+        ({"method": "opsd"}, "engine_scores needs method=rmsd, not opsd"),
+        ({"criterion": "divergence"}, "engine_scores needs criterion=logprob_gap, not divergence"),
+        ({"temperature": 0.5}, "engine_scores needs temperature=1.0, not 0.5"),
+        ({"continuation_metric": "divergence"}, "engine_scores leaves divergence unknown"),
+    ],
+)
+def test_scores_of_an_engine_are_refused_where_it_cannot_tell_them(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        RMSDConfig(**{"output_dir": str(tmp_path), "engine": "vllm", "engine_scores": True, **options})
+
+
+def test_an_engine_that_reads_answers_needs_room_for_a_token_more():
+    config, plain = SimpleNamespace(max_position_embeddings=8), SimpleNamespace(engine_scores=False)
+    rows = [{"prompt": "x", "privileged_context": "", "teacher_prompt": "xy", "completion": [5, 6, 7]}]
+    student, teacher = (len(encode(tiny.tokenizer(), prompt)) + 3 for prompt in ("x", "xy"))
+    assert check_lengths(rows, tiny.tokenizer(), "", 0, context_of(config, plain), 300) == (student, teacher) == (7, 8)
+    with pytest.raises(ValueError, match=r"row 0: the teacher's prompt and its completion take 8 tokens"):
+        check_lengths(rows, tiny.tokenizer(), "", 0, context_of(config, SimpleNamespace(engine_scores=True)), 300)
+
+
+@pytest.mark.parametrize("name", ["vllm_cases.py", "vllm_route_cases.py"])
+def test_with_vllm(name):
+    """Cases in a process of their own: vLLM starts a process group and patches torch in the one it has."""
     try:
         check_vllm()
     except ImportError:
         pytest.skip("needs vLLM: make vllm, or pip install 'rmsd-kernels[vllm]' on a GPU")
-    cases = Path(__file__).with_name("vllm_cases.py")
+    cases = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-rs", str(cases)], capture_output=True, text=True, env=dict(os.environ)
     )

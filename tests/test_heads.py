@@ -123,7 +123,7 @@ def test_a_head_in_modules_to_save_is_the_students_and_the_teacher_keeps_its_own
     made.train()
     assert not torch.equal(saved, before), "the adapter's copy is what trains"
     assert torch.equal(original, before)
-    assert made._student_head().weight is saved
+    assert made.student_head().weight is saved
     if teacher == "ema":
         follower = model.get_base_model().lm_head.modules_to_save["teacher"].weight
         assert made.teacher.head.weight is follower

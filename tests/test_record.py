@@ -6,6 +6,7 @@ import torch
 
 from rmsd.judge import Question
 from rmsd.record import rollout_lines
+from rmsd.scoring import Logprobs
 from rmsd_kernels import TokenScores
 
 INF = float("inf")
@@ -21,3 +22,5 @@ def test_what_the_student_did_not_write_is_told_from_scores_that_are_not_finite(
     assert line["student_logprob"] == [-1.0, None, -3.0, -4.0]
     assert line["teacher_logprob"] == [-1.5, None, None, -4.5]
     assert line["divergence"] == [0.1, None, None, 0.4]
+    (line,) = rollout_lines(7, [question], Logprobs(*rows[:2]), mask, [[0]])
+    assert line["teacher_logprob"] == [-1.5, None, None, -4.5] and "divergence" not in line

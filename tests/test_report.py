@@ -122,6 +122,13 @@ def test_numbers_that_are_not_finite(tmp_path):
     assert page.data["charts"][0]["lines"][0]["steps"] == [2]
 
 
+def test_a_divergence_that_an_engine_did_not_tell_is_no_number(tmp_path):
+    one = rollout(1, 0, "rmsd", 3)
+    del one["divergence"]
+    page = page_of(make_run(tmp_path / "run", rollouts=[one]))
+    assert page.data["rollouts"][0]["divergence"] is None and "malformed" not in page.html
+
+
 def test_run_without_evaluations_rollouts_or_recipe(tmp_path):
     run = make_run(tmp_path / "run")
     write_lines(run / "metrics.jsonl", [{"kind": "train", "step": 1, "loss": 0.5}])

@@ -213,6 +213,14 @@ def test_numbers_that_are_not_finite_are_said(tmp_path, reader):
     assert reader.texts("#detail dd")[1:4] == ["not finite"] * 3
 
 
+def test_a_divergence_that_is_not_known_is_not_shown(tmp_path, reader):
+    one = rollout(1, 0, "rmsd", 3)
+    del one["divergence"]
+    reader.open(write_report([make_run(tmp_path / "run", rollouts=[one])]))
+    reader.hover(reader.token(0))
+    assert reader.texts("#detail dt") == ["log p, student", "log p, teacher", "gap, nats", "token"]
+
+
 def test_a_tool_turn_is_told_from_a_score_that_is_not_finite(tmp_path, reader):
     one = rollout(1, 0, "rmsd", 3)
     for position in (5, 6, 12, 20):

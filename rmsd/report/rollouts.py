@@ -41,7 +41,7 @@ def as_data(chosen: list[tuple[int, dict]]) -> dict[str, Any]:
                 "tokens": [shorten(rollout["tokens"][i], MAX_TOKEN_TEXT) for i in shown],
                 "student": [_round(rollout["student_logprob"][i]) for i in shown],
                 "teacher": [_round(rollout["teacher_logprob"][i]) for i in shown],
-                "divergence": [_round(rollout["divergence"][i]) for i in shown],
+                "divergence": [_round(rollout["divergence"][i]) for i in shown] if "divergence" in rollout else None,
                 "candidates": rollout["candidates"],
                 "kept": rollout["kept"],
                 "unwritten": rollout.get("unwritten", []),

@@ -221,7 +221,8 @@ def _is_rollout(line: dict) -> bool:
     tokens = line.get("tokens")
     if type(line.get("step")) is not int or not isinstance(tokens, list):
         return False
-    columns = [line.get(name) for name in ("student_logprob", "teacher_logprob", "divergence")]
+    columns = [line.get(name) for name in ("student_logprob", "teacher_logprob")]
+    columns += [line["divergence"]] if "divergence" in line else []  # an engine that scores does not know it
     positions = [line.get("candidates"), line.get("kept"), line.get("unwritten", [])]
     return (
         all(isinstance(line.get(name), str) for name in ("prompt", "privileged_context"))

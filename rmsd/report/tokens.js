@@ -158,7 +158,7 @@ function scoredDetail(i, place) {
     ["log p, student", nats(shown.student[i])],
     ["log p, teacher", nats(shown.teacher[i])],
     ["gap, nats", gap === null ? "not finite" : signed(gap)],
-    ["divergence", nats(shown.divergence[i])],
+    ...(shown.divergence ? [["divergence", nats(shown.divergence[i])]] : []), // an engine that scores does not know it
     place,
   ]);
   const bars = element("div", "bars", ...bar("Student", shown.student[i]), ...bar("Teacher", shown.teacher[i]));
