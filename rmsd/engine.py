@@ -17,7 +17,7 @@ from .rollout import Recorded, Rollouts, generate
 
 ENGINES = ("transformers", "vllm")
 MAX_GAP = 0.5  # nats a token; bf16 engines are seen at some hundredths
-TOP = 8  # likeliest tokens recorded where candidates come from the engine
+TOP = 20  # likeliest tokens recorded where candidates come from the engine: as many as vLLM gives by default
 
 
 class Engine(Protocol):
