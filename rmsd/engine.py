@@ -17,7 +17,7 @@ from .rollout import Recorded, Rollouts, generate
 
 ENGINES = ("transformers", "vllm")
 MAX_GAP = 0.5  # nats a token; bf16 engines are seen at some hundredths
-TOP = 8  # likeliest tokens recorded where candidates come from the engine
+TOP = 20  # likeliest tokens recorded where candidates come from the engine: as many as vLLM gives by default
 
 
 class Engine(Protocol):
@@ -85,6 +85,8 @@ class VLLMEngine:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameter = next(base.parameters())
         self._device = parameter.device
+        # With several processes each has an engine of its own, in the process group that they train by.
+        joins = torch.distributed.is_initialized() and "RANK" in os.environ
         with tempfile.TemporaryDirectory() as folder, _process_as_it_was(self._device):
             from vllm import LLM
 
@@ -101,8 +103,13 @@ class VLLMEngine:
                 kv_cache_memory_bytes=int(cache_gb * 2**30),
                 gpu_memory_utilization=0.01,  # not used where the cache's size is given, but checked
                 enable_prefix_caching=False,  # cached keys are of the weights before
+                distributed_executor_backend="external_launcher" if joins else None,
                 enforce_eager=parameter.device.type == "cpu",  # nothing to capture there, and a compiler to wait for
             )
+
+        if joins:  # vLLM would end that group with the engine; and let go of what it kept from the collector
+            self._llm.llm_engine.engine_core._finalizer.detach()
+            gc.unfreeze()
 
     def sync(self, model: nn.Module) -> None:
         """Copies every weight of the student, or of a teacher whose readings are wanted, and on a CPU repacks it: 0.4
@@ -184,18 +191,10 @@ class VLLMEngine:
         )
 
 
-def engine_for(
-    name: str, model: nn.Module, *, max_length: int, cache_gb: float, num_top: int = 0, num_processes: int = 1
-) -> Engine:
-    """The engine of a recipe.
-
-    Raises:
-        ValueError: vLLM was asked for by several processes; it would have to share the trainer's process group.
-    """
+def engine_for(name: str, model: nn.Module, *, max_length: int, cache_gb: float, num_top: int = 0) -> Engine:
+    """The engine of a recipe."""
     if name == "transformers":
         return TransformersEngine()
-    if num_processes > 1:
-        raise ValueError(f"engine=vllm serves one training process, not {num_processes}: set engine=transformers")
     return VLLMEngine(model, max_length=max_length, cache_gb=cache_gb, num_top=num_top)
 
 

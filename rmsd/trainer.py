@@ -94,7 +94,6 @@ class RMSDTrainer(Trainer):
         self.engine = engine_for(
             args.engine, self.model, max_length=max(read, told) + 1 if args.engine_scores else read,
             cache_gb=args.engine_cache_gb, num_top=TOP if args.engine_scores else 0,
-            num_processes=self.accelerator.num_processes,
         )  # fmt: skip
         self.scored = scored_by_engine if args.engine_scores else scored_by_trainer
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from rmsd import RMSDConfig
 from rmsd.data import check_lengths, context_of, encode
-from rmsd.engine import TransformersEngine, check_vllm, engine_for, engine_gap, merged_weights
+from rmsd.engine import TransformersEngine, check_vllm, engine_gap, merged_weights
 from rmsd.recipe import load_recipe, trainer_config
 from rmsd.rollout import generate, hidden_states
 
@@ -101,8 +101,6 @@ def test_an_engine_is_refused_where_it_cannot_be(tmp_path):
         RMSDConfig(output_dir=str(tmp_path), engine="sglang")
     with pytest.raises(ValueError, match="engine_cache_gb must be above 0"):
         RMSDConfig(output_dir=str(tmp_path), engine_cache_gb=0)
-    with pytest.raises(ValueError, match="one training process, not 2"):
-        engine_for("vllm", tiny.model(), max_length=8, cache_gb=1.0, num_processes=2)
 
 
 @pytest.mark.parametrize(

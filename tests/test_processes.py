@@ -22,6 +22,7 @@ from test_judge_server import keep
 
 from rmsd import RMSDConfig
 from rmsd.distributed import check_sharded_teacher
+from rmsd.engine import check_vllm
 from rmsd.recipe import load_recipe
 from rmsd.record import read_lines
 from rmsd.run import train
@@ -63,8 +64,9 @@ def recipe(tmp_path, server, monkeypatch):
     return write
 
 
-def launch(launcher, *arguments):
-    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), "-m", "rmsd", "train", *map(str, arguments)]
+def launch(launcher, *arguments, program=("-m", "rmsd", "train")):
+    starter = ["-m", *LAUNCHERS[launcher].split()] if launcher else []
+    command = [sys.executable, *starter, *map(str, (*program, *arguments))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
@@ -142,6 +144,35 @@ def test_two_processes_end_in_the_weights_of_one_with_the_whole_batch(
         resumed = load_file(tmp_path / "two" / "model" / "model.safetensors")
         assert [line["step"] for line in read_lines(tmp_path / "two" / "metrics.jsonl")] == [1, 2, 3]
         assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "engine_scores"), [("torchrun", False), ("accelerate", True)], ids=["DDP", "FSDP2, engine_scores"]
+)
+def test_each_process_has_a_vllm_engine_of_its_own(tmp_path, launcher, engine_scores):
+    """Two end in the weights of one with the whole batch, each by what its own engine wrote; the process group outlives
+    the engines."""
+    try:
+        check_vllm()
+    except ImportError:
+        pytest.skip("needs vLLM: make vllm, or pip install 'rmsd-kernels[vllm]' on a GPU")
+    script = ROOT / "tests" / "vllm_ranks.py"
+    ended = {}
+    for name, (how, size) in {"one": (None, 4), "two": (launcher, 2)}.items():
+        (tmp_path / name).mkdir()
+        result = launch(how, tmp_path / name, size, engine_scores, program=[script])
+        assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr[-3000:]
+        ended[name] = [torch.load(path) for path in sorted((tmp_path / name).glob("*.pt"))]
+    (one,), (first, second) = ended["one"], ended["two"]
+    assert first["ranks"] == second["ranks"] == [0, 1]
+    assert max(change.abs().max() for change in one["changes"].values()) > 1e-4
+    for name, change in one["changes"].items():
+        assert torch.equal(first["changes"][name], second["changes"][name])
+        torch.testing.assert_close(first["changes"][name], change, rtol=1e-2, atol=1e-6)
+    for mine, theirs, whole_batch in zip(first["prompts"], second["prompts"], one["prompts"], strict=True):
+        assert len(mine) == len(theirs) == 2 and sorted(mine + theirs) == sorted(whole_batch)
+    for rank in (first, second):
+        assert rank["trained on its own"] and len(rank["gaps"]) == 3 and max(rank["gaps"]) < 1e-3
 
 
 def test_a_rank_that_fails_stops_the_others_with_its_error(tmp_path, recipe, server):

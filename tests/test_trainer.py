@@ -12,9 +12,7 @@ from rmsd import MagnitudeJudge, RMSDConfig
 from rmsd.checkpoint import last_whole_checkpoint
 from rmsd.modeling import OutputHead
 from rmsd.record import RunRecord, read_lines
-from rmsd.rollout import Recorded
-from rmsd.scoring import recorded_wishes, wishes
-from rmsd.step import widest_gaps
+from rmsd.scoring import wishes
 
 
 def perturbed(seed=7):
@@ -236,44 +234,6 @@ def test_what_each_model_wants_at_the_candidates_and_what_the_top_k_leaves_out()
         torch.testing.assert_close(got.tail_mass[b, i], p.sort().values[:-4].sum())
     assert [field[0, 1].item() for field in got] == [0, 0, 0, 0.0], "no candidate there"
     assert not wishes(hidden, head, told, head, candidates).tail_mass.any(), "the whole vocabulary leaves nothing out"
-
-
-@pytest.mark.parametrize("k", [3, 50])
-def test_wishes_of_what_an_engine_recorded(k):
-    """Among the teacher's k likeliest tokens; p of a token outside the student's record is that of its last. Records of
-    the whole vocabulary give what hidden states give."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, told = 0.6 * torch.randn(2, 4, 6, 8, generator=generator)
-    head = OutputHead(torch.randn(50, 8, generator=generator), None, 1.0, None)
-    ids = torch.randint(50, (4, 6), generator=generator)
-    log_p, log_q = head(hidden).log_softmax(-1), head(told).log_softmax(-1)
-    candidates = torch.tensor([[1, -1, 0, 4], [0, 2, 1, 4], [5, 3, 2, 0], [4, 1, 3, 5]])
-
-    def recorded(logprobs):
-        top = logprobs.topk(k)
-        return Recorded(logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), top.indices, top.values)
-
-    got = recorded_wishes(recorded(log_p), recorded(log_q), ids, candidates)
-    exact = wishes(hidden, head, told, head, candidates)
-    assert torch.equal(got.student_preferred, exact.student_preferred) and got.tail_mass is None
-    assert torch.equal(got.teacher_preferred, exact.teacher_preferred)
-    assert torch.equal(got.promoted, exact.promoted) == (k == 50)
-    for b, i in (candidates >= 0).nonzero().tolist():
-        p, q = log_p[b, candidates[b, i]], log_q[b, candidates[b, i]]
-        known = {*p.topk(k).indices.tolist(), ids[b, candidates[b, i]].item()}
-        bound = p.where(torch.tensor([v in known for v in range(50)]), p.topk(k).values[-1])
-        wish = q.exp() * (q - bound)
-        assert got.promoted[b, i] == max(q.topk(k).indices.tolist(), key=lambda v: wish[v].item())
-
-
-def test_a_gap_that_is_not_finite_is_no_candidate(tmp_path):
-    student, inf = torch.tensor([[-1.0, -2.0, -1.0, -1.0, -1.0]]), torch.inf
-    teacher = torch.tensor([[-1.5, -inf, -inf, torch.nan, -9.0]])
-    mask = torch.tensor([[True, True, True, True, False]])
-    made = trainer(tmp_path, num_candidates=3, threshold=0.25)
-    assert widest_gaps(made.loss, student, teacher, mask).tolist() == [[0, -1, -1]]
-    made.loss.threshold = 0.5
-    assert widest_gaps(made.loss, student, teacher, mask).tolist() == [[-1, -1, -1]]
 
 
 def test_tail_mass_is_logged(tmp_path):

@@ -1,0 +1,62 @@
+"""Candidates and wishes from what an engine recorded, without one."""
+
+import pytest
+import torch
+
+from rmsd import LinearRMSDLoss
+from rmsd.modeling import OutputHead
+from rmsd.rollout import Recorded
+from rmsd.scoring import recorded_wishes, wishes
+from rmsd.step import widest_gaps
+
+
+@pytest.mark.parametrize("k", [3, 50])
+def test_wishes_of_what_an_engine_recorded(k):
+    """Among the teacher's k likeliest tokens; p of a token outside the student's record is that of its last. Records of
+    the whole vocabulary give what hidden states give."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, told = 0.6 * torch.randn(2, 4, 6, 8, generator=generator)
+    head = OutputHead(torch.randn(50, 8, generator=generator), None, 1.0, None)
+    ids = torch.randint(50, (4, 6), generator=generator)
+    log_p, log_q = head(hidden).log_softmax(-1), head(told).log_softmax(-1)
+    candidates = torch.tensor([[1, -1, 0, 4], [0, 2, 1, 4], [5, 3, 2, 0], [4, 1, 3, 5]])
+
+    def recorded(logprobs):
+        top = logprobs.topk(k)
+        return Recorded(logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), top.indices, top.values)
+
+    got = recorded_wishes(recorded(log_p), recorded(log_q), ids, candidates)
+    exact = wishes(hidden, head, told, head, candidates)
+    assert torch.equal(got.student_preferred, exact.student_preferred) and got.tail_mass is None
+    assert torch.equal(got.teacher_preferred, exact.teacher_preferred)
+    assert torch.equal(got.promoted, exact.promoted) == (k == 50)
+    for b, i in (candidates >= 0).nonzero().tolist():
+        p, q = log_p[b, candidates[b, i]], log_q[b, candidates[b, i]]
+        known = {*p.topk(k).indices.tolist(), ids[b, candidates[b, i]].item()}
+        bound = p.where(torch.tensor([v in known for v in range(50)]), p.topk(k).values[-1])
+        wish = q.exp() * (q - bound)
+        assert got.promoted[b, i] == max(q.topk(k).indices.tolist(), key=lambda v: wish[v].item())
+
+
+def test_a_token_that_the_student_s_record_lacks_is_wished_for_no_more_than_is_sure():
+    """The teacher likes token 5. The student's record of 8 and 9 says that it is no likelier than 9; the sampled
+    token, 7, is known exactly."""
+
+    def recorded(own, ids, probabilities):
+        one = torch.tensor([[[own]]]).log()[..., 0]
+        return Recorded(one, torch.tensor([[ids]]), torch.tensor([[probabilities]]).log())
+
+    student = recorded(1e-4, [8, 9], [0.5, 0.1])
+    at, own = torch.tensor([[0]]), torch.tensor([[7]])
+    for q, promoted in ((0.15, 8), (0.28, 5)):  # wishes: 0.7 log 1.4 = 0.24 of 8; 0.06 and 0.29 of 5
+        assert recorded_wishes(student, recorded(0.01, [8, 5], [0.7, q]), own, at).promoted.item() == promoted
+    assert recorded_wishes(student, recorded(0.05, [8, 7], [0.7, 0.05]), own, at).promoted.item() == 7
+
+
+def test_a_gap_that_is_not_finite_is_no_candidate():
+    student, inf = torch.tensor([[-1.0, -2.0, -1.0, -1.0, -1.0]]), torch.inf
+    teacher = torch.tensor([[-1.5, -inf, -inf, torch.nan, -9.0]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    for threshold, first in ((0.25, 0), (0.5, -1)):
+        loss = LinearRMSDLoss(num_candidates=3, threshold=threshold)
+        assert widest_gaps(loss, student, teacher, mask).tolist() == [[first, -1, -1]]
