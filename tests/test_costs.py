@@ -128,9 +128,13 @@ def test_activations_are_an_upper_estimate_and_no_wild_one(tmp_path, kind, preci
 
     step()  # gradients are there before and counted apart
     sizes = Sizes.of(model)
-    real = peak_bytes(step) - (2 * sizes.trained if precision == "autocast" else 0)
+    # Weights are cast too. At the peak all casts may be there, or under checkpointing as few as one layer's: which, the
+    # processor's kernels decide.
+    peak, casts = peak_bytes(step), 2 * sizes.trained if precision == "autocast" else 0
+    at_least = peak - casts
+    at_most = peak - casts / (shape["num_hidden_layers"] if checkpointing else 1)
     planned = activation_bytes(sizes, args, 4 * 50, 4 if precision == "float32" else 2)
-    assert real <= planned <= 3 * real, planned / real
+    assert at_least <= planned <= 3 * at_most, (planned / at_least, planned / at_most)
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------------------------
