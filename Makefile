@@ -27,7 +27,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.plot docs/benchmarks
 	$(BIN)/python -m benchmarks.gpu_static
 
-# The learning suite: about an hour on two idle cores; the quick one about five minutes. Finished runs are kept in runs/.
+# The learning suite: about an hour on two cores, more without AVX-512; the quick one minutes. Runs are kept in runs/.
 learn: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning.run --ablations

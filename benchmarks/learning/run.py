@@ -1,8 +1,8 @@
 """The learning suite: pre-trains a base model, tunes every method's learning rate on lessons of its own, runs every
 method on the lessons that count, and writes docs/learning.md's tables and figures.
 
-    python -m benchmarks.learning.run            # about an hour on two cores
-    python -m benchmarks.learning.run --headline # a third of it: RMSD and OPSD at the rates found, continued; prints
+    python -m benchmarks.learning.run            # 237 runs: about an hour on two cores
+    python -m benchmarks.learning.run --headline # 40 of them: RMSD and OPSD at the rates found; prints
     python -m benchmarks.learning.run --quick    # minutes: fewer seeds, methods and steps, the same code; prints
 
 Each run is a JSON file under runs/learning; one that is there is not run again.
