@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import os
 import random
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Protocol
@@ -18,6 +19,8 @@ from .rollout import Recorded, Rollouts, generate
 ENGINES = ("transformers", "vllm")
 MAX_GAP = 0.5  # nats a token; bf16 engines are seen at some hundredths
 TOP = 20  # likeliest tokens recorded where candidates come from the engine: as many as vLLM gives by default
+# A module that PEFT copies holds the original beside a copy for each adapter.
+_COPIED = re.compile(r"(.+)\.(?:original_module|modules_to_save\.([^.]+))\.(.+)")
 
 
 class Engine(Protocol):
@@ -217,7 +220,7 @@ def engine_gap(recorded: Tensor, logprob: Tensor, whose: str = "student") -> flo
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) as a checkpoint of the model names them. The active LoRA, if it is not switched off, is added to a
     copy of each weight that it changes, one at a time: merging in place and back would leave rounding in the base
-    weights."""
+    weights. Of a module that PEFT's `modules_to_save` copies, the copy in use."""
     if not hasattr(model, "get_base_model"):
         yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
         return
@@ -232,6 +235,12 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 adapters = [] if layer.disable_adapters else layer.active_adapters
                 weight = sum((layer.get_delta_weight(name).detach() for name in adapters), weight)
             yield f"{owner}.{leaf}", weight
+        elif copied := _COPIED.match(name):
+            owner, adapter, rest = copied.groups()
+            layer = layers[owner]
+            in_use = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.modules_to_save]
+            if adapter in in_use or (adapter is None and not in_use):
+                yield f"{owner}.{rest}", parameter.detach()
         elif ".lora_" not in name:
             yield name, parameter.detach()
 

@@ -61,17 +61,23 @@ def test_training_does_not_depend_on_who_recorded_the_hidden_states(tmp_path):
         torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-3, atol=1e-7)
 
 
-def test_merged_weights_are_peft_s_own_and_leave_the_model_alone():
-    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_merged_weights_are_peft_s_own_and_leave_the_model_alone(saved):
+    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=saved, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny.model(), config)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     before = tiny.weights(model)
     merged = dict(merged_weights(model))
     assert tiny.same(tiny.weights(model), before)
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert not torch.equal(merged[name], tiny.model().state_dict()[name])
+    original = tiny.model().state_dict()
+    for name in ("model.layers.0.mlp.up_proj.weight", *(f"{module}.weight" for module in saved or ())):
+        assert not torch.equal(merged[name], original[name])
+    with model.disable_adapter():
+        untouched = dict(merged_weights(model))
+    assert untouched.keys() == merged.keys() and all(torch.equal(untouched[name], original[name]) for name in merged)
     expected = dict(model.merge_and_unload().named_parameters())
     assert merged.keys() == expected.keys()
     for name, weight in merged.items():
