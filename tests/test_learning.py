@@ -149,7 +149,7 @@ def test_every_method_is_examined_and_counted(world, model, name):
     before = [p.clone() for p in model.parameters()]
     options = dict(methods.METHODS[name])
     lesson = Lesson(world, 0, rows=20, anchors=options.pop("anchors", False))
-    marks = methods.train(model, lesson, steps=2, every=1, learning_rate=3e-2, **options)
+    [marks] = methods.train(model, lesson, steps=2, every=1, learning_rate=3e-2, **options).values()
     assert [mark["step"] for mark in marks] == [0, 1, 2]
     assert marks[0]["tokens"] == 0 and marks[0]["drift"] == pytest.approx(0.0, abs=1e-5)
     assert {"target", "target_only", "specificity", "facts", "style", "skills", "seconds"} <= marks[-1].keys()
@@ -160,10 +160,28 @@ def test_every_method_is_examined_and_counted(world, model, name):
         assert marks[-1]["tokens"] > 0 and marks[-1]["drift"] > 1e-5
 
 
+def test_a_continued_run_is_the_same_as_one_from_the_start(world, model):
+    lesson = Lesson(world, 0, rows=20)
+    options = dict(steps=4, every=1, learning_rate=3e-2, kind="distil", method="opsd")
+    both = methods.train(model, lesson, continuation=2, **options)
+    [whole] = methods.train(model, lesson, continuation_steps=[2], **options).values()
+    untimed = [[{**mark, "seconds": 0} for mark in marks] for marks in (*both.values(), whole)]
+    assert untimed[1] == untimed[2]
+    assert untimed[0][:3] == untimed[2][:3] and untimed[0] != untimed[2]
+    assert [mark["seconds"] for mark in both[""][:2]] == [mark["seconds"] for mark in both["+"][:2]]
+
+
+def test_fine_tuning_continues_with_the_told_student_s_answers(world, model):
+    options = dict(steps=4, every=1, learning_rate=3e-2, kind="sft", answers="own", continuation=2)
+    once, after = methods.train(model, Lesson(world, 0, rows=20), **options).values()
+    assert [mark["loss"] for mark in once[:3]] == [mark["loss"] for mark in after[:3]]
+    assert once[-1]["loss"] != after[-1]["loss"]
+
+
 def test_a_truncated_loss_shows_the_mass_that_it_leaves_out(world, model):
     lesson = Lesson(world, 0, rows=20)
     options = dict(steps=2, every=1, learning_rate=1e-3, kind="distil", method="rmsd")
-    truncated, whole = (methods.train(model, lesson, vocab_topk=k, **options) for k in (3, None))
+    truncated, whole = (methods.train(model, lesson, vocab_topk=k, **options)[""] for k in (3, None))
     assert 0.5 < truncated[-1]["tail_mass"] < 1.0, "three of hundreds of tokens of a model that knows nothing"
     assert whole[-1]["tail_mass"] == 0.0
     named = {name: [dict(label=name, marks=run)] for name, run in (("K 3", truncated), ("all", whole))}
@@ -192,6 +210,39 @@ def test_the_told_table_has_a_row_a_lesson_and_their_mean():
     *_, first, second, means = report.told_table(told).splitlines()
     assert first.startswith("| 0 | 0.25 | 0.12 |") and second.startswith("| 3 | 0.75 | 0.38 |")
     assert means.startswith("| mean | 0.50 | 0.25 |")
+
+
+def test_pairs_are_of_one_seed_and_rmsd_less_opsd():
+    base = dict(target=0.0, specificity=1.0, facts=1.0, skills=0.9, style=0.0)
+
+    def runs(label, *targets, drift):
+        return [
+            dict(
+                label=label,
+                marks=[{**base, "step": step, "target_only": t * step / 10, "drift": drift} for step in (0, 10)],
+            )
+            for t in targets
+        ]
+
+    labels = dict.fromkeys(label for pair in report.PAIRS.values() for label in pair)
+    results = [r for label in labels for r in runs(label, 0.9, 0.3, drift=0.2)]
+    paired = [r for r in results if r["label"] not in report.PAIRS["context judge, anchors"]]
+    paired += runs("rmsd_context_anchors", 0.9, 0.5, drift=0.1) + runs("opsd_anchors", 0.8, 0.4, drift=0.3)
+    rows = {line.split(" | ")[0].strip("| "): line for line in report.paired_table(paired).splitlines()}
+    assert "| +0.10 |" in rows["context judge, anchors"], "no interval: the seeds agree, though they lie 0.4 apart"
+    assert "| -0.200 |" in rows["context judge, anchors"]
+    assert "| +0.00 |" in rows["context judge"]
+    table = report.published_table(paired)
+    assert "| 0.740 | 0.480 | 0.60 [0.30, 0.90] |" in table
+
+
+def test_the_ablations_name_options_and_rivals():
+    rates = dict.fromkeys(methods.METHODS, 1e-3)
+    jobs = run.ablations({**rates, "opsd_anchors": 1e-4}, [0, 1])
+    assert {job["options"]["learning_rate"] for job in jobs if job["method"] == "opsd_anchors"} == {1e-4}
+    assert {job["method"] for job in jobs} == {"rmsd_context_anchors", "opsd_anchors"}
+    shared = [job for job in jobs if job["label"] in ("divergence: JSD", "beside OPSD: RMSD, JSD")]
+    assert len(shared) == 4 and len({run._path(job) for job in shared}) == 2, "the same settings are run once"
 
 
 def test_steps_to_most_and_level():

@@ -1,6 +1,8 @@
 """What each choice of RMSD does, one at a time, from RMSD with the context judge and anchors as in the comparison."""
 
-ABLATED = "rmsd_context_anchors"
+ABLATED, RIVAL, STEPS = "rmsd_context_anchors", "opsd_anchors", 100
+
+JSD, AVERAGE = dict(divergence="jsd"), dict(teacher="ema", ema_decay=0.95)
 
 GROUPS = {
     "T and S": {
@@ -16,28 +18,30 @@ GROUPS = {
         "entropy gap": dict(criterion="entropy_gap"),
     },
     "threshold": {"0 nats": {}, "0.5 nats": dict(threshold=0.5), "2 nats": dict(threshold=2.0)},
-    "divergence": {
-        "reverse KL": {},
-        "forward KL": dict(divergence="forward_kl"),
-        "JSD": dict(divergence="jsd"),
-    },
+    "divergence": {"reverse KL": {}, "forward KL": dict(divergence="forward_kl"), "JSD": JSD},
     "vocabulary top-k": {
         "K 500, drop": {},
-        "all": dict(vocab_topk=None),
+        "K 20, drop": dict(vocab_topk=20),
         "K 3, drop": dict(vocab_topk=3),
         "K 3, bucket": dict(vocab_topk=3, tail="bucket"),
         "K 3, renorm": dict(vocab_topk=3, tail="renorm"),
     },
     "judge": {
+        "context": {},
+        "magnitude": dict(judge="magnitude"),
         "oracle": dict(judge="oracle"),
-        "misses 1 in 2": dict(judge="oracle", degrade=[0.5, 0.0]),
-        "misses 4 in 5": dict(judge="oracle", degrade=[0.8, 0.0]),
-        "keeps 1 in 10 others": dict(judge="oracle", degrade=[0.0, 0.1]),
-        "keeps 1 in 2 others": dict(judge="oracle", degrade=[0.0, 0.5]),
+        "oracle, misses 1 in 2": dict(judge="oracle", degrade=[0.5, 0.0]),
+        "oracle, misses 4 in 5": dict(judge="oracle", degrade=[0.8, 0.0]),
+        "oracle, keeps 1 in 10 others": dict(judge="oracle", degrade=[0.0, 0.1]),
+        "oracle, keeps 1 in 2 others": dict(judge="oracle", degrade=[0.0, 0.5]),
     },
-    "teacher": {
-        "initial": {},
-        "live": dict(teacher="live"),
-        "moving average, 0.95": dict(teacher="ema", ema_decay=0.95),
+    "teacher": {"initial": {}, "live": dict(teacher="live"), "moving average, 0.95": AVERAGE},
+    "beside OPSD": {
+        "RMSD, JSD": JSD,
+        "OPSD, JSD": dict(of=RIVAL, **JSD),
+        "RMSD, moving average": AVERAGE,
+        "OPSD, moving average": dict(of=RIVAL, **AVERAGE),
+        "RMSD, both": {**JSD, **AVERAGE},
+        "OPSD, both": dict(of=RIVAL, **JSD, **AVERAGE),
     },
 }

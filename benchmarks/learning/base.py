@@ -1,4 +1,5 @@
-"""The base model: a Llama of under a million parameters, pre-trained on the corpus until it follows hints."""
+"""The base models: Llamas of under a million parameters, pre-trained on the corpus until they follow hints. Each seed
+gives another one, by its first weights and the order of its documents."""
 
 import hashlib
 import json
@@ -15,17 +16,17 @@ from .muon import Muon
 
 CONFIG = dict(
     hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=128,
-    copying_steps=200, steps=1200, batch_size=64, learning_rate=3e-3, muon_rate=0.02, warmup=50, seed=0,
+    copying_steps=200, steps=1200, batch_size=64, learning_rate=3e-3, muon_rate=0.02, warmup=50,
 )  # fmt: skip
 
 
-def load(cache: Path) -> tuple[LlamaForCausalLM, World]:
-    """The base model in eval mode, from the cache when the corpus and the configuration are what they were."""
+def load(cache: Path, seed: int) -> tuple[LlamaForCausalLM, World]:
+    """The seed's base model in eval mode, from the cache when the corpus and the configuration are what they were."""
     world = World()
     key = json.dumps(CONFIG) + "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (corpus, muon))
-    folder = cache / f"base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = cache / f"base-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "config.json").exists():
-        model, seconds = pretrain(world)
+        model, seconds = pretrain(world, seed)
         partial = folder.with_name(f"{folder.name}.partial")
         model.save_pretrained(partial)
         (partial / "seconds.json").write_text(json.dumps(seconds))
@@ -33,11 +34,9 @@ def load(cache: Path) -> tuple[LlamaForCausalLM, World]:
     return LlamaForCausalLM.from_pretrained(folder).eval(), world
 
 
-def pretrain(world: World) -> tuple[LlamaForCausalLM, float]:
-    """(model, seconds), on two threads whatever the machine has: their number decides the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    torch.manual_seed(CONFIG["seed"])
+def pretrain(world: World, seed: int) -> tuple[LlamaForCausalLM, float]:
+    """(model, seconds)."""
+    torch.manual_seed(seed)
     shape = {name: CONFIG[name] for name in list(CONFIG)[:5]}
     tokenizer = world.tokenizer
     model = LlamaForCausalLM(
@@ -59,7 +58,7 @@ def pretrain(world: World) -> tuple[LlamaForCausalLM, float]:
         )
         for optimizer in optimizers
     ]
-    started, rng = time.monotonic(), random.Random(CONFIG["seed"])
+    started, rng = time.monotonic(), random.Random(seed)
     batches = _batches(world, rng)
     held_out = _held_out(world)
     for step in range(steps):
@@ -72,8 +71,9 @@ def pretrain(world: World) -> tuple[LlamaForCausalLM, float]:
             optimizer.zero_grad()
         if step % 100 == 99:
             kinds = ", ".join(f"{kind} {_loss_on(model, batch):.3f}" for kind, batch in held_out.items())
-            print(f"pre-training {step + 1}/{steps}, {time.monotonic() - started:.0f} s: {kinds}", flush=True)
-    torch.set_num_threads(threads)
+            print(
+                f"pre-training base {seed}, {step + 1}/{steps}, {time.monotonic() - started:.0f} s: {kinds}", flush=True
+            )
     return model.eval(), time.monotonic() - started
 
 

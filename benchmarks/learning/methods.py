@@ -1,4 +1,5 @@
-"""The methods under comparison. Each takes a base model and a lesson and returns the exam's marks as training goes on.
+"""The methods under comparison. Each takes a base model and a lesson and returns the exam's marks as training goes on,
+without a continuation and, if asked, with one.
 
 OPSD and RMSD are the project's own `RMSDTrainer`; supervised fine-tuning and the policy gradient are plain loops with
 the same optimizer, batch, clipping and warm-up.
@@ -33,15 +34,20 @@ METHODS = {
     "rmsd_context": dict(kind="distil", method="rmsd", judge="context"),
     "rmsd_oracle": dict(kind="distil", method="rmsd", judge="oracle"),
     "opsd_anchors": dict(kind="distil", method="opsd", anchors=True),
-    "rmsd_magnitude_anchors": dict(kind="distil", method="rmsd", judge="magnitude", anchors=True),
     "rmsd_context_anchors": dict(kind="distil", method="rmsd", judge="context", anchors=True),
 }
 
 
-def train(base, lesson: Lesson, *, kind: str, steps: int, every: int, learning_rate: float, **options) -> list[dict]:
-    """Marks at step 0, `every`, 2 `every`, ..., `steps`: the exam's metrics; counted since the start, "tokens" that
-    bore a gradient, "rollout_tokens" that were sampled and "seconds" of processor time without the exams; and the mean
-    "loss" since the last mark."""
+def train(
+    base, lesson: Lesson, *, kind: str, steps: int, every: int, learning_rate: float, **options
+) -> dict[str, list[dict]]:
+    """{"": marks} and, with an option `continuation`, a step, {"+": marks} of the run that the student as it is then
+    becomes the teacher of. Both have the steps before in common.
+
+    Marks at step 0, `every`, 2 `every`, ..., `steps`: the exam's metrics; counted since the start, "tokens" that bore a
+    gradient, "rollout_tokens" that were sampled and "seconds" of processor time without the exams; and the mean "loss"
+    since the last mark.
+    """
     model = copy.deepcopy(base)
     torch.manual_seed(lesson.seed)
     exam = Exam(base, lesson)
@@ -52,9 +58,16 @@ def train(base, lesson: Lesson, *, kind: str, steps: int, every: int, learning_r
 # ---- supervised fine-tuning ----------------------------------------------------------------------------------------
 
 
-def fine_tune(model, lesson, exam, *, steps, every, learning_rate, answers, continuation=None) -> list[dict]:
+def fine_tune(model, lesson, exam, *, continuation=None, **options) -> dict[str, list[dict]]:
     """On answers that the hint asks for, without the hint: from the corpus's templates, all in the new spelling, or
     sampled once from the told model (and once more from the told student at the step `continuation`)."""
+    marks = {"": _fine_tune(copy.deepcopy(model), lesson, exam, again_at=None, **options)}
+    if continuation:
+        marks["+"] = _fine_tune(model, lesson, exam, again_at=continuation, **options)
+    return marks
+
+
+def _fine_tune(model, lesson, exam, *, steps, every, learning_rate, answers, again_at) -> list[dict]:
     course = Course(model, exam, every, learning_rate)
     pairs = _template_answers(lesson) if answers == "templates" else _own_answers(model, lesson, lesson.seed)
     order = _order(lesson)
@@ -62,7 +75,7 @@ def fine_tune(model, lesson, exam, *, steps, every, learning_rate, answers, cont
         batch = [pairs[next(order)] for _ in range(BATCH)]
         ids, labels = collate(lesson.world.tokenizer, batch)
         course.update(answer_loss(model, ids, labels), tokens=(labels >= 0).sum().item())
-        if step == continuation and answers == "own":
+        if step == again_at:
             pairs = _own_answers(model, lesson, lesson.seed + 1)
     return course.marks
 
@@ -88,7 +101,7 @@ def _own_answers(model, lesson: Lesson, seed: int) -> list[tuple[str, str]]:
 # ---- reinforcement learning ----------------------------------------------------------------------------------------
 
 
-def policy_gradient(model, lesson, exam, *, steps, every, learning_rate) -> list[dict]:
+def policy_gradient(model, lesson, exam, *, steps, every, learning_rate) -> dict[str, list[dict]]:
     """Sparse reward: 1 for an answer about the taught thing that holds the new spelling; the batch's mean is the
     baseline. Where all answers earn the same there is nothing to learn."""
     course = Course(model, exam, every, learning_rate)
@@ -108,7 +121,7 @@ def policy_gradient(model, lesson, exam, *, steps, every, learning_rate) -> list
         logprob = model.lm_head(hidden).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         advantage = (reward - reward.mean()).unsqueeze(1)
         course.update(-(advantage * logprob * mask).sum() / mask.sum(), tokens=mask.sum().item())
-    return course.marks
+    return {"": course.marks}
 
 
 # ---- self-distillation ---------------------------------------------------------------------------------------------
@@ -117,26 +130,37 @@ def policy_gradient(model, lesson, exam, *, steps, every, learning_rate) -> list
 def distil(
     model, lesson, exam, *, steps, every, learning_rate, method, judge="magnitude", continuation=None,
     degrade=None, **options,
-) -> list[dict]:  # fmt: skip
+) -> dict[str, list[dict]]:  # fmt: skip
     """OPSD or RMSD. `options` go to RMSDConfig; `degrade` is Degraded's (miss, noise)."""
     prompts = [row["prompt"] for row in lesson.rows]
     judges = dict(magnitude=MagnitudeJudge(), context=ContextJudge(prompts), oracle=OracleJudge(lesson))
     asked = Degraded(judges[judge], *degrade, lesson.seed) if degrade else judges[judge]
-    clock = Clock()
+    base = copy.deepcopy(model)  # which the continued run starts from as well: it is the teacher up to there
+    marks = {}
     with tempfile.TemporaryDirectory() as folder:
-        args = RMSDConfig(
-            output_dir=folder, method=method, seed=lesson.seed, max_steps=steps, learning_rate=learning_rate,
-            lr_scheduler_type="constant_with_warmup", warmup_steps=WARMUP, weight_decay=0.0, max_grad_norm=1.0,
-            per_device_train_batch_size=BATCH, max_completion_length=ANSWER_TOKENS, teacher_template=TEMPLATE,
-            continuation_steps=[continuation] if continuation else [], recorded_rollouts=0, use_cpu=True,
-            eval_strategy="steps", eval_steps=every, eval_on_start=True, save_strategy="no", disable_tqdm=True,
-            **options,
-        )  # fmt: skip
-        trainer = RMSDTrainer(
-            model, args, lesson.task.train, lesson.world.tokenizer, judge=asked, evaluator=exam, callbacks=[clock],
-        )  # fmt: skip
-        trainer.train()
-    return _marks_of(trainer.state.log_history, clock.seconds)
+
+        def run(model, clock, checkpoint=None, **more) -> list[dict]:
+            args = RMSDConfig(
+                output_dir=folder, method=method, seed=lesson.seed, max_steps=steps, learning_rate=learning_rate,
+                lr_scheduler_type="constant_with_warmup", warmup_steps=WARMUP, weight_decay=0.0, max_grad_norm=1.0,
+                per_device_train_batch_size=BATCH, max_completion_length=ANSWER_TOKENS, teacher_template=TEMPLATE,
+                recorded_rollouts=0, use_cpu=True, eval_strategy="steps", eval_steps=every, disable_tqdm=True,
+                **options, **more,
+            )  # fmt: skip
+            trainer = RMSDTrainer(
+                model, args, lesson.task.train, lesson.world.tokenizer, judge=asked, evaluator=exam, callbacks=[clock],
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return _marks_of(trainer.state.log_history, clock.seconds)
+
+        clock = Clock()
+        if not continuation:
+            return {"": run(model, clock, save_strategy="no", eval_on_start=True)}
+        last = continuation - 1  # whose weights are not yet the teacher's
+        marks[""] = run(model, clock, save_strategy="steps", save_steps=last, eval_on_start=True)
+        checkpoint = f"{folder}/checkpoint-{last}"
+        marks["+"] = run(base, clock.until(last), checkpoint, save_strategy="no", continuation_steps=[continuation])
+    return marks
 
 
 class Degraded:
@@ -161,6 +185,12 @@ class Clock(TrainerCallback):
 
     def __init__(self):
         self.seconds, self.total = {0: 0.0}, 0.0
+
+    def until(self, step: int) -> "Clock":
+        """A clock of another run that goes on from there."""
+        clock = Clock()
+        clock.seconds, clock.total = dict(self.seconds), self.seconds[step]
+        return clock
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.since = time.process_time()

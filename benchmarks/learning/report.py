@@ -1,12 +1,12 @@
 """Tables and figures of docs/learning.md, from the runs' marks. The prose between them is written by hand."""
 
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib
+import torch
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -23,7 +23,6 @@ NAMES = {
     "rmsd_context": "RMSD, context judge",
     "rmsd_oracle": "RMSD, oracle judge",
     "opsd_anchors": "OPSD, anchors",
-    "rmsd_magnitude_anchors": "RMSD, magnitude judge, anchors",
     "rmsd_context_anchors": "RMSD, context judge, anchors",
 }
 COLUMNS = {  # heading: (metric, digits)
@@ -60,16 +59,17 @@ def largest_fall(marks: list[dict]) -> float:
 
 def interval(values: list[float], draws: int = 10_000) -> tuple[float, float, float]:
     """Mean and the 95% bootstrap interval over seeds."""
-    rng = random.Random(0)
-    means = sorted(mean(rng.choices(values, k=len(values))) for _ in range(draws))
-    return mean(values), means[int(0.025 * draws)], means[int(0.975 * draws)]
+    drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
+    means = torch.tensor(values, dtype=torch.float64)[drawn].mean(1).sort().values
+    return mean(values), means[int(0.025 * draws)].item(), means[int(0.975 * draws)].item()
 
 
-def cell(values: list[float | None], digits: int) -> str:
+def cell(values: list[float | None], digits: int, sign: str = "-") -> str:
+    """`sign`: "+" where that of a positive number is to be seen as well."""
     found = [value for value in values if value is not None]
     if not found:
         return "never"
-    middle, low, high = (f"{round(value, digits) + 0.0:.{digits}f}" for value in interval(found))
+    middle, low, high = (f"{round(value, digits) + 0.0:{sign}.{digits}f}" for value in interval(found))
     text = middle if low == high else f"{middle} [{low}, {high}]"
     return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
 
@@ -78,23 +78,23 @@ MARKS = ("target_only", "facts", "style", "skills", "drift")
 
 
 def compared(told: list[dict], tuned: list[dict], rates: dict[str, float], results: list[dict], early: int) -> dict:
-    """Sections of the comparison: the told model itself, the methods' rates, and the methods at the end, at the step
-    `early`, and at an equal target."""
+    """Sections of the comparison: the told models themselves; the methods' rates; the methods at the end, at the step
+    `early`, and at an equal target, all without continuation; those that were continued; RMSD less OPSD; and both
+    beside what was published."""
+    once = [result for result in results if not result["label"].endswith("+")]
+    after = [result for result in results if result["label"].endswith("+")]
     return {
         "told": told_table(told),
         "rates": rate_table(tuned, rates),
-        "end": main_table(results),
-        "early": main_table(results, lambda marks: next(mark for mark in marks if mark["step"] == early)),
-        "level": main_table(results, at_level),
-        "figure": curves(results, "methods.svg", MARKS),
+        "end": main_table(once, first=True),
+        "early": main_table(once, lambda marks: next(mark for mark in marks if mark["step"] == early)),
+        "level": main_table(once, at_level),
+        "figure": curves(once, "methods.svg", MARKS),
+        "continued": main_table(after),
+        "figure continued": curves(after, "continued.svg", MARKS),
+        "paired": paired_table(results),
+        "published": published_table(results),
     }
-
-
-def continued(results: list[dict], after: list[dict]) -> dict[str, str]:
-    """Sections of the continuation, beside the same methods without."""
-    names = {result["method"] for result in after}
-    before = [result for result in results if result["method"] in names]
-    return {"continued": main_table(before + after), "figure continued": curves(after, "continued.svg", MARKS)}
 
 
 def ablated(results: list[dict]) -> dict[str, str]:
@@ -112,7 +112,7 @@ def ablated(results: list[dict]) -> dict[str, str]:
 def setting_table(results: list[dict]) -> str:
     """A row a setting: means over seeds at the end, and target only on each seed."""
     truncated = any(result["marks"][-1]["tail_mass"] > 0 for result in results)
-    more = ["tail mass"] * truncated + ["tokens trained on", "target only by lesson"]
+    more = ["tail mass"] * truncated + ["tokens trained on", "target only by seed"]
     lines = [_row(["setting", *COLUMNS, *more]), _row(["---"] * (1 + len(COLUMNS) + len(more)))]
     for setting, runs in by_label(results).items():
         at = [marks[-1] for marks in runs]
@@ -123,10 +123,14 @@ def setting_table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main_table(results: list[dict], marks_at: Callable = at_the_end) -> str:
-    """A row a method; mean [95% bootstrap interval over seeds]."""
+def main_table(results: list[dict], marks_at: Callable = at_the_end, first: bool = False) -> str:
+    """A row a method; mean [95% bootstrap interval over seeds]. `first`: and a row of the base models."""
     more = ["steps to 80%", "largest fall", "loss spread", "tokens trained on", "seconds"]
     lines = [_row(["method", *COLUMNS, *more]), _row(["---"] * (1 + len(COLUMNS) + len(more)))]
+    if first:
+        starts = [run[0] for run in next(iter(by_label(results).values()))]
+        cells = [cell([mark[metric] for mark in starts], digits) for metric, digits in COLUMNS.values()]
+        lines.append(_row(["before training", *cells, *([""] * len(more))]))
     for label, marks in by_label(results).items():
         at = [marks_at(run) for run in marks]
         cells = [cell([mark and mark[metric] for mark in at], digits) for metric, digits in COLUMNS.values()]
@@ -141,10 +145,56 @@ def main_table(results: list[dict], marks_at: Callable = at_the_end) -> str:
     return "\n".join(lines)
 
 
+PAIRS = {  # row: RMSD and OPSD under the same conditions
+    "context judge": ("rmsd_context", "opsd"),
+    "magnitude judge": ("rmsd_magnitude", "opsd"),
+    "oracle judge": ("rmsd_oracle", "opsd"),
+    "context judge, continued": ("rmsd_context+", "opsd+"),
+    "context judge, anchors": ("rmsd_context_anchors", "opsd_anchors"),
+    "context judge, anchors, continued": ("rmsd_context_anchors+", "opsd_anchors+"),
+}
+
+
+def paired_table(results: list[dict]) -> str:
+    """A row a pair: RMSD less OPSD on the same base and lesson at the end, mean [95% bootstrap interval over seeds].
+    Seeds differ more than methods, and this is free of it."""
+    runs = by_label(results)
+    lines = [_row(["RMSD less OPSD", *COLUMNS, "steps to 80%"]), _row(["---"] * (2 + len(COLUMNS)))]
+    for name, labels in PAIRS.items():
+        pairs = list(zip(*(runs[label] for label in labels), strict=True))
+        cells = [
+            cell([a[-1][metric] - b[-1][metric] for a, b in pairs], digits, sign="+")
+            for metric, digits in COLUMNS.values()
+        ]
+        steps = [(steps_to_most(a), steps_to_most(b)) for a, b in pairs]
+        cells.append(cell([a - b if a and b else None for a, b in steps], 0, sign="+"))
+        lines.append(_row([name, *cells]))
+    return "\n".join(lines)
+
+
+def published_table(results: list[dict]) -> str:
+    """What was published of Qwen3-4B on "pinapple", after continuation, beside the same of these models."""
+    runs = by_label(results)
+    beside = ["rmsd_context_anchors+", "opsd_anchors+", "rmsd_context+", "opsd+"]
+    heads = ["published RMSD", "published OPSD", *map(name_of, beside)]
+    rows = {
+        "right spelling only": ("0.740", "0.480", "target_only"),
+        "specificity": ("0.935", "0.650", "specificity"),
+        "another ability: GSM8K (0.933 before), skills": ("0.940", "0.925", "skills"),
+        "drift, nats a token": ("", "", "drift"),
+    }
+    lines = [_row(["", *heads]), _row(["---"] * (1 + len(heads)))]
+    digits = dict(COLUMNS.values())
+    for name, (*published, metric) in rows.items():
+        ours = (cell([marks[-1][metric] for marks in runs[label]], digits[metric]) for label in beside)
+        lines.append(_row([name, *published, *ours]))
+    return "\n".join(lines)
+
+
 def told_table(told: list[dict]) -> str:
-    """A row a lesson: the base model's own marks when it reads the hint, which is the teacher before continuation."""
+    """A row a seed: the base model's own marks when it reads the hint, which is the teacher before continuation."""
     names = [name for name in COLUMNS if name not in ("skills", "drift")]  # neither is asked under a hint
-    lines = [_row(["lesson", *names]), _row(["---"] * (1 + len(names)))]
+    lines = [_row(["seed", *names]), _row(["---"] * (1 + len(names)))]
     for marks in told:
         lines.append(_row([str(marks["seed"]), *(f"{marks[COLUMNS[n][0]]:.{COLUMNS[n][1]}f}" for n in names)]))
     means = (f"{mean(marks[COLUMNS[n][0]] for marks in told):.{COLUMNS[n][1]}f}" for n in names)

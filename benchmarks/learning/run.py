@@ -1,11 +1,12 @@
-"""The learning suite: pre-trains a base model, tunes every method's learning rate on lessons of its own, runs every
+"""The learning suite: pre-trains base models, tunes every method's learning rate on lessons of its own, runs every
 method on the lessons that count, and writes docs/learning.md's tables and figures.
 
-    python -m benchmarks.learning.run            # 237 runs: about an hour on two cores
-    python -m benchmarks.learning.run --headline # 40 of them: RMSD and OPSD at the rates found; prints
-    python -m benchmarks.learning.run --quick    # minutes: fewer seeds, methods and steps, the same code; prints
+    python -m benchmarks.learning.run            # about an hour on two cores
+    python -m benchmarks.learning.run --seeds 20 # four times as long: intervals half as wide
+    python -m benchmarks.learning.run --quick    # minutes: two seeds, four methods, 60 steps, the same code; prints
 
-Each run is a JSON file under runs/learning; one that is there is not run again.
+A seed is a base model of its own and a lesson of its own. Each run is a JSON file under runs/learning; one that is
+there is not run again, so an interrupted suite goes on where it was.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,11 +22,13 @@ import torch
 
 from . import base, corpus, lesson, methods, muon, report
 from .ablations import ABLATED, GROUPS
+from .ablations import STEPS as ABLATION_STEPS
 
 RUNS = Path("runs/learning")
-STEPS, CONTINUATION, EVERY = 150, 100, 15
+STEPS, CONTINUATION, EVERY = 150, 100, 10
 EARLY, QUICK_STEPS = 60, 60
-TUNING_SEEDS, SEEDS = [8, 9, 10], [0, 1, 2, 3, 4]  # another thing is taught by each
+MOST_SEEDS = 20
+TUNING_SEEDS = [20, 21]  # lessons that no comparison teaches, on the first two bases
 RATES = {
     "sft": [1e-4, 3e-4, 1e-3],
     "rl": [3e-4],  # a reward that is never earned teaches the same at any rate
@@ -32,8 +36,7 @@ RATES = {
 }
 CONTINUED = [name for name in methods.METHODS if name not in ("sft_templates", "rl")]
 # What the tuning chose (docs/learning.md), for runs without it.
-HEADLINE = {"opsd": 3e-4, "rmsd_context": 1e-4, "opsd_anchors": 1e-3, "rmsd_context_anchors": 3e-4}
-QUICK = {"sft_own": 3e-4, **{name: rate for name, rate in HEADLINE.items() if name != "opsd_anchors"}}
+QUICK = {"sft_own": 3e-4, "opsd": 3e-4, "rmsd_context": 1e-4, "rmsd_context_anchors": 3e-4}
 
 
 def job(method: str, seed: int, learning_rate: float, label: str = "", **options) -> dict:
@@ -41,44 +44,34 @@ def job(method: str, seed: int, learning_rate: float, label: str = "", **options
     return dict(label=label or method, method=method, seed=seed, options=options)
 
 
-def tuning(names: list[str], seeds: list[int]) -> list[dict]:
+def tuning(seeds: list[int]) -> list[dict]:
     return [
         job(name, seed, rate, every=STEPS)
-        for name in names
-        for rate in RATES[methods.METHODS[name]["kind"]]
+        for name, options in methods.METHODS.items()
+        for rate in RATES[options["kind"]]
         for seed in seeds
     ]
 
 
-def told(seeds: list[int]) -> list[dict]:
-    """Marks of the base model reading the hint, a lesson each."""
-    model, world = base.load(RUNS)
-    lessons = {seed: lesson.Lesson(world, seed).told() for seed in seeds}
-    return [{"seed": seed, **lesson.Exam(model, taught)(model)} for seed, taught in lessons.items()]
-
-
-def compared(names: list[str], rates: dict[str, float], seeds: list[int]) -> list[dict]:
-    return [job(name, seed, rates[name]) for name in names for seed in seeds]
-
-
-def continued(names: list[str], rates: dict[str, float], seeds: list[int]) -> list[dict]:
-    return [
-        job(name, seed, rates[name], label=f"{name}+", continuation=CONTINUATION) for name in names for seed in seeds
-    ]
+def compared(rates: dict[str, float], seeds: list[int]) -> list[dict]:
+    continued = {name: dict(continuation=CONTINUATION) if name in CONTINUED else {} for name in methods.METHODS}
+    return [job(name, seed, rates[name], **options) for name, options in continued.items() for seed in seeds]
 
 
 def ablations(rates: dict[str, float], seeds: list[int]) -> list[dict]:
     jobs = []
     for group, settings in GROUPS.items():
         for setting, options in settings.items():
-            label = f"{group}: {setting}"
-            jobs += [job(ABLATED, seed, rates[ABLATED], label=label, **options) for seed in seeds]
+            method = options.get("of", ABLATED)
+            options = {name: value for name, value in options.items() if name != "of"}
+            options |= dict(steps=ABLATION_STEPS, every=ABLATION_STEPS // 2, label=f"{group}: {setting}")
+            jobs += [job(method, seed, rates[method], **options) for seed in seeds]
     return jobs
 
 
 def quick() -> list[dict]:
-    """OPSD beside RMSD, and a supervised baseline, at rates found by the whole suite."""
-    return [job(name, seed, rate, steps=QUICK_STEPS) for name, rate in QUICK.items() for seed in SEEDS[:2]]
+    """OPSD beside RMSD, and a supervised baseline, at rates found by the whole suite, on one base."""
+    return [job(name, seed, rate, steps=QUICK_STEPS) for name, rate in QUICK.items() for seed in (0, MOST_SEEDS)]
 
 
 def best_rates(results: list[dict]) -> dict[str, float]:
@@ -97,23 +90,41 @@ def best_rates(results: list[dict]) -> dict[str, float]:
     return {method: rate for method, (_, rate) in best.items()}
 
 
+def told(seed: int) -> dict:
+    """Marks of the seed's base model, made if need be, when it reads the hint: the teacher before any continuation."""
+    model, world = _base(seed)
+    return {"seed": seed, **lesson.Exam(model, lesson.Lesson(world, seed).told())(model)}
+
+
 def run_all(jobs: list[dict], processes: int) -> list[dict]:
-    """Results of the jobs, in order, from disk where they are there."""
+    """Results of the jobs, in order, from disk where they are there; a continued run's after the same without."""
     missing = list({_path(job): job for job in jobs if not _path(job).exists()}.values())
+    for done, (path, seconds) in enumerate(each(_run, missing, processes), 1):
+        print(f"{done}/{len(missing)} {path.stem}, {seconds:.0f} s", flush=True)
+    found = [(job, json.loads(_path(job).read_text())) for job in jobs]
+    return [
+        {**job, "label": job["label"] + suffix, "marks": marks[suffix]}
+        for suffix in ("", "+")
+        for job, marks in found
+        if suffix in marks
+    ]
+
+
+def each(work: Callable, items: list, processes: int):
+    """(result, seconds since the first began) of each item, as they are done, in processes of one thread each: two
+    threads would wait for each other at every small product."""
     started = time.monotonic()
-    # A process a core and a thread a process: two threads would wait for each other at every small product.
-    with get_context("spawn").Pool(processes, initializer=_one_thread) as pool:
-        for done, path in enumerate(pool.imap_unordered(_run, missing), 1):
-            print(f"{done}/{len(missing)} {path.stem}, {time.monotonic() - started:.0f} s", flush=True)
-    return [{**job, "marks": json.loads(_path(job).read_text())} for job in jobs]
+    with get_context("spawn").Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for result in pool.imap_unordered(work, items):
+            yield result, time.monotonic() - started
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _base(seed: int):
+    return base.load(RUNS, seed % MOST_SEEDS)
 
 
 def _run(job: dict) -> Path:
-    model, world = base.load(RUNS)
+    model, world = _base(job["seed"])
     options = dict(job["options"])
     taught = lesson.Lesson(world, job["seed"], anchors=options.pop("anchors", False))
     marks = methods.train(model, taught, **options)
@@ -132,31 +143,28 @@ def _path(job: dict) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four methods, two seeds, 60 steps; prints only")
-    parser.add_argument("--headline", action="store_true", help="RMSD and OPSD, five seeds, continued; prints only")
+    parser.add_argument("--quick", action="store_true", help="four methods, two lessons, 60 steps; prints only")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(2, MOST_SEEDS + 1), metavar="N")
     parser.add_argument("--ablations", action="store_true", help="these too, after the rest")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)  # in this process too: their number decides a base model's last bits
     RUNS.mkdir(parents=True, exist_ok=True)
-    base.load(RUNS)
+    started, seeds = time.monotonic(), list(range(options.seeds))
     if options.quick:
-        results = run_all(quick(), options.processes)
-        print(report.main_table(results))
+        _base(0)
+        print(report.main_table(run_all(quick(), options.processes)))
         return
-    if options.headline:
-        jobs = compared(list(HEADLINE), HEADLINE, SEEDS) + continued(list(HEADLINE), HEADLINE, SEEDS)
-        print(report.told_table(told(SEEDS)), report.main_table(run_all(jobs, options.processes)), sep="\n\n")
-        return
-    tuned = run_all(tuning(list(methods.METHODS), TUNING_SEEDS), options.processes)
+    teachers = sorted((marks for marks, _ in each(told, seeds, options.processes)), key=lambda marks: marks["seed"])
+    tuned = run_all(tuning(TUNING_SEEDS), options.processes)
     rates = best_rates(tuned)
     print("learning rates:", rates, flush=True)
-    results = run_all(compared(list(methods.METHODS), rates, SEEDS), options.processes)
-    report.write(report.compared(told(SEEDS), tuned, rates, results, EARLY))
-    after = run_all(continued(CONTINUED, rates, SEEDS), options.processes)
-    report.write(report.continued(results, after))
+    results = run_all(compared(rates, seeds), options.processes)
+    report.write(report.compared(teachers, tuned, rates, results, EARLY))
     if options.ablations:
-        report.write(report.ablated(run_all(ablations(rates, SEEDS[:3]), options.processes)))
+        report.write(report.ablated(run_all(ablations(rates, seeds[:3]), options.processes)))
+    print(f"the suite took {(time.monotonic() - started) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":
