@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test lint bench learn learn-quick vllm env clean
+.PHONY: demo test lint bench learn learn-quick ablations vllm env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
@@ -27,14 +27,19 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.plot docs/benchmarks
 	$(BIN)/python -m benchmarks.gpu_static
 
-# The learning suite: about an hour on two cores, more without AVX-512; the quick one minutes. Runs are kept in runs/.
+# The learning suite: the comparison takes up to an hour on two cores, the ablations half an hour more, the quick one
+# minutes. Runs are kept in runs/, and what is there is not run again.
 learn: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning.run --ablations
+	$(BIN)/python -m benchmarks.learning.run
+
+ablations: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
+	$(BIN)/python -m benchmarks.learning.run --ablations
 
 learn-quick: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning.run --quick
+	$(BIN)/python -m benchmarks.learning.run --quick
 
 # vLLM's CPU build, for engine=vllm and its tests where there is no GPU; on one: pip install 'rmsd-kernels[vllm]'.
 vllm: $(VENV)/.installed

@@ -150,17 +150,21 @@ PAIRS = {  # row: RMSD and OPSD under the same conditions
     "magnitude judge": ("rmsd_magnitude", "opsd"),
     "oracle judge": ("rmsd_oracle", "opsd"),
     "context judge, continued": ("rmsd_context+", "opsd+"),
+    "magnitude judge, continued": ("rmsd_magnitude+", "opsd+"),
+    "oracle judge, continued": ("rmsd_oracle+", "opsd+"),
     "context judge, anchors": ("rmsd_context_anchors", "opsd_anchors"),
     "context judge, anchors, continued": ("rmsd_context_anchors+", "opsd_anchors+"),
 }
 
 
 def paired_table(results: list[dict]) -> str:
-    """A row a pair: RMSD less OPSD on the same base and lesson at the end, mean [95% bootstrap interval over seeds].
+    """A row a pair that was run: RMSD less OPSD on the same base and lesson at the end, mean [95% bootstrap interval over seeds].
     Seeds differ more than methods, and this is free of it."""
     runs = by_label(results)
     lines = [_row(["RMSD less OPSD", *COLUMNS, "steps to 80%"]), _row(["---"] * (2 + len(COLUMNS)))]
     for name, labels in PAIRS.items():
+        if not all(label in runs for label in labels):
+            continue
         pairs = list(zip(*(runs[label] for label in labels), strict=True))
         cells = [
             cell([a[-1][metric] - b[-1][metric] for a, b in pairs], digits, sign="+")
@@ -175,7 +179,7 @@ def paired_table(results: list[dict]) -> str:
 def published_table(results: list[dict]) -> str:
     """What was published of Qwen3-4B on "pinapple", after continuation, beside the same of these models."""
     runs = by_label(results)
-    beside = ["rmsd_context_anchors+", "opsd_anchors+", "rmsd_context+", "opsd+"]
+    beside = ["rmsd_oracle+", "rmsd_context+", "opsd+", "rmsd_context_anchors+", "opsd_anchors+"]
     heads = ["published RMSD", "published OPSD", *map(name_of, beside)]
     rows = {
         "right spelling only": ("0.740", "0.480", "target_only"),

@@ -1,9 +1,10 @@
 """The learning suite: pre-trains base models, tunes every method's learning rate on lessons of its own, runs every
 method on the lessons that count, and writes docs/learning.md's tables and figures.
 
-    python -m benchmarks.learning.run            # about an hour on two cores
-    python -m benchmarks.learning.run --seeds 20 # four times as long: intervals half as wide
-    python -m benchmarks.learning.run --quick    # minutes: two seeds, four methods, 60 steps, the same code; prints
+    python -m benchmarks.learning.run             # the comparison: up to an hour on two cores
+    python -m benchmarks.learning.run --ablations # what each choice of RMSD does: half an hour after it
+    python -m benchmarks.learning.run --seeds 20  # a longer comparison with intervals half as wide
+    python -m benchmarks.learning.run --quick     # minutes: one base, four methods, 60 steps, the same code; prints
 
 A seed is a base model of its own and a lesson of its own. Each run is a JSON file under runs/learning; one that is
 there is not run again, so an interrupted suite goes on where it was.
@@ -29,11 +30,10 @@ STEPS, CONTINUATION, EVERY = 150, 100, 10
 EARLY, QUICK_STEPS = 60, 60
 MOST_SEEDS = 20
 TUNING_SEEDS = [20, 21]  # lessons that no comparison teaches, on the first two bases
-RATES = {
-    "sft": [1e-4, 3e-4, 1e-3],
-    "rl": [3e-4],  # a reward that is never earned teaches the same at any rate
-    "distil": [1e-4, 3e-4, 1e-3],
-}
+RATES = [3e-5, 1e-4, 3e-4]
+ANCHORED_RATES = [1e-4, 3e-4, 1e-3]  # what anchors undo leaves room for a higher one
+RL_RATES = [3e-4]  # a reward that is never earned teaches the same at any rate
+FASTER, FASTER_OF = 3e-4, ["opsd", "rmsd_context", "rmsd_oracle"]  # the published setting at one rate for all
 CONTINUED = [name for name in methods.METHODS if name not in ("sft_templates", "rl")]
 # What the tuning chose (docs/learning.md), for runs without it.
 QUICK = {"sft_own": 3e-4, "opsd": 3e-4, "rmsd_context": 1e-4, "rmsd_context_anchors": 3e-4}
@@ -48,13 +48,14 @@ def tuning(seeds: list[int]) -> list[dict]:
     return [
         job(name, seed, rate, every=STEPS)
         for name, options in methods.METHODS.items()
-        for rate in RATES[options["kind"]]
+        for rate in (RL_RATES if name == "rl" else ANCHORED_RATES if "anchors" in options else RATES)
         for seed in seeds
     ]
 
 
 def compared(rates: dict[str, float], seeds: list[int]) -> list[dict]:
-    continued = {name: dict(continuation=CONTINUATION) if name in CONTINUED else {} for name in methods.METHODS}
+    """The methods that `rates` names, continued where there is a teacher to continue."""
+    continued = {name: dict(continuation=CONTINUATION) if name in CONTINUED else {} for name in rates}
     return [job(name, seed, rates[name], **options) for name, options in continued.items() for seed in seeds]
 
 
@@ -145,13 +146,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four methods, two lessons, 60 steps; prints only")
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, MOST_SEEDS + 1), metavar="N")
-    parser.add_argument("--ablations", action="store_true", help="these too, after the rest")
+    parser.add_argument("--ablations", action="store_true", help="one choice at a time, in place of the comparison")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)  # in this process too: their number decides a base model's last bits
     RUNS.mkdir(parents=True, exist_ok=True)
-    started, seeds = time.monotonic(), list(range(options.seeds))
+    started, seeds = time.monotonic(), list(range(min(options.seeds, 3) if options.ablations else options.seeds))
     if options.quick:
         _base(0)
         print(report.main_table(run_all(quick(), options.processes)))
@@ -160,10 +161,13 @@ def main() -> None:
     tuned = run_all(tuning(TUNING_SEEDS), options.processes)
     rates = best_rates(tuned)
     print("learning rates:", rates, flush=True)
-    results = run_all(compared(rates, seeds), options.processes)
-    report.write(report.compared(teachers, tuned, rates, results, EARLY))
     if options.ablations:
-        report.write(report.ablated(run_all(ablations(rates, seeds[:3]), options.processes)))
+        report.write(report.ablated(run_all(ablations(rates, seeds), options.processes)))
+    else:
+        results = run_all(compared({name: rates[name] for name in methods.METHODS}, seeds), options.processes)
+        report.write(report.compared(teachers, tuned, rates, results, EARLY))
+        results = run_all(compared(dict.fromkeys(FASTER_OF, FASTER), seeds), options.processes)
+        report.write({"faster": report.main_table(results), "faster paired": report.paired_table(results)})
     print(f"the suite took {(time.monotonic() - started) / 60:.0f} minutes")
 
 
