@@ -158,8 +158,8 @@ PAIRS = {  # row: RMSD and OPSD under the same conditions
 
 
 def paired_table(results: list[dict]) -> str:
-    """A row a pair that was run: RMSD less OPSD on the same base and lesson at the end, mean [95% bootstrap interval over
-    seeds]. Seeds differ more than methods, and this is free of it."""
+    """A row a pair that was run: RMSD less OPSD on the same base and lesson at the end, mean [95% bootstrap interval
+    over seeds]. Seeds differ more than methods, which this is free of."""
     runs = by_label(results)
     lines = [_row(["RMSD less OPSD", *COLUMNS, "steps to 80%"]), _row(["---"] * (2 + len(COLUMNS)))]
     for name, labels in PAIRS.items():
