@@ -1,6 +1,6 @@
 """What each choice of RMSD does, one at a time, from RMSD with the context judge and anchors as in the comparison."""
 
-ABLATED, RIVAL, STEPS = "rmsd_context_anchors", "opsd_anchors", 100
+ABLATED, RIVAL, STEPS, LEARNING_RATE = "rmsd_context_anchors", "opsd_anchors", 100, 3e-4
 
 JSD, AVERAGE = dict(divergence="jsd"), dict(teacher="ema", ema_decay=0.95)
 

@@ -1,5 +1,5 @@
-"""The learning suite: pre-trains base models, tunes every method's learning rate on lessons of its own, runs every
-method on the lessons that count, and writes docs/learning.md's tables and figures.
+"""The learning suite: pre-trains base models, runs every method on every seed at each learning rate, and writes
+docs/learning.md's tables and figures.
 
     python -m benchmarks.learning.run             # the comparison: up to an hour on two cores
     python -m benchmarks.learning.run --ablations # what each choice of RMSD does: half an hour after it
@@ -23,17 +23,14 @@ import torch
 
 from . import base, corpus, lesson, methods, muon, report
 from .ablations import ABLATED, GROUPS
+from .ablations import LEARNING_RATE as ABLATION_RATE
 from .ablations import STEPS as ABLATION_STEPS
 
 RUNS = Path("runs/learning")
 STEPS, CONTINUATION, EVERY = 150, 100, 10
 EARLY, QUICK_STEPS = 60, 60
 MOST_SEEDS = 20
-TUNING_SEEDS = [20, 21]  # lessons that no comparison teaches, on the first two bases
-RATES = [3e-5, 1e-4, 3e-4]
-ANCHORED_RATES = [1e-4, 3e-4, 1e-3]  # what anchors undo leaves room for a higher one
-RL_RATES = [3e-4]  # a reward that is never earned teaches the same at any rate
-FASTER, FASTER_OF = 3e-4, ["opsd", "rmsd_context", "rmsd_oracle"]  # the published setting at one rate for all
+RATES = [1e-4, 3e-4]  # at 3e-5 hinted rows teach next to nothing in these steps, at 1e-3 all methods lose skills
 CONTINUED = [name for name in methods.METHODS if name not in ("sft_templates", "rl")]
 QUICK = ["sft_own", "opsd", "rmsd_context", "rmsd_context_anchors"]
 
@@ -43,51 +40,32 @@ def job(method: str, seed: int, learning_rate: float, label: str = "", **options
     return dict(label=label or method, method=method, seed=seed, options=options)
 
 
-def tuning(seeds: list[int]) -> list[dict]:
+def compared(seeds: list[int]) -> list[dict]:
+    """Every method at each rate, continued where there is a teacher to continue. A reward that is never earned teaches
+    the same at any rate."""
+    continued = {name: dict(continuation=CONTINUATION) if name in CONTINUED else {} for name in methods.METHODS}
     return [
-        job(name, seed, rate, every=STEPS)
-        for name, options in methods.METHODS.items()
-        for rate in (RL_RATES if name == "rl" else ANCHORED_RATES if "anchors" in options else RATES)
+        job(name, seed, rate, **options)
+        for name, options in continued.items()
+        for rate in (RATES if name != "rl" else RATES[-1:])
         for seed in seeds
     ]
 
 
-def compared(rates: dict[str, float], seeds: list[int]) -> list[dict]:
-    """The methods that `rates` names, continued where there is a teacher to continue."""
-    continued = {name: dict(continuation=CONTINUATION) if name in CONTINUED else {} for name in rates}
-    return [job(name, seed, rates[name], **options) for name, options in continued.items() for seed in seeds]
-
-
-def ablations(rates: dict[str, float], seeds: list[int]) -> list[dict]:
+def ablations(seeds: list[int]) -> list[dict]:
     jobs = []
     for group, settings in GROUPS.items():
         for setting, options in settings.items():
             method = options.get("of", ABLATED)
             options = {name: value for name, value in options.items() if name != "of"}
             options |= dict(steps=ABLATION_STEPS, every=ABLATION_STEPS // 2, label=f"{group}: {setting}")
-            jobs += [job(method, seed, rates[method], **options) for seed in seeds]
+            jobs += [job(method, seed, ABLATION_RATE, **options) for seed in seeds]
     return jobs
 
 
 def quick() -> list[dict]:
     """OPSD beside RMSD, and a supervised baseline, on one base, at a rate that shows something in so few steps."""
-    return [job(name, seed, FASTER, steps=QUICK_STEPS) for name in QUICK for seed in (0, MOST_SEEDS)]
-
-
-def best_rates(results: list[dict]) -> dict[str, float]:
-    """By method the rate with the largest product of target, facts and skills at the end, in the tuning lessons' mean:
-    what is wanted is the target and nothing else lost. Ties go to the lower rate."""
-    scores: dict[tuple[str, float], list[float]] = {}
-    for result in results:
-        last = result["marks"][-1]
-        score = last["target_only"] * last["facts"] * last["skills"]
-        scores.setdefault((result["method"], result["options"]["learning_rate"]), []).append(score)
-    best: dict[str, tuple[float, float]] = {}
-    for (method, rate), values in sorted(scores.items(), key=lambda item: item[0]):
-        mean = sum(values) / len(values)
-        if method not in best or mean > best[method][0]:
-            best[method] = (mean, rate)
-    return {method: rate for method, (_, rate) in best.items()}
+    return [job(name, seed, RATES[-1], steps=QUICK_STEPS) for name in QUICK for seed in (0, MOST_SEEDS)]
 
 
 def told(seed: int) -> dict:
@@ -157,16 +135,10 @@ def main() -> None:
         print(report.main_table(run_all(quick(), options.processes)))
         return
     teachers = sorted((marks for marks, _ in each(told, seeds, options.processes)), key=lambda marks: marks["seed"])
-    tuned = run_all(tuning(TUNING_SEEDS), options.processes)
-    rates = best_rates(tuned)
-    print("learning rates:", rates, flush=True)
     if options.ablations:
-        report.write(report.ablated(run_all(ablations(rates, seeds), options.processes)))
+        report.write(report.ablated(run_all(ablations(seeds), options.processes)))
     else:
-        results = run_all(compared({name: rates[name] for name in methods.METHODS}, seeds), options.processes)
-        report.write(report.compared(teachers, tuned, rates, results, EARLY))
-        results = run_all(compared(dict.fromkeys(FASTER_OF, FASTER), seeds), options.processes)
-        report.write({"faster": report.main_table(results), "faster paired": report.paired_table(results)})
+        report.write(report.compared(teachers, run_all(compared(seeds), options.processes), EARLY))
     print(f"the suite took {(time.monotonic() - started) / 60:.0f} minutes")
 
 
