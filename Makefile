@@ -30,15 +30,12 @@ bench: $(VENV)/.installed
 # The learning suite: the comparison takes up to an hour on two cores, the ablations half an hour more, the quick one
 # minutes. Runs are kept in runs/, and what is there is not run again.
 learn: $(VENV)/.installed
-	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
 	$(BIN)/python -m benchmarks.learning.run
 
 ablations: $(VENV)/.installed
-	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
 	$(BIN)/python -m benchmarks.learning.run --ablations
 
 learn-quick: $(VENV)/.installed
-	$(BIN)/pip install --quiet -c constraints.txt 'matplotlib>=3.9'
 	$(BIN)/python -m benchmarks.learning.run --quick
 
 # vLLM's CPU build, for engine=vllm and its tests where there is no GPU; on one: pip install 'rmsd-kernels[vllm]'.
