@@ -246,7 +246,10 @@ def rate_table(results: list[dict], picked: list[dict]) -> str:
     for result in results:
         runs.setdefault((result["label"], result["options"]["learning_rate"]), []).append(result)
     for (label, rate), found in runs.items():
-        values = (f"{mean(run['marks'][-1][name] for run in found):.{digits[name]}f}" for name in names)
+        means = (mean(run["marks"][-1][name] for run in found) for name in names)
+        values = (
+            f"{round(value, digits[name]) + 0.0:.{digits[name]}f}" for name, value in zip(names, means, strict=True)
+        )
         lines.append(_row([name_of(label), f"{rate:g}", *values, str(sum(run in picked for run in found))]))
     return "\n".join(lines)
 
