@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
 
+from benchmarks.learning import marks as marks_of
 from benchmarks.learning import methods, report, run
 from benchmarks.learning.corpus import SKILLS, World, skill
 from benchmarks.learning.lesson import Lesson, OracleJudge
@@ -196,16 +197,16 @@ def test_no_seed_s_own_marks_choose_its_rate():
     # Seed 0 does best at 0.1, the others at 1.0: by facts, though the target is lower there.
     results = [result(0, 0.1, 1.0, 1.0), result(0, 1.0, 0.9, 0.0)]
     results += [r for seed in (1, 2) for r in (result(seed, 0.1, 0.9, 0.2), result(seed, 1.0, 0.5, 1.0))]
-    picked = {run["seed"]: run["options"]["learning_rate"] for run in report.chosen(results)}
+    picked = {run["seed"]: run["options"]["learning_rate"] for run in marks_of.chosen(results)}
     assert picked == {0: 1.0, 1: 0.1, 2: 0.1}, "0's is the others' best; theirs are swayed by 0's"
 
     tied = [result(seed, rate, 0.5, 1.0) for rate in (1.0, 0.1) for seed in (0, 1)]
-    assert {run["options"]["learning_rate"] for run in report.chosen(tied)} == {0.1}
+    assert {run["options"]["learning_rate"] for run in marks_of.chosen(tied)} == {0.1}
 
 
 def test_the_largest_fall_is_from_any_exam_to_any_later_one():
-    assert report.largest_fall(exams(0.0, 0.5, 0.75, 0.5, 0.625, 0.25)) == 0.5
-    assert report.largest_fall(exams(0.0, 0.5, 0.5, 0.75)) == 0.0
+    assert marks_of.largest_fall(exams(0.0, 0.5, 0.75, 0.5, 0.625, 0.25)) == 0.5
+    assert marks_of.largest_fall(exams(0.0, 0.5, 0.5, 0.75)) == 0.0
 
 
 def test_the_told_table_has_a_row_a_lesson_and_their_mean():
@@ -251,8 +252,8 @@ def test_the_ablations_name_options_and_rivals():
 
 def test_steps_to_most_and_level():
     rising = exams(0.0, 0.5, 0.7, 0.8, 0.8)
-    assert report.steps_to_most(rising) == 20
-    assert report.at_level(rising)["step"] == 20
-    assert report.steps_to_most(exams(0.0, 0.0)) is None
-    middle, low, high = report.interval([0.0, 1.0, 1.0, 0.0])
+    assert marks_of.steps_to_most(rising) == 20
+    assert marks_of.at_level(rising)["step"] == 20
+    assert marks_of.steps_to_most(exams(0.0, 0.0)) is None
+    middle, low, high = marks_of.interval([0.0, 1.0, 1.0, 0.0])
     assert middle == 0.5 and 0.0 <= low < 0.5 < high <= 1.0

@@ -30,7 +30,7 @@ RUNS = Path("runs/learning")
 STEPS, CONTINUATION, EVERY = 150, 100, 10
 EARLY, QUICK_STEPS = 60, 60
 MOST_SEEDS = 20
-RATES = [1e-4, 3e-4]  # at 3e-5 hinted rows teach next to nothing in these steps, at 1e-3 all methods lose skills
+RATES = [1e-4, 3e-4]  # at 3e-5 OPSD has not begun in these steps, at 1e-3 every method loses skills
 CONTINUED = [name for name in methods.METHODS if name not in ("sft_templates", "rl")]
 QUICK = ["sft_own", "opsd", "rmsd_context", "rmsd_context_anchors"]
 
