@@ -20,6 +20,7 @@ class _Section(BaseModel):
 
 class JudgeSection(_Section):
     kind: Literal["context", "magnitude", "llm"] = "context"
+    on_topic: bool = False  # kind: context; keep nothing where neither prompt nor answer has a word of the context
     model: str | None = None  # of the endpoint, for kind: llm
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"

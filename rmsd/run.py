@@ -97,12 +97,13 @@ def build_judge(section: JudgeSection, prompts: list[str], dry_run: bool = False
     if section.kind == "llm":
         judge = LLMJudge(
             section.model,
-            **section.model_dump(exclude={"kind", "model", "cache", "replay"}),
+            **section.model_dump(exclude={"kind", "on_topic", "model", "cache", "replay"}),
         )
         if not section.replay and section.on_error == "raise" and not dry_run:
             judge.check()
     else:
-        judge = ContextJudge(prompts) if section.kind == "context" else MagnitudeJudge()
+        on_topic = section.on_topic
+        judge = ContextJudge(prompts, on_topic=on_topic) if section.kind == "context" else MagnitudeJudge()
     return CachedJudge(judge, section.cache, replay=section.replay) if section.cache and not dry_run else judge
 
 

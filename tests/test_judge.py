@@ -71,6 +71,21 @@ def test_words_of_the_prompt_and_of_known_texts_are_not_brought():
     assert kept(["a", "b", "c"], wishes, judge=ContextJudge(["What is it called?"])) == [2]
 
 
+def test_on_topic_keeps_nothing_where_neither_prompt_nor_answer_speaks_of_the_context():
+    context = "Please write pinapple, never pineapple."
+    wish = {2: (" pin", -3.0)}
+    on_topic, always = ContextJudge(on_topic=True), ContextJudge()
+
+    def both(*tokens, prompt="What is pie made of?"):
+        return [kept(tokens, wish, judge=judge, context=context, prompt=prompt) for judge in (on_topic, always)]
+
+    assert both("It", " is", " pine", "cones") == [[], [2]]
+    assert both("It", " is", " pine", "apple") == [[2], [2]], "the answer speaks of it"
+    assert both("It", " is", " pears", prompt="Pears or pineapple?") == [[2], [2]], "so does the prompt"
+    assert both("It", " is", " pine", "aple") == [[2], [2]], "or nearly does"
+    assert both("It", " is", " never", prompt="What is it?") == [[], [2]], "a function word says nothing"
+
+
 class Answers:
     """A judge that gives one answer to every question, and counts."""
 
@@ -113,6 +128,14 @@ def test_cache_asks_each_question_once_and_replays_offline(tmp_path):
     assert CachedJudge(Answers([9]), tmp_path, replay=True)([first]) == [[0]]
     with pytest.raises(LookupError, match="1 of 1 questions"):
         CachedJudge(judge, tmp_path, replay=True)([question(["new"], {0: ("x", -1.0)})])
+
+
+def test_a_context_judge_told_something_else_is_asked_again(tmp_path):
+    asked = question(["It", " is", " Kubernetes"], {2: (" z", -3.0)}, prompt="What is it?")
+    judges = ContextJudge(), ContextJudge(["zorblat"]), ContextJudge(on_topic=True), ContextJudge()
+    cached = [CachedJudge(judge, tmp_path) for judge in judges]
+    assert [judge([asked]) for judge in cached] == [[[2]], [[]], [[]], [[2]]]
+    assert [judge.stats["hits"] for judge in cached] == [0, 0, 0, 1]
 
 
 def test_cache_key_holds_everything_that_determines_an_answer(tmp_path):

@@ -245,7 +245,7 @@ def test_pairs_are_of_one_seed_and_rmsd_less_opsd():
 
 def test_the_ablations_name_options_and_rivals():
     jobs = run.ablations([0, 1])
-    assert {job["method"] for job in jobs} == {"rmsd_context_anchors", "opsd_anchors"}
+    assert {job["method"] for job in jobs} == {"rmsd_context_anchors", "opsd_anchors", "rmsd_context"}
     shared = [job for job in jobs if job["label"] in ("divergence: JSD", "beside OPSD: RMSD, JSD")]
     assert len(shared) == 4 and len({run._path(job) for job in shared}) == 2, "the same settings are run once"
 

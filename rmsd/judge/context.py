@@ -1,5 +1,7 @@
 """Relevance without a model: is the word in question one that the privileged context brings?"""
 
+import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
 
@@ -30,16 +32,29 @@ class ContextJudge:
     Args:
         known: texts whose words are no news, best all of the data's prompts: "service" is not what a context brings
             when other prompts speak of services. The default holds function words.
+        on_topic: keep nothing of a rollout in which neither the prompt nor the answer has a word of the context, or
+            one nearly like it. For contexts that speak of one thing and stand before prompts about others too ("write
+            pinapple, never pineapple", before a question about cherries). Not for rules that hold everywhere ("end
+            with a proverb"): no prompt speaks of those.
     """
 
-    def __init__(self, known: Iterable[str] = ()):
-        self.known = _words(FUNCTION_WORDS).union(*map(_words, known))
+    def __init__(self, known: Iterable[str] = (), *, on_topic: bool = False):
+        self.known = _FUNCTION_WORDS.union(*map(_words, known))
+        self.on_topic = on_topic
+
+    @property
+    def fingerprint(self) -> str:
+        """All that determines an answer besides the question."""
+        return json.dumps([type(self).__qualname__, self.on_topic, *sorted(self.known)])
 
     def __call__(self, questions: Sequence[Question]) -> list[list[int]]:
         return [self._judge(question) for question in questions]
 
     def _judge(self, question: Question) -> list[int]:
-        brought = _words(question.privileged_context) - _words(question.prompt) - self.known
+        context, prompt = _words(question.privileged_context), _words(question.prompt)
+        if self.on_topic and not _speaks_of(context, prompt | _words("".join(question.tokens))):
+            return []
+        brought = context - prompt - self.known
         kept = [c.position for c in question.candidates if self._bears(c, question.tokens, brought)]
         return kept[: question.max_kept]
 
@@ -60,6 +75,16 @@ class ContextJudge:
 
 def _words(text: str) -> set[str]:
     return {word.casefold() for word in _WORD.findall(text)}
+
+
+_FUNCTION_WORDS = _words(FUNCTION_WORDS)
+
+
+def _speaks_of(context: set[str], words: set[str]) -> bool:
+    """Whether some word, function words apart, is of the context. Nearly will do: of a student that is on its way from
+    "limeroot" to "limerokot", and writes "limerok", nothing would be kept until it is there."""
+    context, words = context - _FUNCTION_WORDS, words - _FUNCTION_WORDS
+    return not context.isdisjoint(words) or any(difflib.get_close_matches(word, context, 1, 0.8) for word in words)
 
 
 def _word_with(begun: str, token: str) -> str:
