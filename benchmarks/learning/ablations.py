@@ -1,8 +1,12 @@
-"""What each choice of RMSD does, one at a time, from RMSD with the context judge and anchors as in the comparison."""
+"""What each choice of RMSD does, one at a time, from RMSD with the context judge and anchors as in the comparison.
+`of` names another method to start from."""
 
 ABLATED, RIVAL, STEPS, LEARNING_RATE = "rmsd_context_anchors", "opsd_anchors", 100, 3e-4
 
 JSD, AVERAGE = dict(divergence="jsd"), dict(teacher="ema", ema_decay=0.95)
+# SGD's rates: at 0.5 its first steps are about as long as AdamW's.
+SGD = [dict(optim="sgd", learning_rate=rate) for rate in (0.5, 2.0)]
+SHORT = dict(max_completion_length=12)  # of 32: the name once, and no closing
 
 GROUPS = {
     "T and S": {
@@ -35,7 +39,27 @@ GROUPS = {
         "oracle, keeps 1 in 10 others": dict(judge="oracle", degrade=[0.0, 0.1]),
         "oracle, keeps 1 in 2 others": dict(judge="oracle", degrade=[0.0, 0.5]),
     },
+    "directions": {
+        "both": {},
+        "promotions only": dict(judge="promotions"),
+        "both, hinted rows": dict(of="rmsd_context"),
+        "promotions only, hinted rows": dict(of="rmsd_context", judge="promotions"),
+    },
     "teacher": {"initial": {}, "live": dict(teacher="live"), "moving average, 0.95": AVERAGE},
+    "rollout length": {
+        "RMSD, 32 tokens": {},
+        "OPSD, 32 tokens": dict(of=RIVAL),
+        "RMSD, 12 tokens": SHORT,
+        "OPSD, 12 tokens": dict(of=RIVAL, **SHORT),
+    },
+    "optimizer": {
+        "RMSD, AdamW": {},
+        "OPSD, AdamW": dict(of=RIVAL),
+        "RMSD, SGD 0.5": SGD[0],
+        "OPSD, SGD 0.5": dict(of=RIVAL, **SGD[0]),
+        "RMSD, SGD 2": SGD[1],
+        "OPSD, SGD 2": dict(of=RIVAL, **SGD[1]),
+    },
     "beside OPSD": {
         "RMSD, JSD": JSD,
         "OPSD, JSD": dict(of=RIVAL, **JSD),

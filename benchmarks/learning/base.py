@@ -20,13 +20,18 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-def load(cache: Path, seed: int) -> tuple[LlamaForCausalLM, World]:
-    """The seed's base model in eval mode, from the cache when the corpus and the configuration are what they were."""
+def load(cache: Path, seed: int, threads: int = 1) -> tuple[LlamaForCausalLM, World]:
+    """The seed's base model in eval mode, from the cache when the corpus, the configuration and the number of threads
+    that it is pre-trained with, which decides its last bits, are what they were."""
     world = World()
-    key = json.dumps(CONFIG) + "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (corpus, muon))
+    key = "" if threads == 1 else f"{threads} threads"
+    key += json.dumps(CONFIG) + "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (corpus, muon))
     folder = cache / f"base-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "config.json").exists():
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
         model, seconds = pretrain(world, seed)
+        torch.set_num_threads(before)
         partial = folder.with_name(f"{folder.name}.partial")
         model.save_pretrained(partial)
         (partial / "seconds.json").write_text(json.dumps(seconds))

@@ -9,6 +9,7 @@ import copy
 import random
 import tempfile
 import time
+from dataclasses import replace
 
 import torch
 from transformers import TrainerCallback
@@ -32,6 +33,7 @@ METHODS = {
     "opsd": dict(kind="distil", method="opsd"),
     "rmsd_magnitude": dict(kind="distil", method="rmsd", judge="magnitude"),
     "rmsd_context": dict(kind="distil", method="rmsd", judge="context"),
+    "rmsd_topic": dict(kind="distil", method="rmsd", judge="topic"),
     "rmsd_oracle": dict(kind="distil", method="rmsd", judge="oracle"),
     "opsd_anchors": dict(kind="distil", method="opsd", anchors=True),
     "rmsd_context_anchors": dict(kind="distil", method="rmsd", judge="context", anchors=True),
@@ -131,22 +133,25 @@ def distil(
     model, lesson, exam, *, steps, every, learning_rate, method, judge="magnitude", continuation=None,
     degrade=None, **options,
 ) -> dict[str, list[dict]]:  # fmt: skip
-    """OPSD or RMSD. `options` go to RMSDConfig; `degrade` is Degraded's (miss, noise)."""
+    """OPSD or RMSD. `options` go to RMSDConfig, in place of what is set here; `degrade` is Degraded's (miss, noise)."""
     prompts = [row["prompt"] for row in lesson.rows]
-    judges = dict(magnitude=MagnitudeJudge(), context=ContextJudge(prompts), oracle=OracleJudge(lesson))
+    judges = dict(
+        magnitude=MagnitudeJudge(), context=ContextJudge(prompts), topic=ContextJudge(prompts, on_topic=True),
+        promotions=promotions_only(ContextJudge(prompts)), oracle=OracleJudge(lesson),
+    )  # fmt: skip
     asked = Degraded(judges[judge], *degrade, lesson.seed) if degrade else judges[judge]
     base = copy.deepcopy(model)  # which the continued run starts from as well: it is the teacher up to there
     marks = {}
     with tempfile.TemporaryDirectory() as folder:
 
         def run(model, clock, checkpoint=None, **more) -> list[dict]:
-            args = RMSDConfig(
+            settings = dict(
                 output_dir=folder, method=method, seed=lesson.seed, max_steps=steps, learning_rate=learning_rate,
                 lr_scheduler_type="constant_with_warmup", warmup_steps=WARMUP, weight_decay=0.0, max_grad_norm=1.0,
                 per_device_train_batch_size=BATCH, max_completion_length=ANSWER_TOKENS, teacher_template=TEMPLATE,
                 recorded_rollouts=0, use_cpu=True, eval_strategy="steps", eval_steps=every, disable_tqdm=True,
-                **options, **more,
             )  # fmt: skip
+            args = RMSDConfig(**{**settings, **options, **more})
             trainer = RMSDTrainer(
                 model, args, lesson.task.train, lesson.world.tokenizer, judge=asked, evaluator=exam, callbacks=[clock],
             )  # fmt: skip
@@ -161,6 +166,19 @@ def distil(
         checkpoint = f"{folder}/checkpoint-{last}"
         marks["+"] = run(base, clock.until(last), checkpoint, save_strategy="no", continuation_steps=[continuation])
     return marks
+
+
+def promotions_only(judge):
+    """A judge that is not told which written tokens the teacher wants gone."""
+
+    def judged(questions):
+        blind = [
+            replace(question, candidates=tuple(replace(candidate, gap=0.0) for candidate in question.candidates))
+            for question in questions
+        ]
+        return judge(blind)
+
+    return judged
 
 
 class Degraded:

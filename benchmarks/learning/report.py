@@ -21,6 +21,7 @@ NAMES = {
     "opsd": "OPSD",
     "rmsd_magnitude": "RMSD, magnitude judge",
     "rmsd_context": "RMSD, context judge",
+    "rmsd_topic": "RMSD, context judge on topic",
     "rmsd_oracle": "RMSD, oracle judge",
     "opsd_anchors": "OPSD, anchors",
     "rmsd_context_anchors": "RMSD, context judge, anchors",
@@ -123,9 +124,11 @@ def main_table(results: list[dict], marks_at: Callable = at_the_end, first: bool
 
 PAIRS = {  # row: RMSD and OPSD under the same conditions
     "context judge": ("rmsd_context", "opsd"),
+    "context judge on topic": ("rmsd_topic", "opsd"),
     "magnitude judge": ("rmsd_magnitude", "opsd"),
     "oracle judge": ("rmsd_oracle", "opsd"),
     "context judge, continued": ("rmsd_context+", "opsd+"),
+    "context judge on topic, continued": ("rmsd_topic+", "opsd+"),
     "magnitude judge, continued": ("rmsd_magnitude+", "opsd+"),
     "oracle judge, continued": ("rmsd_oracle+", "opsd+"),
     "context judge, anchors": ("rmsd_context_anchors", "opsd_anchors"),
@@ -155,7 +158,7 @@ def paired_table(results: list[dict]) -> str:
 def published_table(results: list[dict]) -> str:
     """What was published of Qwen3-4B on "pinapple", after continuation, beside the same of these models."""
     runs = by_label(results)
-    beside = ["rmsd_oracle+", "rmsd_context+", "opsd+", "rmsd_context_anchors+", "opsd_anchors+"]
+    beside = ["rmsd_oracle+", "rmsd_topic+", "rmsd_context+", "opsd+", "rmsd_context_anchors+", "opsd_anchors+"]
     heads = ["published RMSD", "published OPSD", *map(name_of, beside)]
     rows = {
         "right spelling only": ("0.740", "0.480", "target_only"),

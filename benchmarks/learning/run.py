@@ -33,11 +33,13 @@ MOST_SEEDS = 20
 RATES = [1e-4, 3e-4]  # at 3e-5 OPSD has not begun in these steps, at 1e-3 every method loses skills
 CONTINUED = [name for name in methods.METHODS if name not in ("sft_templates", "rl")]
 QUICK = ["sft_own", "opsd", "rmsd_context", "rmsd_context_anchors"]
+QUICK_THREADS = 2  # its one base has both cores, where the comparison pre-trains two at a time
 
 
-def job(method: str, seed: int, learning_rate: float, label: str = "", **options) -> dict:
+def job(method: str, seed: int, learning_rate: float, label: str = "", threads: int = 1, **options) -> dict:
+    """`threads` that its base model is pre-trained with."""
     options = {**methods.METHODS[method], "steps": STEPS, "every": EVERY, "learning_rate": learning_rate, **options}
-    return dict(label=label or method, method=method, seed=seed, options=options)
+    return dict(label=label or method, method=method, seed=seed, threads=threads, options=options)
 
 
 def compared(seeds: list[int]) -> list[dict]:
@@ -56,16 +58,17 @@ def ablations(seeds: list[int]) -> list[dict]:
     jobs = []
     for group, settings in GROUPS.items():
         for setting, options in settings.items():
-            method = options.get("of", ABLATED)
-            options = {name: value for name, value in options.items() if name != "of"}
-            options |= dict(steps=ABLATION_STEPS, every=ABLATION_STEPS // 2, label=f"{group}: {setting}")
-            jobs += [job(method, seed, ABLATION_RATE, **options) for seed in seeds]
+            asked = dict(of=ABLATED, learning_rate=ABLATION_RATE, steps=ABLATION_STEPS, every=ABLATION_STEPS // 2)
+            asked |= dict(options, label=f"{group}: {setting}")
+            method = asked.pop("of")
+            jobs += [job(method, seed, **asked) for seed in seeds]
     return jobs
 
 
 def quick() -> list[dict]:
     """OPSD beside RMSD, and a supervised baseline, on one base, at a rate that shows something in so few steps."""
-    return [job(name, seed, RATES[-1], steps=QUICK_STEPS) for name in QUICK for seed in (0, MOST_SEEDS)]
+    asked = dict(steps=QUICK_STEPS, threads=QUICK_THREADS)
+    return [job(name, seed, RATES[-1], **asked) for name in QUICK for seed in (0, MOST_SEEDS)]
 
 
 def told(seed: int) -> dict:
@@ -97,12 +100,12 @@ def each(work: Callable, items: list, processes: int):
             yield result, time.monotonic() - started
 
 
-def _base(seed: int):
-    return base.load(RUNS, seed % MOST_SEEDS)
+def _base(seed: int, threads: int = 1):
+    return base.load(RUNS, seed % MOST_SEEDS, threads)
 
 
 def _run(job: dict) -> Path:
-    model, world = _base(job["seed"])
+    model, world = _base(job["seed"], job["threads"])
     options = dict(job["options"])
     taught = lesson.Lesson(world, job["seed"], anchors=options.pop("anchors", False))
     marks = methods.train(model, taught, **options)
@@ -115,7 +118,7 @@ def _run(job: dict) -> Path:
 def _path(job: dict) -> Path:
     """By what is run, not by its label: settings that several comparisons share are run once."""
     sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (base, corpus, muon, lesson, methods)]
-    asked = json.dumps([job["method"], job["seed"], job["options"], *sources], sort_keys=True)
+    asked = json.dumps([job["method"], job["seed"], job["threads"], job["options"], *sources], sort_keys=True)
     return RUNS / f"{job['method']}-{job['seed']}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.json"
 
 
@@ -131,7 +134,7 @@ def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     started, seeds = time.monotonic(), list(range(min(options.seeds, 3) if options.ablations else options.seeds))
     if options.quick:
-        _base(0)
+        _base(0, QUICK_THREADS)
         print(report.main_table(run_all(quick(), options.processes)))
         return
     teachers = sorted((marks for marks, _ in each(told, seeds, options.processes)), key=lambda marks: marks["seed"])
