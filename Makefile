@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

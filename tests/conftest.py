@@ -6,6 +6,12 @@ Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors; wit
 import importlib
 import os
 
+# Several workers share the cores, and OpenMP threads that spin for each other on busy ones are many times slower; read
+# when torch is loaded, and inherited by the processes that tests start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings

@@ -3,6 +3,7 @@ docs/learning.md's tables and figures.
 
     python -m benchmarks.learning.run             # the comparison: up to an hour on two cores
     python -m benchmarks.learning.run --ablations # what each choice of RMSD does: half an hour after it
+    python -m benchmarks.learning.run --ablations optimizer "rollout length"    # of these choices alone
     python -m benchmarks.learning.run --seeds 20  # a longer comparison with intervals half as wide
     python -m benchmarks.learning.run --quick     # minutes: one base, four methods, 60 steps, the same code; prints
 
@@ -54,10 +55,11 @@ def compared(seeds: list[int]) -> list[dict]:
     ]
 
 
-def ablations(seeds: list[int]) -> list[dict]:
+def ablations(seeds: list[int], groups: list[str] = ()) -> list[dict]:
+    """Of the groups of settings that are named, or of all."""
     jobs = []
-    for group, settings in GROUPS.items():
-        for setting, options in settings.items():
+    for group in groups or GROUPS:
+        for setting, options in GROUPS[group].items():
             asked = dict(of=ABLATED, learning_rate=ABLATION_RATE, steps=ABLATION_STEPS, every=ABLATION_STEPS // 2)
             asked |= dict(options, label=f"{group}: {setting}")
             method = asked.pop("of")
@@ -126,20 +128,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four methods, two lessons, 60 steps; prints only")
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, MOST_SEEDS + 1), metavar="N")
-    parser.add_argument("--ablations", action="store_true", help="one choice at a time, in place of the comparison")
+    parser.add_argument(
+        "--ablations", nargs="*", choices=GROUPS, metavar="GROUP",
+        help=f"one choice at a time, in place of the comparison: all of them, or of {', '.join(GROUPS)}",
+    )  # fmt: skip
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)  # in this process too: their number decides a base model's last bits
     RUNS.mkdir(parents=True, exist_ok=True)
-    started, seeds = time.monotonic(), list(range(min(options.seeds, 3) if options.ablations else options.seeds))
+    ablated = options.ablations is not None
+    started, seeds = time.monotonic(), list(range(min(options.seeds, 3) if ablated else options.seeds))
     if options.quick:
         _base(0, QUICK_THREADS)
         print(report.main_table(run_all(quick(), options.processes)))
         return
     teachers = sorted((marks for marks, _ in each(told, seeds, options.processes)), key=lambda marks: marks["seed"])
-    if options.ablations:
-        report.write(report.ablated(run_all(ablations(seeds), options.processes)))
+    if ablated:
+        report.write(report.ablated(run_all(ablations(seeds, options.ablations), options.processes)))
     else:
         report.write(report.compared(teachers, run_all(compared(seeds), options.processes), EARLY))
     print(f"the suite took {(time.monotonic() - started) / 60:.0f} minutes")
