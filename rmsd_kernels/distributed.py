@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import partials
-from .projection import backproject
+from .projection import backproject, no_rows, weight_gradient
 from .reference import TokenScores
 from .shards import Heads, agree
 
@@ -135,8 +135,7 @@ def vocab_parallel_linear_token_divergence(
     if rows is None:
         rows = torch.arange(len(heads.student_hidden), device=student_hidden.device)
     if not rows.numel() or not len(heads.student_hidden):
-        # No row at all: zeros that still belong to the graph, so that a caller's backward() runs.
-        return rows.new_zeros(rows.shape, dtype=torch.float32) + 0.0 * heads.student_hidden.sum()
+        return no_rows(rows, heads.student_hidden, heads.student_weight, heads.student_bias)
     if vocab_topk is not None and vocab_topk >= shard.vocab_size:
         topk["vocab_topk"] = None
     heads = shard.cut(heads)
@@ -178,17 +177,18 @@ class _ShardedDivergence(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=sum_dtype) if needed else None
             for tensor, needed in zip(heads[:3], ctx.needs_input_grad[:3], strict=True)
         ]
-        for part in ctx.chunks:
-            logits = heads.logits(part)
-            grad_logits = ctx.gradient(ctx.shard, logits, ctx.options, *(tensor[part] for tensor in saved))
-            grad_logits = partials.through_transform(grad_logits, logits[0], ctx.options)
-            grad_logits = torch.where(live[part].unsqueeze(-1), grad_logits * grad_divergence[part].unsqueeze(-1), 0.0)
-            if grad_hidden is not None:
-                grad_hidden[part] = backproject(grad_logits, heads.student_weight)
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, heads.student_hidden[part].to(sum_dtype))
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+        with torch.autocast(grad_divergence.device.type, enabled=False):
+            for part in ctx.chunks:
+                logits, upstream = heads.logits(part), grad_divergence[part].unsqueeze(-1)
+                grad_logits = ctx.gradient(ctx.shard, logits, ctx.options, *(tensor[part] for tensor in saved))
+                grad_logits = partials.through_transform(grad_logits, logits[0], ctx.options)
+                grad_logits = torch.where(live[part].unsqueeze(-1), grad_logits * upstream, 0.0)
+                if grad_hidden is not None:
+                    grad_hidden[part] = backproject(grad_logits, heads.student_weight)
+                if grad_weight is not None:
+                    grad_weight.addmm_(*weight_gradient(grad_logits, heads.student_hidden[part], live[part], sum_dtype))
+                if grad_bias is not None:
+                    grad_bias += grad_logits.sum(0)
         if grad_hidden is not None:
             # Summed in fp32: rounded to bf16 on every rank first, P roundings would add up.
             dist.all_reduce(grad_hidden, group=ctx.shard.group)

@@ -14,7 +14,17 @@ from .backends import resolve_backend
 from .checks import check_head, check_heads, check_ids, check_options, check_rows, check_transform
 from .functional import _scores, divergence_of_rows, gradient_of_rows
 from .partials import merged_scores, shard_scores
-from .projection import Heads, backproject, column_tile, project, project_both, row_chunks, workspace_for
+from .projection import (
+    Heads,
+    backproject,
+    column_tile,
+    no_rows,
+    project,
+    project_both,
+    row_chunks,
+    weight_gradient,
+    workspace_for,
+)
 from .reference import TokenScores
 
 
@@ -195,9 +205,11 @@ def linear_token_divergence(
         backend=resolve_backend(backend, student_hidden, "linear_token_divergence"),
     )  # fmt: skip
     if not rows.numel() or not student_hidden.shape[0]:
-        # No row at all: zeros that still belong to the graph, so that a caller's backward() runs.
-        return rows.new_zeros(rows.shape, dtype=torch.float32) + 0.0 * student_hidden.sum()
+        return no_rows(rows, student_hidden, student_weight, student_bias)
     shared = teacher_weight is student_weight and teacher_bias is student_bias
+    if options["vocab_size"] < width:  # what lies behind it is padding that may hold anything
+        heads = Heads(student_weight, student_bias, teacher_weight, teacher_bias).columns(slice(vocab_size))
+        student_weight, student_bias, teacher_weight, teacher_bias = heads
     # Detached also for torch.compile, which refuses one tensor twice, as a head shared by both roles would be.
     return _LinearDivergence.apply(
         student_hidden[rows.clamp_min(0)], student_weight, student_bias,
@@ -227,9 +239,9 @@ class _LinearDivergence(torch.autograd.Function):
         for part in ctx.chunks:
             logits = project_both(student_hidden[part], teacher_hidden[part], heads, shared, workspace)
             result.append(divergence_of_rows(*logits, None, **options))
-        kept = logits if keeps else ()
-        ctx.save_for_backward(student_hidden, teacher_hidden, live, *heads, *kept)
-        return torch.cat(result).masked_fill(~live, 0.0)
+        kept, result = logits if keeps else (), torch.cat(result)
+        ctx.save_for_backward(student_hidden, teacher_hidden, live & result.isfinite(), *heads, *kept)
+        return result.masked_fill(~live, 0.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -243,21 +255,20 @@ class _LinearDivergence(torch.autograd.Function):
         grad_weight = grad_bias = None
         grad_divergence = grad_divergence.masked_fill(~live, 0.0)
         workspace = None if kept else workspace_for(student_hidden, ctx.chunks, 2, len(weight))
-        for part in ctx.chunks:
-            logits = kept or project_both(student_hidden[part], teacher_hidden[part], heads, ctx.shared, workspace)
-            grad_logits = gradient_of_rows(grad_divergence[part], *logits, **ctx.options)
-            if needs_hidden:
-                grad_hidden[part] = backproject(grad_logits, weight)
-            if needs_weight:
-                hidden = student_hidden[part].to(sum_dtype)
-                # The first product is written, not added to zeros: those 113 MB at V = 50k are a third of the backward.
-                if grad_weight is None:
-                    grad_weight = grad_logits.T @ hidden
-                else:
-                    grad_weight.addmm_(grad_logits.T, hidden)
-            if needs_bias:
-                grad_bias = grad_logits.sum(0) if grad_bias is None else grad_bias.add_(grad_logits.sum(0))
-            del grad_logits  # before the next chunk makes its own
+        with torch.autocast(weight.device.type, enabled=False):
+            for part in ctx.chunks:
+                logits = kept or project_both(student_hidden[part], teacher_hidden[part], heads, ctx.shared, workspace)
+                grad_logits = gradient_of_rows(grad_divergence[part], *logits, **ctx.options)
+                if needs_hidden:
+                    grad_hidden[part] = backproject(grad_logits, weight)
+                if needs_weight:
+                    factors = weight_gradient(grad_logits, student_hidden[part], live[part], sum_dtype)
+                    # The first product is written, not added to zeros: those 113 MB at V = 50k are a third of the
+                    # backward.
+                    grad_weight = torch.mm(*factors) if grad_weight is None else grad_weight.addmm_(*factors)
+                if needs_bias:
+                    grad_bias = grad_logits.sum(0) if grad_bias is None else grad_bias.add_(grad_logits.sum(0))
+                del grad_logits  # before the next chunk makes its own
         return (
             grad_hidden,
             grad_weight.to(weight.dtype) if needs_weight else None,

@@ -235,8 +235,9 @@ class MergedTopK:
         lses = partials[..., 0:8:2] + partials[..., 1:8:2]
         lses, rests, candidates = lses[..., :2], lses[..., 2:], partials[..., 8:]
         width = candidates.shape[-1] // 2
-        real = torch.arange(width, device=partials.device) < torch.tensor(counts, device=partials.device).unsqueeze(-1)
-        real = real.flatten()  # (C,) with C = P * width, shard after shard: ids rise along it
+        column = torch.arange(width, device=partials.device)
+        # (C,) with C = P * width, shard after shard: ids rise along it
+        real = torch.cat([column < count for count in counts])
         student, teacher = (half.transpose(0, 1).flatten(1) for half in candidates.split(width, -1))  # (n, C)
         # NaN sorts behind -inf, and a stable sort gives ties to the lower id.
         order = (-student).where(real, math.nan).sort(dim=-1, stable=True).indices[:, :vocab_topk]

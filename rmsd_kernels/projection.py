@@ -48,7 +48,8 @@ def workspace_for(hidden: Tensor, parts: list[slice], models: int, width: int) -
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     kept = getattr(_per_thread, "workspace", None)
     if kept is None or kept.dtype != dtype or kept.numel() < rows * width:
-        kept = _per_thread.workspace = torch.empty(rows * width, dtype=dtype)
+        with torch.inference_mode(False):  # or no later call outside of inference mode could write to it
+            kept = _per_thread.workspace = torch.empty(rows * width, dtype=dtype, device="cpu")
     return kept[: rows * width].view(rows, width)
 
 
@@ -90,7 +91,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tens
 
 
 def backproject(grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """(n, V) @ (V, H) in fp32 (fp64 for fp64)."""
+    """(n, V) @ (V, H) in fp32 (fp64 for fp64). To be called outside of autocast."""
     if weight.dtype == grad_logits.dtype:
         return grad_logits @ weight
     if weight.is_cuda:
@@ -100,3 +101,17 @@ def backproject(grad_logits: Tensor, weight: Tensor) -> Tensor:
         part = slice(start, start + _UPCAST_COLUMNS)
         grad_hidden.addmm_(grad_logits[:, part], weight[part].float())
     return grad_hidden
+
+
+def weight_gradient(grad_logits: Tensor, hidden: Tensor, live: Tensor, sum_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors of (V, n) @ (n, H), whose product is the head's gradient. Where a row is not `live` its gradient is 0
+    and so is its hidden state here: it may hold NaN, and 0 * NaN would be everywhere in the product."""
+    return grad_logits.T, torch.where(live.unsqueeze(-1), hidden, 0.0).to(sum_dtype)
+
+
+def no_rows(rows: Tensor, *parameters: Tensor | None) -> Tensor:
+    """Zeros, (R,), that still belong to the graph of all parameters, so that a caller's backward() runs and gives each
+    a gradient of zeros, for which other processes may wait."""
+    parameters = [parameter for parameter in parameters if parameter is not None]
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+    return rows.new_zeros(rows.shape, dtype=dtype) + sum(parameter[:0].sum() for parameter in parameters)
