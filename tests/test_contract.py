@@ -230,6 +230,22 @@ def everything(backend, student, teacher, ids, mask):
     return results
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_a_default_dtype_changes_nothing(backend, device, default):
+    logits, ids = torch.randn(2, 5, 16, device=device), torch.randint(16, (5,), device=device)
+
+    def results():
+        scores = rmsd_kernels.token_scores(*logits, ids, backend=backend)
+        return *scores, rmsd_kernels.token_divergence(*logits, backend=backend)
+
+    expected = results()
+    torch.set_default_dtype(default)
+    try:
+        torch.testing.assert_close(results(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_results_do_not_change_from_run_to_run(backend):
     shape = (1, 2) if backend == "triton" else (2, 20)  # the interpreter takes 0.1 s a row
     student, teacher = inputs.far_apart((*shape, 700))[:2]

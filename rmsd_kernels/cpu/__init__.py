@@ -100,15 +100,20 @@ def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the kernels write into: of their type wherever the user's default dtype and device point."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
 def scores(student_logits, teacher_logits, sampled_ids, *options) -> Tensor:
-    out = torch.empty(7, *sampled_ids.shape)
+    out = _empty(7, *sampled_ids.shape)
     problem = _problem(student_logits, teacher_logits, *options)
     library().rmsd_scores(ctypes.byref(problem), _pointer(sampled_ids), _pointer(out))
     return out
 
 
 def select(score, mask, num_tokens, threshold) -> Tensor:
-    index = torch.empty(score.shape[0], num_tokens, dtype=torch.int64)
+    index = _empty(score.shape[0], num_tokens, dtype=torch.int64)
     library().rmsd_select(
         _pointer(score), _pointer(mask), *map(ctypes.c_int64, (*score.shape, num_tokens)), ctypes.c_float(threshold),
         _pointer(index),
@@ -120,7 +125,7 @@ def scores_and_candidates(
     student_logits, teacher_logits, sampled_ids, mask, num_candidates, criterion, threshold, *options
 ) -> tuple[Tensor, Tensor]:
     out = scores(student_logits, teacher_logits, sampled_ids, *options)
-    index = torch.empty(mask.shape[0], num_candidates, dtype=torch.int64)
+    index = _empty(mask.shape[0], num_candidates, dtype=torch.int64)
     library().rmsd_candidates(
         _pointer(out), _pointer(mask), *map(ctypes.c_int64, (*mask.shape, num_candidates)),
         CRITERIA.index(criterion), ctypes.c_float(threshold), _pointer(index),
@@ -133,7 +138,7 @@ def divergence(
 ) -> tuple[Tensor, Tensor]:
     num_rows = student_logits.shape[0] * student_logits.shape[1] if rows is None else rows.shape[0]
     rows = None if rows is None else rows.contiguous()
-    out, stats = torch.empty(num_rows), torch.empty(num_rows, NUM_STATS)
+    out, stats = _empty(num_rows), _empty(num_rows, NUM_STATS)
     problem = _problem(student_logits, teacher_logits, divergence, beta, *options)
     library().rmsd_divergence(
         ctypes.byref(problem), _pointer(rows), *map(ctypes.c_int64, (num_rows, vocab_topk)), TAILS.index(tail),
