@@ -51,7 +51,7 @@ class RMSDLoss(nn.Module):
         check_selection(num_tokens=num_kept, threshold=threshold, name="num_kept")
         options = dict(divergence=divergence, beta=beta, temperature=temperature)
         check_options(**options, teacher_temperature=None, vocab_size=None, width=1, vocab_topk=vocab_topk, tail=tail)
-        self.num_candidates, self.num_kept = num_candidates, num_kept
+        self.num_candidates, self.num_kept = num_candidates, min(num_kept, num_candidates)
         self.criterion, self.threshold = criterion, threshold
         self.score_options = dict(**options, backend=backend)
         self.divergence_options = dict(**options, backend=backend, vocab_topk=vocab_topk, tail=tail)
@@ -80,16 +80,18 @@ class RMSDLoss(nn.Module):
         """Scalar loss, fp32. `num_sequences` replaces the number of this batch's sequences that kept a token: give the
         number in the whole batch when this is one of several micro-batches or ranks, and add the results."""
         shape = sampled_ids.shape
+        check_mask(completion_mask, shape, sampled_ids.device, "completion_mask")
         if keep is None:
             _, index = self._select(student_logits, teacher_logits, sampled_ids, completion_mask, self.num_kept)
             rows = _rows_at(index, shape[1])
         else:
             rows = _rows_where(keep, completion_mask)
-            check_ids(sampled_ids, student_logits.shape[:2], student_logits.device, student_logits.shape[-1], keep)
+            _check_kept_ids(sampled_ids, student_logits, student_logits.shape[-1], keep, completion_mask)
         divergence = token_divergence(student_logits, teacher_logits, rows=rows, **self.divergence_options)
         return self._mean(divergence, rows, shape, num_sequences)
 
     def _select(self, student_logits, teacher_logits, sampled_ids, completion_mask, num_tokens):
+        check_mask(completion_mask, sampled_ids.shape, sampled_ids.device, "completion_mask")
         return scores_and_candidates(
             student_logits, teacher_logits, sampled_ids, completion_mask, num_candidates=num_tokens,
             criterion=self.criterion, threshold=self.threshold, **self.score_options,
@@ -98,6 +100,8 @@ class RMSDLoss(nn.Module):
     def _mean(self, divergence: Tensor, rows: Tensor, shape: torch.Size, num_sequences) -> Tensor:
         """(R,) divergences at (R,) rows of the flattened (B, L) axis -> the loss."""
         finite = (rows >= 0) & divergence.detach().isfinite()
+        if self.nonfinite_rows.device != rows.device:  # the module has no weights that would have been moved
+            self.nonfinite_rows = self.nonfinite_rows.to(rows.device)
         self.nonfinite_rows += ((rows >= 0) & ~finite).sum()
         # Chosen, not multiplied: 0 * inf is NaN. Rows left out go to a slot of their own behind the last.
         slots = torch.where(finite, rows, shape.numel())
@@ -105,7 +109,9 @@ class RMSDLoss(nn.Module):
         kept = torch.zeros_like(dense, dtype=torch.bool).scatter(0, slots, finite)
         dense, counts = dense[:-1].view(shape), kept[:-1].view(shape).sum(1)
         if num_sequences is None:
-            num_sequences = (counts > 0).sum().clamp_min(1)
+            num_sequences = (counts > 0).sum()
+        # Where nothing was kept anywhere the loss is 0.
+        num_sequences = num_sequences.clamp_min(1) if isinstance(num_sequences, Tensor) else max(num_sequences, 1)
         return (dense.sum(1) / counts.clamp_min(1)).sum() / num_sequences
 
 
@@ -143,12 +149,13 @@ class LinearRMSDLoss(RMSDLoss):
         """As RMSDLoss.forward; `head` may hold student_bias, teacher_bias, logit_scale, softcap, workspace_mb."""
         heads = (student_hidden, student_weight, teacher_hidden, teacher_weight)
         shape = sampled_ids.shape
+        check_mask(completion_mask, shape, sampled_ids.device, "completion_mask")
         if keep is None:
             _, index = self._select_linear(heads, sampled_ids, completion_mask, self.num_kept, head)
             rows = _rows_at(index, shape[1])
         else:
             rows = _rows_where(keep, completion_mask)
-            check_ids(sampled_ids, student_hidden.shape[:2], student_hidden.device, student_weight.shape[0], keep)
+            _check_kept_ids(sampled_ids, student_hidden, student_weight.shape[0], keep, completion_mask)
         divergence = linear_token_divergence(*heads, rows=rows, **head, **self.divergence_options)
         return self._mean(divergence, rows, shape, num_sequences)
 
@@ -170,8 +177,7 @@ def _rows_where(keep: Tensor, completion_mask: Tensor) -> Tensor:
 
     A judge answers on the host, so `keep` may stay on the CPU: then R is the number kept, or 1. On a GPU R is B*L,
     since counting would sync; rows of -1 are skipped there by the kernels."""
-    check_mask(completion_mask, completion_mask.shape, completion_mask.device, "completion_mask")
-    check_mask(keep, completion_mask.shape, keep.device, "keep")
+    check_mask(keep, completion_mask.shape, getattr(keep, "device", None), "keep")
     if keep.device.type == "cpu":
         rows = keep.flatten().nonzero().squeeze(1)
         if not rows.numel() and keep.numel():
@@ -180,3 +186,9 @@ def _rows_where(keep: Tensor, completion_mask: Tensor) -> Tensor:
     else:
         rows = torch.where(keep.flatten(), torch.arange(keep.numel(), device=keep.device), -1)
     return torch.where(completion_mask.flatten()[rows.clamp_min(0)], rows, -1) if rows.numel() else rows
+
+
+def _check_kept_ids(sampled_ids: Tensor, of: Tensor, limit: int, keep: Tensor, completion_mask: Tensor) -> None:
+    """`of`: logits or hidden states of (B, L, ...). Ids are looked at on a CPU alone, where the masks are too."""
+    kept = keep & completion_mask if sampled_ids.device.type == "cpu" else None
+    check_ids(sampled_ids, of.shape[:2], of.device, limit, kept)

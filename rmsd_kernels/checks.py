@@ -1,6 +1,7 @@
 """What the public functions refuse: each check names the argument, what it was and what it must be."""
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -13,7 +14,11 @@ LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_options(
     *, divergence, beta, temperature, teacher_temperature, vocab_size, width, vocab_topk=None, tail="drop"
 ) -> None:
-    """Raises ValueError for an option that no divergence can be computed with."""
+    """Raises ValueError for an option that no divergence can be computed with, TypeError for one of another kind."""
+    for name, value in (("beta", beta), ("temperature", temperature), ("teacher_temperature", teacher_temperature)):
+        check_number(name, value, optional=name == "teacher_temperature")
+    for name, value in (("vocab_size", vocab_size), ("vocab_topk", vocab_topk)):
+        check_number(name, value, Integral, optional=True)
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, not {divergence!r}")
     if divergence == "jsd" and not 0.0 < beta < 1.0:
@@ -33,10 +38,18 @@ def check_selection(*, criterion="logprob_gap", num_tokens, threshold, name="num
     """Raises ValueError for an option that no token can be selected with."""
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
+    check_number(name, num_tokens, Integral)
+    check_number("threshold", threshold)
     if num_tokens < 1:
         raise ValueError(f"{name} must be at least 1, not {num_tokens}")
     if threshold != threshold:
         raise ValueError("threshold must be a number, not NaN")
+
+
+def check_number(name: str, value: object, kind: type = Real, optional: bool = False) -> None:
+    if not isinstance(value, kind) and not (optional and value is None):
+        wanted = "an integer" if kind is Integral else "a number"
+        raise TypeError(f"{name} must be {wanted}{' or None' if optional else ''}, not {value!r}")
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -101,6 +114,8 @@ def check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, 
 
 
 def check_transform(logit_scale: float, softcap: float | None) -> None:
+    check_number("logit_scale", logit_scale)
+    check_number("softcap", softcap, optional=True)
     if not 0.0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be a finite number above 0, not {logit_scale}")
     if softcap is not None and not 0.0 < softcap < math.inf:

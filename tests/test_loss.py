@@ -175,9 +175,65 @@ def test_impossible_options_are_refused_by_name(options, named):
         RMSDLoss(**options)
 
 
-def test_bad_keep_is_refused_by_name(batch):
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(num_kept=2.5), "num_kept must be an integer, not 2.5"),
+        (dict(vocab_topk=2.0), "vocab_topk must be an integer or None, not 2.0"),
+        (dict(temperature="1"), "temperature must be a number, not '1'"),
+        (dict(beta=None), "beta must be a number, not None"),
+        (dict(threshold=None), "threshold must be a number, not None"),
+    ],
+)
+def test_options_of_another_kind_are_refused_by_name(options, named):
+    with pytest.raises(TypeError, match=named):
+        RMSDLoss(**options)
+
+
+@pytest.fixture(params=[RMSDLoss, LinearRMSDLoss])
+def loss_of(request, batch):
+    """The loss of the batch by (ids, mask, keep), from logits and from the hidden states that are the same."""
+    student, teacher, *_ = batch
+    heads = (student, teacher) if request.param is RMSDLoss else (student, torch.eye(V), teacher, torch.eye(V))
+    return lambda *tensors, **options: request.param(vocab_topk=None)(*heads, *tensors, **options)
+
+
+def test_bad_masks_are_refused_by_name(batch, loss_of):
+    _, _, ids, mask = batch
+    for keep in (mask.long(), [True]):
+        with pytest.raises(TypeError, match="keep must be a bool tensor"):
+            loss_of(ids, mask, keep)
+    with pytest.raises(ValueError, match=r"keep must be \(3, 9\), not \(3, 8\)"):
+        loss_of(ids, mask, mask[:, :-1])
+    for keep in (None, mask, mask[:1], mask[0]):
+        for bad in (mask[:1], mask[0], mask[:, :-1]):
+            with pytest.raises(ValueError, match=r"completion_mask must be \(3, 9\), not"):
+                loss_of(ids, bad, keep)
+
+
+def test_an_id_where_a_kept_token_is_masked_may_be_anything(batch, loss_of):
+    _, _, ids, mask = batch
+    everywhere = torch.ones_like(mask)
+    torch.testing.assert_close(loss_of(ids.masked_fill(~mask, -100), mask, everywhere), loss_of(ids, mask, everywhere))
+    with pytest.raises(ValueError, match="sampled_ids must lie in"):
+        loss_of(ids.masked_fill(mask, -100), mask, everywhere)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0.0)], ids=repr)
+def test_a_batch_in_which_nothing_is_kept_anywhere_has_no_loss(batch, loss_of, zero):
+    _, _, ids, mask = batch
+    assert loss_of(ids, mask, torch.zeros_like(mask), num_sequences=zero).item() == 0.0
+
+
+def test_no_more_tokens_are_kept_than_are_candidates(batch):
     student, teacher, ids, mask = batch
-    with pytest.raises(TypeError, match="keep"):
-        RMSDLoss()(student, teacher, ids, mask, mask.long())
-    with pytest.raises(ValueError, match="keep"):
-        RMSDLoss()(student, teacher, ids, mask, mask[:, :-1])
+    two, five = (RMSDLoss(num_candidates=2, num_kept=kept)(student, teacher, ids, mask) for kept in (2, 5))
+    assert two == five != RMSDLoss(num_candidates=5, num_kept=5)(student, teacher, ids, mask)
+
+
+def test_the_count_of_left_out_rows_follows_the_inputs(batch):
+    """A loss without weights is seldom moved. "meta" stands in for a device that is not the CPU."""
+    criterion = RMSDLoss()
+    rows = torch.empty(4, dtype=torch.int64, device="meta")
+    criterion._mean(torch.empty(4, device="meta"), rows, batch[2].shape, 1)
+    assert criterion.nonfinite_rows.device.type == "meta"
