@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from rmsd_kernels import linear_token_scores
 
@@ -88,17 +89,23 @@ class Evaluator:
         total, tokens = 0.0, 0
         for base in self.base_rollouts:
             divergence = self._base_to_student(model, head, base)
-            total += divergence[base.completion_mask].sum().item()
-            tokens += base.completion_mask.sum().item()
+            total += divergence.sum().item()
+            tokens += len(divergence)
         return total / max(tokens, 1)
 
-    def _base_to_student(self, model, head: OutputHead, base: Rollouts):
-        hidden = completion_hidden(model, base.prompt_ids, base.completion_ids, base.completion_mask, self.pad_id)
+    def _base_to_student(self, model, head: OutputHead, base: Rollouts) -> Tensor:
+        """Of every token of the base model's answers, in one row."""
+        # The base model may have answered on another device than the one that the student is on since.
+        ids, mask, base_hidden, base_weight, base_bias = (
+            None if tensor is None else tensor.to(model.device)
+            for tensor in (base.completion_ids, base.completion_mask, base.student_hidden, *self.base_head[:2])
+        )
+        hidden = completion_hidden(model, base.prompt_ids, ids, mask, self.pad_id)
         # KL(base || student): the base model takes the place of `student` in reverse_kl.
         return linear_token_scores(
-            base.student_hidden, self.base_head.weight, hidden, head.weight, base.completion_ids,
-            student_bias=self.base_head.bias, teacher_bias=head.bias, **head.transform,
-        ).divergence  # fmt: skip
+            base_hidden, base_weight, hidden, head.weight, ids,
+            student_bias=base_bias, teacher_bias=head.bias, **head.transform,
+        ).divergence[mask]  # fmt: skip
 
 
 def _share(passed) -> float:

@@ -72,6 +72,10 @@ class RMSDTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.judge = judge or ContextJudge()
         self.evaluator = evaluator
+        # Trainer leaves a model that will be sharded, among others, where it is; what is copied from it here, and what
+        # is asked of it before the first step, belongs on the device too.
+        if self.model.device.type != args.device.type:
+            self._move_model_to_device(self.model, args.device)
         self.teacher = Teacher(self.model, args.teacher)
         if self.is_fsdp_enabled:
             check_sharded_teacher(self.teacher.has_adapter, args)
