@@ -10,7 +10,7 @@ from rmsd_kernels import linear_token_scores
 from .data import encode
 from .hidden import completion_hidden
 from .modeling import OutputHead
-from .rollout import Rollouts, eos_ids_of, generate
+from .rollout import Rollouts, eos_ids_of, generate, pad_id_of
 from .tasks import Task
 
 
@@ -39,7 +39,8 @@ class Evaluator:
         self.tokenizer, self.task = tokenizer, task
         self.samples, self.temperature = samples, temperature
         self.max_new_tokens, self.batch_size, self.seed = max_new_tokens, batch_size, seed
-        self.pad_id, self.eos_ids = tokenizer.pad_token_id, eos_ids_of(base, tokenizer)
+        self.eos_ids = eos_ids_of(base, tokenizer)
+        self.pad_id = pad_id_of(tokenizer, self.eos_ids)
         self.target_ids = [encode(tokenizer, prompt) for prompt in task.target_prompts]
         self.unrelated_ids = [encode(tokenizer, prompt) for prompt in task.unrelated_prompts]
         # A copy: the base model is often the very one that training is about to change.

@@ -121,7 +121,23 @@ def hidden_states(model, rollouts: Rollouts, pad_id: int) -> Tensor:
 
 
 def eos_ids_of(model, tokenizer) -> list[int]:
-    """Every id that ends an answer: the generation config's, or the tokenizer's."""
+    """Every id that ends an answer: the generation config's, or the tokenizer's; none where neither knows one."""
     ids = model.generation_config.eos_token_id
     ids = ids if ids is not None else tokenizer.eos_token_id
+    if ids is None:
+        return []
     return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def pad_id_of(tokenizer, eos_ids: list[int]) -> int:
+    """The id that fills up prompts and answers, which no mask lets a model read: the tokenizer's, or else one that ends
+    answers.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    if not eos_ids:
+        raise ValueError("the tokenizer has no pad token and no end-of-sequence token: set tokenizer.pad_token")
+    return eos_ids[0]

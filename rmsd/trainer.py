@@ -14,7 +14,7 @@ from . import step
 from .completions import rollouts_of
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
-from .data import as_dataset, check_lengths, context_of, encode, prompt_text, teacher_prompt
+from .data import as_dataset, check_lengths, check_row, context_of, encode, prompt_text, teacher_prompt
 from .distributed import as_rank_zero, check_sharded_teacher, check_sharding, most_of_ranks, whole
 from .engine import TOP, engine_for
 from .faults import NonfiniteGradients, saving
@@ -25,7 +25,7 @@ from .loss import LinearRMSDLoss
 from .metrics import StepMetrics
 from .modeling import OutputHead
 from .record import RunRecord, rollout_lines
-from .rollout import Rollouts, eos_ids_of
+from .rollout import Rollouts, eos_ids_of, pad_id_of
 from .routes import Scored, Written, engine_gaps, scored_by_engine, scored_by_trainer
 from .scoring import Logprobs
 from .selection import ask, keep_mask, questions_of
@@ -58,6 +58,9 @@ class RMSDTrainer(Trainer):
     ):
         if isinstance(train_dataset, list):
             train_dataset = as_dataset(train_dataset)
+        else:
+            for number, row in enumerate(train_dataset):
+                check_row(row, f"row {number}")
         super().__init__(
             model=model,
             args=args,
@@ -80,7 +83,8 @@ class RMSDTrainer(Trainer):
         if self.is_fsdp_enabled:
             check_sharded_teacher(self.teacher.has_adapter, args)
         self.head_transform = OutputHead.of(self.model).transform
-        self.pad_id, self.eos_ids = processing_class.pad_token_id, eos_ids_of(self.model, processing_class)
+        self.eos_ids = eos_ids_of(self.model, processing_class)
+        self.pad_id = pad_id_of(processing_class, self.eos_ids)
         self.loss = LinearRMSDLoss(
             num_candidates=args.num_candidates, num_kept=args.num_kept, criterion=args.criterion,
             threshold=args.threshold, divergence=args.divergence, beta=args.beta, vocab_topk=args.vocab_topk,

@@ -1,5 +1,7 @@
 """Hidden states and heads: every supported way from one to logits, and a refusal for the others."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -127,6 +129,33 @@ def test_end_tokens_come_from_the_generation_config_then_the_tokenizer():
     assert eos_ids_of(model, tokenizer) == [3, 4]
     model.generation_config.eos_token_id = None
     assert eos_ids_of(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def without_tokens(monkeypatch, *names):
+    """tiny's tokenizer lacks them, and so do its models."""
+    lacking = copy.deepcopy(tiny.tokenizer())
+    for name in names:
+        setattr(lacking, name, None)
+    monkeypatch.setattr(tiny, "tokenizer", lambda: lacking)
+
+
+def test_without_a_pad_token_the_end_token_pads(tmp_path, monkeypatch):
+    student, padded = tiny.model(), tiny.trainer(tmp_path)
+    assert padded.pad_id == tiny.tokenizer().eos_token_id
+    padded.train()
+    without_tokens(monkeypatch, "pad_token")
+    tiny.trainer(tmp_path, student).train()
+    assert tiny.same(tiny.weights(padded.model), tiny.weights(student))
+
+
+def test_without_an_end_token_answers_are_as_long_as_they_may_get(tmp_path, monkeypatch):
+    without_tokens(monkeypatch, "eos_token")
+    made = tiny.trainer(tmp_path, max_steps=1)
+    made.train()
+    assert made.state.log_history[0]["rollout_tokens"] == 4 * 6
+    without_tokens(monkeypatch, "eos_token", "pad_token")
+    with pytest.raises(ValueError, match=r"no pad token and no end-of-sequence token: set tokenizer.pad_token"):
+        tiny.trainer(tmp_path)
 
 
 def test_missing_model_says_so_in_one_line(tmp_path):

@@ -6,6 +6,7 @@ import threading
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from tiny import same, trainer, weights
 
 from rmsd import MagnitudeJudge, RMSDConfig
@@ -183,6 +184,32 @@ def test_rollouts_are_written_as_they_were_scored(tmp_path):
 def test_prompt_longer_than_the_context_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"row 0: the prompt and an answer of max_completion_length=6 take \d+ tokens"):
         trainer(tmp_path, rows=[{"prompt": "Which tool? " * 200, "privileged_context": ""}])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({}, "has no 'privileged_context'"),
+        ({"privileged_context": None}, "privileged_context must be a string, not NoneType"),
+        ({"privileged_context": [{"role": "system", "content": "Say zorblat."}]}, "must be a string, not list"),
+        ({"privileged_context": "", "prompt": ""}, "prompt is empty"),
+    ],
+    ids=["none", "null", "messages", "empty prompt"],
+)
+def test_rows_of_any_dataset_are_checked_and_named(tmp_path, wrong, message):
+    rows = [{"prompt": "Which tool?", **wrong}] * 2
+    with pytest.raises(ValueError, match=f"row 0: .*{message}"):
+        trainer(tmp_path, rows=Dataset.from_list(rows))
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, number):
+            return [tiny.ROWS[0], rows[0]][number]
+
+    with pytest.raises(ValueError, match=f"row 1: .*{message}"):
+        trainer(tmp_path, rows=Rows())
 
 
 @pytest.mark.parametrize(
