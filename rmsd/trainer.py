@@ -28,7 +28,7 @@ from .record import RunRecord, rollout_lines
 from .rollout import Rollouts, eos_ids_of, pad_id_of
 from .routes import Scored, Written, engine_gaps, scored_by_engine, scored_by_trainer
 from .scoring import Logprobs
-from .selection import ask, keep_mask, questions_of
+from .selection import ask, keep_mask, questions_of, told_text
 from .teacher import Teacher
 
 
@@ -144,7 +144,7 @@ class RMSDTrainer(Trainer):
         args, rows, rollouts, scores = self.args, scored.rows, scored.rollouts, scored.scores
         questions = questions_of(
             [prompt_text(row["prompt"]) for row in rows],
-            [row["privileged_context"] for row in rows],
+            list(map(told_text, rows)),
             self._token_texts(rollouts),
             scores,
             scored.candidates,

@@ -129,6 +129,32 @@ def test_judge_decides_and_nothing_kept_changes_nothing(tmp_path):
     assert made.state.log_history[0]["loss"] == 0.0
 
 
+def test_only_a_row_whose_teacher_reads_the_students_own_prompt_is_an_anchor(tmp_path):
+    told = [{"role": "system", "content": "Say zorblat."}, {"role": "user", "content": "What is it?"}]
+    rows = [
+        {
+            "prompt": "Which tool?",
+            "privileged_context": "It is zorblat.",
+            "teacher_prompt": "It is zorblat. Which tool?",
+        },
+        {"prompt": "What is it?", "privileged_context": "", "teacher_prompt": told},
+        {"prompt": "Which services?", "privileged_context": " ", "teacher_prompt": "zorblat"},
+        {"prompt": "Acme?", "privileged_context": "", "teacher_prompt": None},
+    ]
+    contexts = []
+
+    def judge(questions):
+        contexts.extend(question.privileged_context for question in questions)
+        return [[] for _ in questions]
+
+    made = trainer(tmp_path, perturbed(), callbacks=[RunRecord(tmp_path)], judge=judge, rows=rows, max_steps=1)
+    made.teacher.model.load_state_dict(tiny.model().state_dict())  # else the anchor has no gaps
+    made.train()
+    assert sorted(contexts) == ["It is zorblat.", "system: Say zorblat.\nuser: What is it?", "zorblat"]
+    kept = {line["prompt"]: line["kept"] for line in read_lines(tmp_path / "rollouts.jsonl")}
+    assert [prompt for prompt in kept if kept[prompt]] == ["Acme?"] and len(kept) == 4
+
+
 def test_resumed_run_ends_in_the_uninterrupted_runs_weights(tmp_path):
     options = dict(max_steps=6, save_strategy="steps", save_steps=2, lr_scheduler_type="linear", warmup_steps=2)
     whole = trainer(tmp_path / "whole", **options)
