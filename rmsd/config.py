@@ -64,7 +64,7 @@ class RMSDConfig(TrainingArguments):
     max_skipped_steps: int = field(
         default=5, metadata={"help": "Steps in a row skipped for a gradient that is not finite before training stops."}
     )
-    recorded_rollouts: int = field(default=8, metadata={"help": "Rollouts a step written for the report."})
+    recorded_rollouts: int = field(default=8, metadata={"help": "Rollouts a step written for the report, at most."})
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Prompts, and so rollouts, a device a step."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})

@@ -121,7 +121,10 @@ class RMSDTrainer(Trainer):
         with whole(self.student), ThreadPoolExecutor(1) as judging:
             self.engine.sync(self.student)
             # The judge reads one micro-batch while the next is written and scored.
-            asked = [self._asked(scored, judging) for scored in self.scored(self, self._written(batches))]
+            asked, recorded = [], self.args.recorded_rollouts
+            for scored in self.scored(self, self._written(batches)):
+                asked.append(self._asked(scored, judging, recorded))
+                recorded = max(0, recorded - len(scored.rows))
             prepared = [answer() for answer in asked]
         most = most_of_ranks([len(batch["parts"]) for batch in prepared], self.accelerator)
         for batch, count in zip(prepared, most, strict=True):
@@ -139,19 +142,13 @@ class RMSDTrainer(Trainer):
             prompt_ids = [encode(tokenizer, row["prompt"]) for row in rows]
             yield Written(rows, teacher_ids, self._answers(rows, prompt_ids, micro_batch))
 
-    def _asked(self, scored: Scored, judging: Executor) -> Callable[[], dict]:
-        """One micro-batch: the judge is asked; what is returned waits for its answer."""
+    def _asked(self, scored: Scored, judging: Executor, recorded: int = 0) -> Callable[[], dict]:
+        """One micro-batch: the judge is asked; what is returned waits for its answer, and records so many rollouts."""
         args, rows, rollouts, scores = self.args, scored.rows, scored.rollouts, scored.scores
         questions = questions_of(
-            [prompt_text(row["prompt"]) for row in rows],
-            list(map(told_text, rows)),
-            self._token_texts(rollouts),
-            scores,
-            scored.candidates,
-            scored.wishes,
-            self._decode,
-            args.num_kept,
-        )
+            [prompt_text(row["prompt"]) for row in rows], list(map(told_text, rows)), self._token_texts(rollouts),
+            scores, scored.candidates, scored.wishes, self._decode, args.num_kept,
+        )  # fmt: skip
         written = rollouts.completion_mask.cpu()
         answer = judging.submit(self._kept, questions, written)
 
@@ -161,10 +158,8 @@ class RMSDTrainer(Trainer):
             self.metrics.add_seconds("judge_seconds", seconds)
             self.metrics.count(rollouts, scores, scored.candidates, scored.wishes.tail_mass, keep)
             if self.record and self.is_world_process_zero():
-                recorded = questions[: args.recorded_rollouts]
-                self.record.rollouts(
-                    rollout_lines(self.state.global_step + 1, recorded, scores, rollouts.completion_mask, kept)
-                )
+                step_number, shown = self.state.global_step + 1, questions[:recorded]
+                self.record.rollouts(rollout_lines(step_number, shown, scores, rollouts.completion_mask, kept))
             return {
                 "input_ids": rollouts.completion_ids,  # what Trainer counts FLOPs by
                 "rollouts": rollouts,

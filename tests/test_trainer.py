@@ -207,6 +207,17 @@ def test_rollouts_are_written_as_they_were_scored(tmp_path):
     assert lines[0]["step"] == 1
 
 
+@pytest.mark.parametrize(("number", "expected"), [(3, 3), (8, 4), (0, 0)])
+def test_recorded_rollouts_are_a_steps_whatever_its_micro_batches(tmp_path, number, expected):
+    made = trainer(
+        tmp_path, callbacks=[RunRecord(tmp_path)], max_steps=2, recorded_rollouts=number,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    made.train()
+    steps = [line["step"] for line in read_lines(tmp_path / "rollouts.jsonl")]
+    assert steps == [1] * expected + [2] * expected
+
+
 def test_prompt_longer_than_the_context_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"row 0: the prompt and an answer of max_completion_length=6 take \d+ tokens"):
         trainer(tmp_path, rows=[{"prompt": "Which tool? " * 200, "privileged_context": ""}])
