@@ -122,3 +122,9 @@ class RMSDConfig(TrainingArguments):
         for name in ("{privileged_context}", "{prompt}"):
             if name not in self.teacher_template:
                 raise ValueError(f"teacher_template must hold {name}, not {self.teacher_template!r}")
+
+    @property
+    def n_gpu(self) -> int:
+        """One at most: several GPUs take several processes (torchrun). For a process that sees several, Trainer would
+        divide each batch among them by DataParallel, whose copies' hidden states are not those of the batch."""
+        return min(1, super().n_gpu)

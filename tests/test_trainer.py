@@ -265,6 +265,14 @@ def test_bad_config_is_refused_by_name(tmp_path, options, named):
         RMSDConfig(output_dir=str(tmp_path), **options)
 
 
+def test_a_process_trains_on_one_gpu_however_many_it_sees(tmp_path):
+    made = trainer(tmp_path, max_steps=1)
+    made.args._n_gpu = 2  # as transformers counts them
+    assert made.args.n_gpu == 1 and made.args.train_batch_size == 4
+    made.train()
+    assert made.model_wrapped is made.model, "not DataParallel"
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
