@@ -64,7 +64,7 @@ class RMSDConfig(TrainingArguments):
     max_skipped_steps: int = field(
         default=5, metadata={"help": "Steps in a row skipped for a gradient that is not finite before training stops."}
     )
-    recorded_rollouts: int = field(default=8, metadata={"help": "Rollouts a step written for the report."})
+    recorded_rollouts: int = field(default=8, metadata={"help": "Rollouts a step written for the report, at most."})
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Prompts, and so rollouts, a device a step."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
@@ -122,3 +122,9 @@ class RMSDConfig(TrainingArguments):
         for name in ("{privileged_context}", "{prompt}"):
             if name not in self.teacher_template:
                 raise ValueError(f"teacher_template must hold {name}, not {self.teacher_template!r}")
+
+    @property
+    def n_gpu(self) -> int:
+        """One at most: several GPUs take several processes (torchrun). For a process that sees several, Trainer would
+        divide each batch among them by DataParallel, whose copies' hidden states are not those of the batch."""
+        return min(1, super().n_gpu)

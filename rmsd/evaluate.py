@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from rmsd_kernels import linear_token_scores
 
 from .data import encode
 from .hidden import completion_hidden
 from .modeling import OutputHead
-from .rollout import Rollouts, eos_ids_of, generate
+from .rollout import Rollouts, eos_ids_of, generate, pad_id_of
 from .tasks import Task
 
 
@@ -38,7 +39,8 @@ class Evaluator:
         self.tokenizer, self.task = tokenizer, task
         self.samples, self.temperature = samples, temperature
         self.max_new_tokens, self.batch_size, self.seed = max_new_tokens, batch_size, seed
-        self.pad_id, self.eos_ids = tokenizer.pad_token_id, eos_ids_of(base, tokenizer)
+        self.eos_ids = eos_ids_of(base, tokenizer)
+        self.pad_id = pad_id_of(tokenizer, self.eos_ids)
         self.target_ids = [encode(tokenizer, prompt) for prompt in task.target_prompts]
         self.unrelated_ids = [encode(tokenizer, prompt) for prompt in task.unrelated_prompts]
         # A copy: the base model is often the very one that training is about to change.
@@ -88,17 +90,23 @@ class Evaluator:
         total, tokens = 0.0, 0
         for base in self.base_rollouts:
             divergence = self._base_to_student(model, head, base)
-            total += divergence[base.completion_mask].sum().item()
-            tokens += base.completion_mask.sum().item()
+            total += divergence.sum().item()
+            tokens += len(divergence)
         return total / max(tokens, 1)
 
-    def _base_to_student(self, model, head: OutputHead, base: Rollouts):
-        hidden = completion_hidden(model, base.prompt_ids, base.completion_ids, base.completion_mask, self.pad_id)
+    def _base_to_student(self, model, head: OutputHead, base: Rollouts) -> Tensor:
+        """Of every token of the base model's answers, in one row."""
+        # The base model may have answered on another device than the one that the student is on since.
+        ids, mask, base_hidden, base_weight, base_bias = (
+            None if tensor is None else tensor.to(model.device)
+            for tensor in (base.completion_ids, base.completion_mask, base.student_hidden, *self.base_head[:2])
+        )
+        hidden = completion_hidden(model, base.prompt_ids, ids, mask, self.pad_id)
         # KL(base || student): the base model takes the place of `student` in reverse_kl.
         return linear_token_scores(
-            base.student_hidden, self.base_head.weight, hidden, head.weight, base.completion_ids,
-            student_bias=self.base_head.bias, teacher_bias=head.bias, **head.transform,
-        ).divergence  # fmt: skip
+            base_hidden, base_weight, hidden, head.weight, ids,
+            student_bias=base_bias, teacher_bias=head.bias, **head.transform,
+        ).divergence[mask]  # fmt: skip
 
 
 def _share(passed) -> float:

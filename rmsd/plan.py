@@ -6,6 +6,7 @@ tokenizer; where that cannot be read, the texts' lengths in characters stand in,
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 from datasets import Dataset
@@ -17,6 +18,7 @@ from .data import check_lengths, context_of, encode, prompt_text, teacher_prompt
 from .distributed import check_sharded_teacher
 from .judge import Candidate, Judge, LLMJudge, Question
 from .recipe import Recipe
+from .selection import told_text
 from .skeleton import skeleton
 from .tasks import Task
 
@@ -85,10 +87,10 @@ class Plan:
         """In all steps, at most: an epoch's last step may be smaller."""
         return self.steps * self.step_size
 
-    @property
+    @cached_property
     def told(self) -> int:
-        """Rows with a privileged context; the others are anchors."""
-        return sum(bool(context.strip()) for context in self.rows["privileged_context"])
+        """Rows whose teacher is told something; the others are anchors."""
+        return sum(bool(told_text(row).strip()) for row in self.rows)
 
     @property
     def asks(self) -> bool:
@@ -194,11 +196,11 @@ class Plan:
 
     def _tokens_judged(self) -> int:
         """Of the judge's own prompt, for an answer as long as it may get with as many candidates as there may be."""
-        row = max(self.rows, key=lambda row: len(row["privileged_context"]))
+        row = max(self.rows, key=lambda row: len(told_text(row)))
         answer = (" word",) * self.lengths.longest_answer
         places = range(0, len(answer), max(1, len(answer) // self.args.num_candidates))[: self.args.num_candidates]
         candidates = tuple(Candidate(at, " word", " other", " word", " other", -1.0) for at in places)
-        prompt, context = prompt_text(row["prompt"]), row["privileged_context"]
+        prompt, context = prompt_text(row["prompt"]), told_text(row)
         text = self.judge.prompt(Question(prompt, context, answer, candidates, self.args.num_kept))
         return len(self.tokenizer(text)["input_ids"]) if self.tokenizer else _estimate(text)
 

@@ -1,10 +1,12 @@
 """The student's answers, and the hidden states that their tokens were drawn from."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from .hidden import captured_hidden, completion_hidden, left_padded
 
@@ -50,25 +52,33 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
 ) -> Rollouts:
-    """One answer a prompt. `temperature=0` is greedy. With `seed`, the answers follow from it alone: the global random
-    state is neither read nor moved, so a resumed run writes what the interrupted one would have."""
+    """One answer a prompt, drawn from the model's own distribution under these options and no others: what its
+    generation_config would change (repetition_penalty, suppress_tokens, ...) is left out, for what is scored and
+    trained on knows none of it. `temperature=0` is greedy. With `seed`, the answers follow from it alone: the global
+    random state is neither read nor moved, so a resumed run writes what the interrupted one would have."""
     input_ids, attention_mask = left_padded(prompt_ids, pad_id, model.device)
     width = input_ids.shape[1]
-    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature else {}
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=eos_ids,
+        **(sampling if temperature else dict(do_sample=False)),
+    )
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=seed is not None), captured_hidden(model) as captured:
+    with (
+        torch.random.fork_rng(devices, enabled=seed is not None),
+        captured_hidden(model) as captured,
+        _generation_config(model, config),
+    ):
         if seed is not None:
             torch.manual_seed(seed)
         sequences = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad_id,
-            eos_token_id=eos_ids,
             synced_gpus=False,  # sharded weights are whole here (distributed.whole): no rank waits for another
-            **(sampling or dict(do_sample=False)),
         )
     model.train(was_training)
     completion_ids = sequences[:, width:]
@@ -80,6 +90,22 @@ def generate(
         completion_mask=(ended == 0) | just_ended,
         student_hidden=torch.stack([hidden[:, -1] for hidden in captured], 1),
     )
+
+
+@contextlib.contextmanager
+def _generation_config(model, config: GenerationConfig):
+    """`config` in the place of the model's own, from which transformers fills all that a config passed to its generate
+    leaves open. A PEFT model may hold one beside its base model's."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owners = {id(owner): owner for owner in (model, base) if "generation_config" in vars(owner)}.values()
+    own = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = config
+    try:
+        yield
+    finally:
+        for owner, its in zip(owners, own, strict=True):
+            owner.generation_config = its
 
 
 @torch.no_grad()
@@ -95,7 +121,23 @@ def hidden_states(model, rollouts: Rollouts, pad_id: int) -> Tensor:
 
 
 def eos_ids_of(model, tokenizer) -> list[int]:
-    """Every id that ends an answer: the generation config's, or the tokenizer's."""
+    """Every id that ends an answer: the generation config's, or the tokenizer's; none where neither knows one."""
     ids = model.generation_config.eos_token_id
     ids = ids if ids is not None else tokenizer.eos_token_id
+    if ids is None:
+        return []
     return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def pad_id_of(tokenizer, eos_ids: list[int]) -> int:
+    """The id that fills up prompts and answers, which no mask lets a model read: the tokenizer's, or else one that ends
+    answers.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    if not eos_ids:
+        raise ValueError("the tokenizer has no pad token and no end-of-sequence token: set tokenizer.pad_token")
+    return eos_ids[0]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import set_seed
 
@@ -40,7 +41,7 @@ def train(recipe: Recipe) -> str:
         return str(plan) if args.should_save else ""
 
     set_seed(recipe.seed)
-    model, tokenizer = _load(recipe)
+    model, tokenizer = _load(recipe, args.device)
     evaluator = _evaluator(recipe, model, tokenizer) if task else None
     if recipe.lora:
         model = with_lora(model, recipe.lora)
@@ -79,7 +80,9 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
     folder = model or str(recipe.output_dir / "model")
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"model folder {folder} does not exist: train first, or name one with --model")
-    base, tokenizer = _load(recipe)
+    use_cpu = recipe.train.get("use_cpu") or not torch.accelerator.is_available()
+    device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator()
+    base, tokenizer = _load(recipe, device)
     evaluator = _evaluator(recipe, base, tokenizer)
     before = evaluator(base)
     if (Path(folder) / "adapter_config.json").exists():
@@ -88,6 +91,7 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
         trained = PeftModel.from_pretrained(base, folder)
     else:
         trained, _ = load_model(folder, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
+        trained.to(device)
     return _table({"before": before, "after": evaluator(trained)})
 
 
@@ -128,7 +132,9 @@ def _table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _load(recipe: Recipe):
+def _load(recipe: Recipe, device: torch.device):
+    """(model, tokenizer). The model is on its device before a trainer would move it: the evaluator has it answer, and
+    keeps its head and hidden states."""
     model, tokenizer = load_model(
         recipe.model,
         dtype=recipe.dtype,
@@ -136,7 +142,7 @@ def _load(recipe: Recipe):
         trust_remote_code=recipe.trust_remote_code,
     )
     fix_template_variables(tokenizer, recipe.chat_template_kwargs)
-    return model, tokenizer
+    return model.to(device), tokenizer
 
 
 def _evaluator(recipe: Recipe, base, tokenizer) -> Evaluator:

@@ -1,4 +1,4 @@
-"""From candidates to kept tokens: the judge is asked about rollouts that have a privileged context."""
+"""From candidates to kept tokens: the judge is asked about rollouts whose teacher was told something."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,22 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
+from .data import prompt_text
 from .judge import Candidate, Judge, MagnitudeJudge, Question
 from .scoring import Logprobs, Wishes
 
 
+def told_text(row: dict) -> str:
+    """What a row's teacher knows beside the student, for a judge: the privileged context or, without one, the whole of
+    the row's own teacher_prompt. Empty for an anchor, whose teacher reads the student's own prompt."""
+    if row["privileged_context"].strip() or not row.get("teacher_prompt"):
+        return row["privileged_context"]
+    return prompt_text(row["teacher_prompt"])
+
+
 def questions_of(
     prompts: Sequence[str],
-    privileged_contexts: Sequence[str],
+    privileged_contexts: Sequence[str],  # as `told_text` has them
     tokens: Sequence[Sequence[str]],
     scores: TokenScores | Logprobs,  # each (B, L)
     candidates: Tensor,  # (B, T) int64, -1 for none
@@ -50,9 +59,9 @@ def questions_of(
 
 
 def ask(judge: Judge, questions: Sequence[Question]) -> list[list[int]]:
-    """Kept positions of each rollout. A rollout without privileged context is an anchor: its teacher is the initial
-    model under the student's own prompt, every large gap is drift, and the largest are kept without asking. A rollout
-    without candidates is not asked about either.
+    """Kept positions of each rollout. A question without privileged context is of an anchor (`told_text`): its teacher
+    is the initial model under the student's own prompt, every large gap is drift, and the largest are kept without
+    asking. A rollout without candidates is not asked about either.
 
     Raises:
         ValueError: the judge answered another number of rollouts than it was asked about.

@@ -14,7 +14,7 @@ from . import step
 from .completions import rollouts_of
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
-from .data import as_dataset, check_lengths, context_of, encode, prompt_text, teacher_prompt
+from .data import as_dataset, check_lengths, check_row, context_of, encode, prompt_text, teacher_prompt
 from .distributed import as_rank_zero, check_sharded_teacher, check_sharding, most_of_ranks, whole
 from .engine import TOP, engine_for
 from .faults import NonfiniteGradients, saving
@@ -25,10 +25,10 @@ from .loss import LinearRMSDLoss
 from .metrics import StepMetrics
 from .modeling import OutputHead
 from .record import RunRecord, rollout_lines
-from .rollout import Rollouts, eos_ids_of
+from .rollout import Rollouts, eos_ids_of, pad_id_of
 from .routes import Scored, Written, engine_gaps, scored_by_engine, scored_by_trainer
 from .scoring import Logprobs
-from .selection import ask, keep_mask, questions_of
+from .selection import ask, keep_mask, questions_of, told_text
 from .teacher import Teacher
 
 
@@ -58,6 +58,9 @@ class RMSDTrainer(Trainer):
     ):
         if isinstance(train_dataset, list):
             train_dataset = as_dataset(train_dataset)
+        else:
+            for number, row in enumerate(train_dataset):
+                check_row(row, f"row {number}")
         super().__init__(
             model=model,
             args=args,
@@ -72,11 +75,16 @@ class RMSDTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.judge = judge or ContextJudge()
         self.evaluator = evaluator
+        # Trainer leaves a model that will be sharded, among others, where it is; what is copied from it here, and what
+        # is asked of it before the first step, belongs on the device too.
+        if self.model.device.type != args.device.type:
+            self._move_model_to_device(self.model, args.device)
         self.teacher = Teacher(self.model, args.teacher)
         if self.is_fsdp_enabled:
             check_sharded_teacher(self.teacher.has_adapter, args)
         self.head_transform = OutputHead.of(self.model).transform
-        self.pad_id, self.eos_ids = processing_class.pad_token_id, eos_ids_of(self.model, processing_class)
+        self.eos_ids = eos_ids_of(self.model, processing_class)
+        self.pad_id = pad_id_of(processing_class, self.eos_ids)
         self.loss = LinearRMSDLoss(
             num_candidates=args.num_candidates, num_kept=args.num_kept, criterion=args.criterion,
             threshold=args.threshold, divergence=args.divergence, beta=args.beta, vocab_topk=args.vocab_topk,
@@ -113,7 +121,10 @@ class RMSDTrainer(Trainer):
         with whole(self.student), ThreadPoolExecutor(1) as judging:
             self.engine.sync(self.student)
             # The judge reads one micro-batch while the next is written and scored.
-            asked = [self._asked(scored, judging) for scored in self.scored(self, self._written(batches))]
+            asked, recorded = [], self.args.recorded_rollouts
+            for scored in self.scored(self, self._written(batches)):
+                asked.append(self._asked(scored, judging, recorded))
+                recorded = max(0, recorded - len(scored.rows))
             prepared = [answer() for answer in asked]
         most = most_of_ranks([len(batch["parts"]) for batch in prepared], self.accelerator)
         for batch, count in zip(prepared, most, strict=True):
@@ -131,19 +142,13 @@ class RMSDTrainer(Trainer):
             prompt_ids = [encode(tokenizer, row["prompt"]) for row in rows]
             yield Written(rows, teacher_ids, self._answers(rows, prompt_ids, micro_batch))
 
-    def _asked(self, scored: Scored, judging: Executor) -> Callable[[], dict]:
-        """One micro-batch: the judge is asked; what is returned waits for its answer."""
+    def _asked(self, scored: Scored, judging: Executor, recorded: int = 0) -> Callable[[], dict]:
+        """One micro-batch: the judge is asked; what is returned waits for its answer, and records so many rollouts."""
         args, rows, rollouts, scores = self.args, scored.rows, scored.rollouts, scored.scores
         questions = questions_of(
-            [prompt_text(row["prompt"]) for row in rows],
-            [row["privileged_context"] for row in rows],
-            self._token_texts(rollouts),
-            scores,
-            scored.candidates,
-            scored.wishes,
-            self._decode,
-            args.num_kept,
-        )
+            [prompt_text(row["prompt"]) for row in rows], list(map(told_text, rows)), self._token_texts(rollouts),
+            scores, scored.candidates, scored.wishes, self._decode, args.num_kept,
+        )  # fmt: skip
         written = rollouts.completion_mask.cpu()
         answer = judging.submit(self._kept, questions, written)
 
@@ -153,10 +158,8 @@ class RMSDTrainer(Trainer):
             self.metrics.add_seconds("judge_seconds", seconds)
             self.metrics.count(rollouts, scores, scored.candidates, scored.wishes.tail_mass, keep)
             if self.record and self.is_world_process_zero():
-                recorded = questions[: args.recorded_rollouts]
-                self.record.rollouts(
-                    rollout_lines(self.state.global_step + 1, recorded, scores, rollouts.completion_mask, kept)
-                )
+                step_number, shown = self.state.global_step + 1, questions[:recorded]
+                self.record.rollouts(rollout_lines(step_number, shown, scores, rollouts.completion_mask, kept))
             return {
                 "input_ids": rollouts.completion_ids,  # what Trainer counts FLOPs by
                 "rollouts": rollouts,

@@ -1,10 +1,17 @@
 """Evaluation: shares are counted over the right answers, and drift is the divergence it says it is."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
+import yaml
 
+from rmsd import RMSDConfig, run
+from rmsd import evaluate as evaluation
 from rmsd.evaluate import Evaluator
+from rmsd.modeling import OutputHead
+from rmsd.recipe import load_recipe
 from rmsd.tasks import Task
 
 TASK = Task(
@@ -70,3 +77,82 @@ def test_drift_is_measured_from_the_base_as_it_was_when_the_model_itself_is_trai
     trained = tiny.model(seed=1)
     model.load_state_dict(trained.state_dict())
     assert evaluate(model)["drift"] == pytest.approx(expected(trained)["drift"], rel=1e-5)
+
+
+# ---- devices: "meta" stands in for the GPU that is not here --------------------------------------------------------
+
+META = torch.device("meta")
+
+
+class Reached(Exception):
+    """The test has seen what it is about; nothing could be computed on the stand-in."""
+
+
+@pytest.fixture
+def trained_on_meta(monkeypatch):
+    device = RMSDConfig.device.fget
+    monkeypatch.setattr(RMSDConfig, "device", property(lambda self: device(self) and META))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_held_of_the_base_follows_the_model_to_its_device(monkeypatch, bias):
+    model = tiny.model("phi" if bias else "llama")  # whose head has one
+    evaluate, head, seen = evaluator(model), OutputHead.of(model), []
+
+    class Divergence:
+        def __getitem__(self, mask):
+            seen.append(mask)
+
+    def hidden(model, prompt_ids, *tensors):
+        seen.extend(tensors[:2])
+        return torch.empty(0, device=META)
+
+    def scores(*tensors, student_bias, **options):
+        seen.extend([*tensors[:2], tensors[4]])
+        if bias:
+            seen.append(student_bias)
+        return SimpleNamespace(divergence=Divergence())
+
+    monkeypatch.setattr(evaluation, "completion_hidden", hidden)
+    monkeypatch.setattr(evaluation, "linear_token_scores", scores)
+    evaluate._base_to_student(model.to(META), head, evaluate.base_rollouts[0])
+    assert [tensor.device for tensor in seen] == [META] * (7 if bias else 6)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Of a task, for a tiny model that is there."""
+    tiny.model().save_pretrained(tmp_path / "tiny")
+    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
+    path = tmp_path / "recipe.yaml"
+    values = {"model": str(tmp_path / "tiny"), "task": "house_tool", "output_dir": str(tmp_path / "run")}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_run_moves_the_model_before_it_is_asked_for_its_own_answers(recipe, trained_on_meta, monkeypatch):
+    def answers(base, *args, **options):
+        assert base.device == META
+        raise Reached
+
+    monkeypatch.setattr(run, "Evaluator", answers)
+    with pytest.raises(Reached):
+        run.train(load_recipe(recipe))
+
+
+@pytest.mark.parametrize("use_cpu", [False, True])
+def test_eval_takes_both_models_to_the_accelerator(recipe, monkeypatch, use_cpu):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: META)
+    asked = []
+    monkeypatch.setattr(
+        run, "Evaluator", lambda base, *args, **options: lambda model: asked.append(model.device) or {"drift": 0.0}
+    )
+    read = load_recipe(recipe, [f"train.use_cpu={str(use_cpu).lower()}"])
+    run.evaluate(read, model=read.model)
+    assert asked == [torch.device("cpu") if use_cpu else META] * 2
+
+
+def test_the_teacher_is_copied_from_a_model_on_its_device_where_trainer_leaves_it(tmp_path, trained_on_meta):
+    with pytest.raises(ValueError, match="output head is on the meta device"):  # refused as the copy is made
+        tiny.trainer(tmp_path, bf16_full_eval=True)

@@ -1,13 +1,18 @@
 """Hidden states and heads: every supported way from one to logits, and a refusal for the others."""
 
+import copy
+
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 
 from rmsd.hidden import completion_hidden
 from rmsd.modeling import OutputHead, load_model
 from rmsd.rollout import eos_ids_of, generate
 
+LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 ARCHITECTURES = {
     "tied": ("llama", dict(tie_word_embeddings=True)),
     "untied": ("llama", dict(tie_word_embeddings=False)),
@@ -64,6 +69,38 @@ def test_greedy_rollout_takes_the_heads_argmax():
     assert torch.equal(logits.argmax(-1)[mask], rollouts.completion_ids[mask])
 
 
+@pytest.mark.parametrize("kind", ["plain", "peft", "peft with one of its own"])
+def test_answers_are_drawn_from_what_is_scored_whatever_the_generation_config_says(kind):
+    plain = tiny.model()
+    model = plain if kind == "plain" else get_peft_model(plain, LORA)
+    own = GenerationConfig(
+        repetition_penalty=1.3, no_repeat_ngram_size=2, suppress_tokens=[226], min_new_tokens=12, min_p=0.9
+    )
+    (model if kind.endswith("own") else plain).generation_config = own
+    prompts, options = [[7, 8], [9, 10, 11]], dict(max_new_tokens=12, pad_id=0, eos_ids=[0])
+    greedy = generate(model, prompts, temperature=0, **options)
+    mask = greedy.completion_mask
+    assert torch.equal(OutputHead.of(model)(greedy.student_hidden).argmax(-1)[mask], greedy.completion_ids[mask])
+    sampled = generate(model, prompts, seed=5, **options)
+    bare = generate(tiny.model(), prompts, seed=5, **options)
+    assert torch.equal(sampled.completion_ids, bare.completion_ids)
+    assert model.generation_config is own, "as it was found"
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.8, 20), (0.0, 1.0, 0)])
+def test_seeded_rollouts_are_those_of_transformers_generate(temperature, top_p, top_k):
+    model, ids = tiny.model(), torch.tensor([[7, 8, 9]])
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+    torch.manual_seed(5)
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, pad_token_id=0, eos_token_id=[0],
+        **(sampling if temperature else dict(do_sample=False)),
+    )[:, 3:]  # fmt: skip
+    options = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    got = generate(model, ids.tolist(), max_new_tokens=8, pad_id=0, eos_ids=[0], seed=5, **options)
+    assert torch.equal(got.completion_ids, expected)
+
+
 def test_completion_ends_with_its_first_end_token():
     model = tiny.model()
     eos = list(range(0, 150))  # half of the vocabulary ends an answer: it comes soon
@@ -92,6 +129,33 @@ def test_end_tokens_come_from_the_generation_config_then_the_tokenizer():
     assert eos_ids_of(model, tokenizer) == [3, 4]
     model.generation_config.eos_token_id = None
     assert eos_ids_of(model, tokenizer) == [tokenizer.eos_token_id]
+
+
+def without_tokens(monkeypatch, *names):
+    """tiny's tokenizer lacks them, and so do its models."""
+    lacking = copy.deepcopy(tiny.tokenizer())
+    for name in names:
+        setattr(lacking, name, None)
+    monkeypatch.setattr(tiny, "tokenizer", lambda: lacking)
+
+
+def test_without_a_pad_token_the_end_token_pads(tmp_path, monkeypatch):
+    student, padded = tiny.model(), tiny.trainer(tmp_path)
+    assert padded.pad_id == tiny.tokenizer().eos_token_id
+    padded.train()
+    without_tokens(monkeypatch, "pad_token")
+    tiny.trainer(tmp_path, student).train()
+    assert tiny.same(tiny.weights(padded.model), tiny.weights(student))
+
+
+def test_without_an_end_token_answers_are_as_long_as_they_may_get(tmp_path, monkeypatch):
+    without_tokens(monkeypatch, "eos_token")
+    made = tiny.trainer(tmp_path, max_steps=1)
+    made.train()
+    assert made.state.log_history[0]["rollout_tokens"] == 4 * 6
+    without_tokens(monkeypatch, "eos_token", "pad_token")
+    with pytest.raises(ValueError, match=r"no pad token and no end-of-sequence token: set tokenizer.pad_token"):
+        tiny.trainer(tmp_path)
 
 
 def test_missing_model_says_so_in_one_line(tmp_path):

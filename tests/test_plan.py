@@ -196,6 +196,17 @@ def test_a_real_run_takes_the_planned_steps_and_no_more_requests_than_planned(re
     assert plan.requests(plan.step_size) == 3
 
 
+def test_a_row_with_a_teacher_prompt_of_its_own_is_planned_as_told(recipe, tmp_path):
+    llm = ["judge.kind=llm", "judge.model=m", "judge.base_url=http://127.0.0.1:9/v1"]
+    before = planned(recipe, *llm)
+    own = {"prompt": "And?", "privileged_context": "", "teacher_prompt": "Say zorblat. " * 20 + "And?"}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(own) + "\n" + rows.read_text())
+    after = planned(recipe, *llm)
+    assert (before.told, after.told) == (3, 4) and "6 rows: 4 with privileged context, 2 anchors" in str(after)
+    assert after._tokens_judged() > before._tokens_judged() + 100, "the judge reads it"
+
+
 def test_opsd_and_other_judges_ask_nothing(recipe):
     llm = ["judge.kind=llm", "judge.model=m", "judge.base_url=http://127.0.0.1:9/v1"]
     assert planned(recipe, *llm).requests(100) > 0

@@ -1,13 +1,40 @@
-"""Candidates and wishes from what an engine recorded, without one."""
+"""Candidates and wishes: from hidden states, and from what an engine recorded, without one."""
 
 import pytest
 import torch
+from tiny import trainer
 
 from rmsd import LinearRMSDLoss
 from rmsd.modeling import OutputHead
 from rmsd.rollout import Recorded
 from rmsd.scoring import recorded_wishes, wishes
 from rmsd.step import widest_gaps
+
+
+def test_what_each_model_wants_at_the_candidates_and_what_the_top_k_leaves_out():
+    generator = torch.Generator().manual_seed(0)
+    hidden, told = torch.randn(2, 2, 3, 8, generator=generator)
+    head = OutputHead(torch.randn(50, 8, generator=generator), None, 1.0, None)
+    candidates = torch.tensor([[1, -1], [0, 2]])
+    got = wishes(hidden, head, told, head, candidates, 0.8, vocab_topk=4)
+    for b, i in ((0, 0), (1, 0), (1, 1)):
+        at = candidates[b, i]
+        p, q = ((head(x[b, at]) / 0.8).softmax(-1) for x in (hidden, told))
+        assert got.student_preferred[b, i] == p.argmax() and got.teacher_preferred[b, i] == q.argmax()
+        assert got.promoted[b, i] == (q * (q / p).log()).argmax()
+        torch.testing.assert_close(got.tail_mass[b, i], p.sort().values[:-4].sum())
+    assert [field[0, 1].item() for field in got] == [0, 0, 0, 0.0], "no candidate there"
+    assert not wishes(hidden, head, told, head, candidates).tail_mass.any(), "the whole vocabulary leaves nothing out"
+
+
+def test_tail_mass_is_logged(tmp_path):
+    logged = {}
+    for vocab_topk in (5, None):
+        made = trainer(tmp_path, max_steps=1, vocab_topk=vocab_topk)
+        made.train()
+        logged[vocab_topk] = made.state.log_history[0]["tail_mass"]
+    # Random weights over 300 tokens are nearly uniform.
+    assert logged[5] == pytest.approx(1 - 5 / 300, abs=0.01) and logged[None] == 0.0
 
 
 @pytest.mark.parametrize("k", [3, 50])

@@ -6,13 +6,12 @@ import threading
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from tiny import same, trainer, weights
 
 from rmsd import MagnitudeJudge, RMSDConfig
 from rmsd.checkpoint import last_whole_checkpoint
-from rmsd.modeling import OutputHead
 from rmsd.record import RunRecord, read_lines
-from rmsd.scoring import wishes
 
 
 def perturbed(seed=7):
@@ -128,6 +127,32 @@ def test_judge_decides_and_nothing_kept_changes_nothing(tmp_path):
     assert made.state.log_history[0]["loss"] == 0.0
 
 
+def test_only_a_row_whose_teacher_reads_the_students_own_prompt_is_an_anchor(tmp_path):
+    told = [{"role": "system", "content": "Say zorblat."}, {"role": "user", "content": "What is it?"}]
+    rows = [
+        {
+            "prompt": "Which tool?",
+            "privileged_context": "It is zorblat.",
+            "teacher_prompt": "It is zorblat. Which tool?",
+        },
+        {"prompt": "What is it?", "privileged_context": "", "teacher_prompt": told},
+        {"prompt": "Which services?", "privileged_context": " ", "teacher_prompt": "zorblat"},
+        {"prompt": "Acme?", "privileged_context": "", "teacher_prompt": None},
+    ]
+    contexts = []
+
+    def judge(questions):
+        contexts.extend(question.privileged_context for question in questions)
+        return [[] for _ in questions]
+
+    made = trainer(tmp_path, perturbed(), callbacks=[RunRecord(tmp_path)], judge=judge, rows=rows, max_steps=1)
+    made.teacher.model.load_state_dict(tiny.model().state_dict())  # else the anchor has no gaps
+    made.train()
+    assert sorted(contexts) == ["It is zorblat.", "system: Say zorblat.\nuser: What is it?", "zorblat"]
+    kept = {line["prompt"]: line["kept"] for line in read_lines(tmp_path / "rollouts.jsonl")}
+    assert [prompt for prompt in kept if kept[prompt]] == ["Acme?"] and len(kept) == 4
+
+
 def test_resumed_run_ends_in_the_uninterrupted_runs_weights(tmp_path):
     options = dict(max_steps=6, save_strategy="steps", save_steps=2, lr_scheduler_type="linear", warmup_steps=2)
     whole = trainer(tmp_path / "whole", **options)
@@ -180,9 +205,46 @@ def test_rollouts_are_written_as_they_were_scored(tmp_path):
     assert lines[0]["step"] == 1
 
 
+@pytest.mark.parametrize(("number", "expected"), [(3, 3), (8, 4), (0, 0)])
+def test_recorded_rollouts_are_a_steps_whatever_its_micro_batches(tmp_path, number, expected):
+    made = trainer(
+        tmp_path, callbacks=[RunRecord(tmp_path)], max_steps=2, recorded_rollouts=number,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    made.train()
+    steps = [line["step"] for line in read_lines(tmp_path / "rollouts.jsonl")]
+    assert steps == [1] * expected + [2] * expected
+
+
 def test_prompt_longer_than_the_context_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"row 0: the prompt and an answer of max_completion_length=6 take \d+ tokens"):
         trainer(tmp_path, rows=[{"prompt": "Which tool? " * 200, "privileged_context": ""}])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({}, "has no 'privileged_context'"),
+        ({"privileged_context": None}, "privileged_context must be a string, not NoneType"),
+        ({"privileged_context": [{"role": "system", "content": "Say zorblat."}]}, "must be a string, not list"),
+        ({"privileged_context": "", "prompt": ""}, "prompt is empty"),
+    ],
+    ids=["none", "null", "messages", "empty prompt"],
+)
+def test_rows_of_any_dataset_are_checked_and_named(tmp_path, wrong, message):
+    rows = [{"prompt": "Which tool?", **wrong}] * 2
+    with pytest.raises(ValueError, match=f"row 0: .*{message}"):
+        trainer(tmp_path, rows=Dataset.from_list(rows))
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, number):
+            return [tiny.ROWS[0], rows[0]][number]
+
+    with pytest.raises(ValueError, match=f"row 1: .*{message}"):
+        trainer(tmp_path, rows=Rows())
 
 
 @pytest.mark.parametrize(
@@ -199,6 +261,14 @@ def test_prompt_longer_than_the_context_is_refused_before_training(tmp_path):
 def test_bad_config_is_refused_by_name(tmp_path, options, named):
     with pytest.raises(ValueError, match=named):
         RMSDConfig(output_dir=str(tmp_path), **options)
+
+
+def test_a_process_trains_on_one_gpu_however_many_it_sees(tmp_path):
+    made = trainer(tmp_path, max_steps=1)
+    made.args._n_gpu = 2  # as transformers counts them
+    assert made.args.n_gpu == 1 and made.args.train_batch_size == 4
+    made.train()
+    assert made.model_wrapped is made.model, "not DataParallel"
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
@@ -218,29 +288,3 @@ def test_torn_and_unfinished_checkpoints_are_passed_over(tmp_path):
     (first / "trainer_state.json").unlink()
     assert last_whole_checkpoint(tmp_path) is None
     assert last_whole_checkpoint(tmp_path / "none") is None
-
-
-def test_what_each_model_wants_at_the_candidates_and_what_the_top_k_leaves_out():
-    generator = torch.Generator().manual_seed(0)
-    hidden, told = torch.randn(2, 2, 3, 8, generator=generator)
-    head = OutputHead(torch.randn(50, 8, generator=generator), None, 1.0, None)
-    candidates = torch.tensor([[1, -1], [0, 2]])
-    got = wishes(hidden, head, told, head, candidates, 0.8, vocab_topk=4)
-    for b, i in ((0, 0), (1, 0), (1, 1)):
-        at = candidates[b, i]
-        p, q = ((head(x[b, at]) / 0.8).softmax(-1) for x in (hidden, told))
-        assert got.student_preferred[b, i] == p.argmax() and got.teacher_preferred[b, i] == q.argmax()
-        assert got.promoted[b, i] == (q * (q / p).log()).argmax()
-        torch.testing.assert_close(got.tail_mass[b, i], p.sort().values[:-4].sum())
-    assert [field[0, 1].item() for field in got] == [0, 0, 0, 0.0], "no candidate there"
-    assert not wishes(hidden, head, told, head, candidates).tail_mass.any(), "the whole vocabulary leaves nothing out"
-
-
-def test_tail_mass_is_logged(tmp_path):
-    logged = {}
-    for vocab_topk in (5, None):
-        made = trainer(tmp_path, max_steps=1, vocab_topk=vocab_topk)
-        made.train()
-        logged[vocab_topk] = made.state.log_history[0]["tail_mass"]
-    # Random weights over 300 tokens are nearly uniform.
-    assert logged[5] == pytest.approx(1 - 5 / 300, abs=0.01) and logged[None] == 0.0
