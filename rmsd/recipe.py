@@ -131,13 +131,7 @@ def _checked(values: dict) -> Recipe:
         recipe = Recipe(**values)
     except (ValidationError, TypeError) as error:
         raise ValueError(_first_problem(error)) from error
-    for key, value in recipe.train.items():
-        if key not in _TRAIN_KEYS:
-            raise ValueError(_unknown(f"train.{key}"))
-        try:
-            TypeAdapter(_TRAIN_TYPES[key]).validate_python(value)
-        except ValidationError as error:
-            raise ValueError(f"train.{key}: {error.errors()[0]['msg'].lower()}, not {value!r}") from error
+    recipe.train = {key: _argument(key, value) for key, value in recipe.train.items()}
     if recipe.rollouts:
         if recipe.data:
             raise ValueError("rollouts bring their own rows: set one of rollouts, data")
@@ -150,6 +144,18 @@ def _checked(values: dict) -> Recipe:
     if recipe.architecture is not None and "model_type" not in recipe.architecture:
         raise ValueError("architecture needs model_type, as in the model's config.json (qwen3, llama, ...)")
     return recipe
+
+
+def _argument(key: str, value: Any) -> Any:
+    """A value of `train` as its argument's own type: `no` is False for a bool, and stays a word for a strategy."""
+    if key not in _TRAIN_KEYS:
+        raise ValueError(_unknown(f"train.{key}"))
+    try:
+        valid = TypeAdapter(_TRAIN_TYPES[key]).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"train.{key}: {error.errors()[0]['msg'].lower()}, not {value!r}") from error
+    # 4 for a float stays 4: a report compares recipes as they are written.
+    return value if valid == value else valid
 
 
 def _first_problem(error: Exception) -> str:

@@ -38,6 +38,26 @@ def test_overrides_reach_every_section(recipe):
     assert (read.judge.kind, read.seed, read.lora.r) == ("magnitude", 3, 4)
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("gradient_checkpointing=no", False),
+        ("bf16=off", False),
+        ("use_cpu=yes", True),
+        ("num_kept='5'", 5),
+        ("learning_rate='6e-5'", 6e-5),
+        ("continuation_steps=['3']", [3]),
+        ("warmup_steps=4", 4),
+        ("save_strategy=no", "no"),
+        ("teacher_template='{prompt} {privileged_context}'", "{prompt} {privileged_context}"),
+    ],
+)
+def test_a_value_has_its_arguments_type(recipe, override, value):
+    """A word that is truthy must not turn on what it turns off."""
+    read = load_recipe(recipe, [f"train.{override}"]).train[override.partition("=")[0]]
+    assert read == value and type(read) is type(value)
+
+
 def test_recipe_becomes_the_trainers_arguments(recipe, tmp_path):
     args = trainer_config(load_recipe(recipe, ["method=opsd", "seed=4", "train.use_cpu=true"]), tmp_path / "run")
     assert (args.method, args.seed, args.max_steps, args.output_dir) == ("opsd", 4, 3, str(tmp_path / "run"))
