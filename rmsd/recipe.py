@@ -5,13 +5,16 @@ import difflib
 import re
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .config import RMSDConfig
+
+# TrainingArguments expands ~ in its output_dir, and checkpoints must lie where the rest of the run does.
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class _Section(BaseModel):
@@ -29,8 +32,8 @@ class JudgeSection(_Section):
     timeout: float = Field(60.0, gt=0)
     max_retries: int = Field(3, ge=0)
     on_error: Literal["raise", "magnitude", "skip"] = "raise"
-    template: Path | None = None
-    cache: Path | None = None  # a folder: answers are kept there
+    template: UserPath | None = None
+    cache: UserPath | None = None  # a folder: answers are kept there
     replay: bool = False  # answer from the cache alone
 
 
@@ -53,12 +56,12 @@ class Recipe(_Section):
 
     model: str
     task: str | None = None  # a module of rmsd.tasks, or
-    data: Path | None = None  # JSONL rows of prompt and privileged_context (then there is no evaluation)
-    rollouts: Path | None = None  # JSONL rows that bring their completion: nothing is generated; beside a task or alone
+    data: UserPath | None = None  # JSONL rows of prompt and privileged_context (then there is no evaluation)
+    rollouts: UserPath | None = None  # JSONL rows with their completion: nothing is generated; beside a task or alone
     method: Literal["rmsd", "opsd"] = "rmsd"
     engine: Literal["transformers", "vllm"] = "transformers"  # who writes the rollouts
     seed: int = 0
-    output_dir: Path = Path("runs/rmsd")
+    output_dir: UserPath = Path("runs/rmsd")
     resume: bool = False
     dry_run: bool = False  # check everything and print what the run would take; load no weights, ask and write nothing
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

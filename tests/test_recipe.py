@@ -91,6 +91,17 @@ def test_a_wrong_recipe_is_refused_in_one_line(recipe, override, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_every_path_may_lie_in_the_home_directory(recipe, tmp_path, monkeypatch):
+    """Or checkpoints, whose path transformers expands, part ways with the run's other files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("output_dir", "data", "judge.cache", "judge.template")
+    read = load_recipe(recipe, ["task=null", *(f"{key}=~/x/{key}" for key in keys)])
+    paths = (read.output_dir, read.data, read.judge.cache, read.judge.template)
+    assert paths == tuple(tmp_path / "x" / key for key in keys)
+    assert trainer_config(read, read.output_dir).output_dir == str(read.output_dir)
+    assert load_recipe(recipe, ["rollouts=~/x.jsonl"]).rollouts == tmp_path / "x.jsonl"
+
+
 def test_a_value_the_trainer_refuses_is_named(recipe, tmp_path):
     with pytest.raises(ValueError, match="train: divergence must be one of"):
         trainer_config(load_recipe(recipe, ["train.divergence=kl"]), tmp_path)
