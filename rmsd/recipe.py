@@ -110,7 +110,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise FileNotFoundError(f"recipe {path} does not exist")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must be a mapping of keys to values")
@@ -125,7 +125,12 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
                 raise ValueError(f"override {override!r}: {name!r} is a value, not a section")
             section[name] = section.get(name) or {}
             section = section[name]
-        section[last] = yaml.load(value, _Loader)
+        try:
+            section[last] = yaml.load(value, _Loader)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date with a 13th month
+            raise ValueError(
+                f"override {override!r}: the value is not YAML as it stands; quote it: {key}='\"...\"'"
+            ) from error
     return _checked(values)
 
 

@@ -83,6 +83,9 @@ def test_recipe_becomes_the_trainers_arguments(recipe, tmp_path):
         ("model.name=x", "'model' is a value, not a section"),
         ("seed", "override 'seed' must be key=value"),
         ("=1", "override '=1' must be key=value"),
+        ("judge.base_url=@x", "override 'judge.base_url=@x': the value is not YAML as it stands; quote it"),
+        ("train.teacher_template={privileged_context} Now: {prompt}", "quote it: train.teacher_template='\"...\"'"),
+        ("model=2024-13-01", "override 'model=2024-13-01': the value is not YAML"),
     ],
 )
 def test_a_wrong_recipe_is_refused_in_one_line(recipe, override, message):
@@ -114,6 +117,9 @@ def test_unreadable_recipes(tmp_path):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_bytes(b"model: caf\xe9")
+    with pytest.raises(ValueError, match=r"bad.yaml is not YAML: 'utf-8' codec"):
+        load_recipe(tmp_path / "bad.yaml")
 
 
 def test_every_shipped_recipe_is_valid():
