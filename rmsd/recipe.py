@@ -194,14 +194,11 @@ def trainer_config(recipe: Recipe, output_dir: Path) -> RMSDConfig:
     Raises:
         ValueError: for a value that RMSDConfig refuses, in one line.
     """
-    every = recipe.evaluate.every
+    steps = recipe.train.get("max_steps", 0)
+    every = recipe.evaluate.every or (steps if steps > 0 else 500)  # -1, transformers' word for none, is no interval
     # A plan may be made on a machine that the run is not for: without a GPU, bf16 is refused unless use_cpu is set.
     elsewhere = {"use_cpu": True} if recipe.dry_run and not torch.accelerator.is_available() else {}
-    evaluation = (
-        {}
-        if recipe.task is None
-        else dict(eval_on_start=True, eval_strategy="steps", eval_steps=every or recipe.train.get("max_steps", 500))
-    )
+    evaluation = {} if recipe.task is None else dict(eval_on_start=True, eval_strategy="steps", eval_steps=every)
     try:
         return RMSDConfig(
             output_dir=str(output_dir),

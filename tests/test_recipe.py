@@ -64,6 +64,12 @@ def test_recipe_becomes_the_trainers_arguments(recipe, tmp_path):
     assert args.eval_on_start and args.eval_steps == 3
 
 
+@pytest.mark.parametrize(("override", "steps"), [("max_steps=-1", 500), ("max_steps=0", 500), ("max_steps=7", 7)])
+def test_without_an_interval_evaluation_waits_for_the_last_step_that_is_known(recipe, tmp_path, override, steps):
+    read = load_recipe(recipe, [f"train.{override}", "train.use_cpu=true"])
+    assert trainer_config(read, tmp_path).eval_steps == steps
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
