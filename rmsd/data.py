@@ -59,7 +59,9 @@ def as_dataset(rows: Iterable[dict]) -> Dataset:
             for row in rows:
                 if isinstance(row.get(column), str):
                     row[column] = [{"role": "user", "content": row[column]}]
-    return Dataset.from_list(rows)
+    # from_list takes the first row's keys alone: a mask that only later rows bring would be lost.
+    columns = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
+    return Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
 
 
 def check_row(row: dict, where: str) -> None:
