@@ -157,6 +157,15 @@ ROW = json.dumps({"prompt": "Hi", "privileged_context": "Say zorblat."})
         ('{"prompt": [{"role": "user"}], "privileged_context": ""}', "line 3: prompt must be a string or a list"),
         ('{"prompt": "Hi", "privileged_context": 7}', "line 3: privileged_context must be a string, not int"),
         ('["Hi"]', "line 3: must be an object"),
+        ('{"prompt": [5], "privileged_context": ""}', "line 3: prompt must be a string or a list of messages"),
+        (
+            '{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "privileged_context": ""}',
+            "line 3: prompt holds a message whose content is not text",
+        ),
+        (
+            '{"prompt": "Hi", "privileged_context": "", "teacher_prompt": [{"role": "user", "content": null}]}',
+            "line 3: teacher_prompt holds a message whose content is not text",
+        ),
     ],
 )
 def test_a_broken_line_is_named_by_number(tmp_path, line, message):
@@ -164,6 +173,13 @@ def test_a_broken_line_is_named_by_number(tmp_path, line, message):
     with pytest.raises(ValueError) as error:
         load_rows(path)
     assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_line_that_is_not_utf_8_is_named_by_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"{ROW}\n".encode() + ROW.replace("Hi", "Café").encode("latin-1"))
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: not UTF-8"):
+        load_rows(path)
 
 
 def test_missing_and_empty_data(tmp_path):
@@ -178,6 +194,20 @@ def test_strings_and_messages_may_stand_in_one_file(tmp_path):
     rows = load_rows(write(tmp_path / "rows.jsonl", ROW, chat))
     assert rows[0]["prompt"] == rows[1]["prompt"] == [{"role": "user", "content": "Hi"}]
     assert prompt_text(rows[0]["prompt"]) == "Hi"
+
+
+def test_parts_of_text_become_one_text(tmp_path):
+    """A list in a template is its Python repr, and a column cannot hold both it and a string."""
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
+    of_parts, of_text = ([{"role": "user", "content": content}] for content in (parts, "Hi?"))
+    row = {"prompt": of_parts, "teacher_prompt": of_parts, "privileged_context": "C"}
+    rows = load_rows(write(tmp_path / "rows.jsonl", json.dumps(row), json.dumps({**row, "prompt": "Hi"})))
+    assert rows[0]["prompt"] == rows[0]["teacher_prompt"] == of_text
+    assert teacher_prompt({**rows[0], "teacher_prompt": None})[0]["content"] == "C\n\nHi?"
+    assert row["prompt"] == of_parts, "the row is not changed"
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "search"}}]}
+    (made,) = as_dataset([{"prompt": [called, *of_parts], "privileged_context": ""}])
+    assert prompt_text(made["prompt"]) == "assistant: \nuser: Hi?"
 
 
 def test_teacher_reads_the_context_around_the_last_user_message():
