@@ -8,6 +8,7 @@ import pytest
 import tiny
 import yaml
 
+from rmsd.cli import main
 from rmsd.data import as_dataset, encode, load_rows, prompt_text, teacher_prompt
 from rmsd.recipe import load_recipe, trainer_config
 from rmsd.tasks import load_task, names
@@ -291,6 +292,20 @@ def test_errors_are_one_line_and_a_nonzero_exit(recipe, tmp_path):
         lines = result.stderr.strip().splitlines()
         assert result.returncode == 1 and lines[-1].startswith("rmsd: ") and message in lines[-1], result.stderr
         assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("command", "hint"), [("train", "; resume=true continues"), ("eval", "interrupted\n")])
+def test_ctrl_c_says_how_to_go_on(recipe, monkeypatch, capsys, command, hint):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rmsd.run.train", interrupted)
+    monkeypatch.setattr("rmsd.run.evaluate", interrupted)
+    monkeypatch.setattr(sys, "argv", ["rmsd", command, str(recipe)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().err
+    assert left.value.code == 130 and said.startswith("rmsd: interrupted") and hint in said
 
 
 def test_debug_shows_the_traceback(tmp_path):
