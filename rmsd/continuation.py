@@ -8,13 +8,18 @@ from transformers import TrainerCallback
 
 def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta: float) -> bool:
     """Whether `metric`'s last `patience` entries since the last continuation brought no improvement of more than
-    `min_delta`. Lower is better for losses and drift, higher for everything else that an evaluation counts."""
+    `min_delta`. Lower is better for losses and drift, higher for everything else that an evaluation counts. A step
+    counts once: evaluated again where a run is resumed, it has not waited any longer."""
     last = max((i for i, entry in enumerate(history) if "continuation" in entry), default=-1)
     sign = -1 if metric.endswith(("loss", "drift", "divergence")) else 1
-    best, waited = None, 0
-    for entry in history[last + 1 :]:
+    first_of_step = {}
+    for i, entry in enumerate(history):
         if metric in entry:
-            value = sign * entry[metric]
+            first_of_step.setdefault(entry["step"], i)
+    best, waited = None, 0
+    for i in first_of_step.values():
+        if i > last:
+            value = sign * history[i][metric]
             improved = best is None or value > best + min_delta
             best, waited = (value, 0) if improved else (best, waited + 1)
     return waited >= patience

@@ -28,6 +28,8 @@ def train(recipe: Recipe) -> str:
         rows = as_dataset(task.train) if task else load_rows(recipe.data)
     judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows], dry_run=recipe.dry_run)
     checkpoint = last_whole_checkpoint(out) if recipe.resume else None
+    # Its checkpoint's step has been evaluated; a second entry, or one that is not due, would count towards a plateau.
+    args.eval_on_start = args.eval_on_start and checkpoint is None
     if recipe.resume and checkpoint is None and args.should_save:
         print(f"{out} holds no checkpoint: starting from the beginning")
     if not recipe.resume and (out / "metrics.jsonl").exists():
