@@ -1,9 +1,41 @@
 """How the teacher follows the student: by a moving average, or by continuation, in which the student becomes the
 teacher once training has plateaued, and training goes on."""
 
+import difflib
 from collections.abc import Sequence
 
 from transformers import TrainerCallback
+
+from .tasks import Task
+
+# What every step logs, Trainer's own rate and norm apart.
+STEP_METRICS = (
+    "loss", "divergence", "tail_mass", "candidates", "kept_tokens", "kept_sequences", "rollout_tokens",
+    "empty_rollouts", "nonfinite_rows", "skipped_steps", "prepare_seconds", "judge_seconds",
+)  # fmt: skip
+
+
+def logged(task: Task | None, samples: int) -> tuple[str, ...]:
+    """The metrics of a run's log: of each step, and of the task's evaluation (rmsd.evaluate) with so many samples."""
+    if task is None:
+        return STEP_METRICS
+    graded = [f"{name}_{how}" for name in task.graders for how in ("greedy", "sampled")[: 2 if samples else 1]]
+    return (*STEP_METRICS, *(f"eval_{name}" for name in (*graded, "specificity", "drift")))
+
+
+def check_metric(metric: str, task: Task | None, samples: int) -> None:
+    """
+    Raises:
+        ValueError: the run will not log it, and so would never continue.
+    """
+    known = logged(task, samples)
+    if metric in known:
+        return
+    if task is None and metric.startswith("eval_"):
+        raise ValueError(f"continuation_metric {metric!r} needs a task: without one nothing is evaluated")
+    near = difflib.get_close_matches(metric, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
+    raise ValueError(f"continuation_metric {metric!r} is not logged by this run{hint}")
 
 
 def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta: float) -> bool:

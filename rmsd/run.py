@@ -6,6 +6,7 @@ import yaml
 from transformers import set_seed
 
 from .checkpoint import last_whole_checkpoint
+from .continuation import check_metric
 from .data import as_dataset, fix_template_variables, load_rows, prompt_text
 from .evaluate import Evaluator
 from .judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
@@ -22,6 +23,8 @@ def train(recipe: Recipe) -> str:
     out = recipe.output_dir
     args = trainer_config(recipe, out)
     task = load_task(recipe.task) if recipe.task else None
+    if args.continuation_metric:
+        check_metric(args.continuation_metric, task, recipe.evaluate.samples)
     if recipe.rollouts:
         rows = load_rows(recipe.rollouts, completions=True)
     else:

@@ -3,9 +3,11 @@
 import pytest
 import tiny
 
+from rmsd.continuation import logged
 from rmsd.recipe import load_recipe
 from rmsd.record import read_lines
 from rmsd.run import train
+from rmsd.tasks import load_task
 
 
 @pytest.fixture
@@ -32,3 +34,34 @@ def test_a_resumed_run_is_evaluated_at_the_uninterrupted_runs_steps(recipe, tmp_
     train(load_recipe(recipe, ["train.max_steps=5", "resume=true"]))
     assert evaluated(tmp_path / "whole") == [0, 2, 4, 5]
     assert evaluated(tmp_path / "run") == [0, 2, 3, 4, 5], "3 was its end once"
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+def test_a_continuation_may_follow_any_metric_that_a_run_logs_and_no_other(recipe, tmp_path, samples):
+    train(load_recipe(recipe, ["train.max_steps=1", f"evaluate.samples={samples}"]))
+    names = set()
+    for line in read_lines(tmp_path / "run" / "metrics.jsonl"):
+        prefix = "eval_" if line["kind"] == "eval" else ""
+        names |= {prefix + name for name in line.keys() - {"kind", "step", "epoch", "grad_norm", "learning_rate"}}
+    assert names == set(logged(load_task("house_tool"), samples))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval_target_gredy"], "'eval_target_gredy' is not logged by this run; did you mean 'eval_target_greedy'?"),
+        (["eval_target_sampled", "evaluate.samples=0"], "'eval_target_sampled' is not logged by this run"),
+        (["reward"], "'reward' is not logged by this run (there are: loss, "),
+        (["eval_drift", "task=null", "data=none.jsonl"], "'eval_drift' needs a task"),
+    ],
+)
+@pytest.mark.parametrize("dry", ["dry_run=true", "dry_run=false"])
+def test_a_continuation_metric_that_is_never_logged_is_refused_before_a_model_is_loaded(
+    recipe, monkeypatch, overrides, message, dry
+):
+    for name in ("load_model", "load_rows"):
+        monkeypatch.setattr(f"rmsd.run.{name}", lambda *a, **k: pytest.fail("nothing is to be loaded"))
+    metric, *others = overrides
+    with pytest.raises(ValueError) as error:
+        train(load_recipe(recipe, [f"train.continuation_metric={metric}", dry, *others]))
+    assert message in str(error.value) and "\n" not in str(error.value)
