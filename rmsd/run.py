@@ -122,15 +122,18 @@ def table(run: Path) -> str:
 
 
 def _table(columns: dict[str, dict[str, float]]) -> str:
-    names = [name for name in next(iter(columns.values())) if name not in ("kind", "step", "epoch")]
+    """A row a metric; a blank where a column has none, as after a resume with other evaluate.samples."""
+    names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
+    names = [name for name in names if name not in ("kind", "step", "epoch")]
     width = max(map(len, names))
+
+    def cell(metrics: dict[str, float], name: str) -> str:
+        # + 0.0: a drift of -1e-9 should not read -0.000.
+        return f"{round(metrics[name], 3) + 0.0:12.3f}" if name in metrics else " " * 12
+
     lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
-    # + 0.0: a drift of -1e-9 should not read -0.000.
-    lines += [
-        f"{name:<{width}}" + "".join(f"{round(metrics[name], 3) + 0.0:12.3f}" for metrics in columns.values())
-        for name in names
-    ]
-    return "\n".join(lines)
+    lines += [f"{name:<{width}}" + "".join(cell(metrics, name) for metrics in columns.values()) for name in names]
+    return "\n".join(map(str.rstrip, lines))
 
 
 def _load(recipe: Recipe):

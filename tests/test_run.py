@@ -2,11 +2,12 @@
 
 import pytest
 import tiny
+from fake_run import write_lines
 
 from rmsd.continuation import logged
 from rmsd.recipe import load_recipe
 from rmsd.record import read_lines
-from rmsd.run import train
+from rmsd.run import table, train
 from rmsd.tasks import load_task
 
 
@@ -65,3 +66,17 @@ def test_a_continuation_metric_that_is_never_logged_is_refused_before_a_model_is
     with pytest.raises(ValueError) as error:
         train(load_recipe(recipe, [f"train.continuation_metric={metric}", dry, *others]))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_table_leaves_blank_what_one_evaluation_did_not_measure(tmp_path):
+    first = {"kind": "eval", "step": 0, "target_greedy": 0.5, "target_sampled": 0.25, "drift": -1e-9}
+    last = {"kind": "eval", "step": 4, "target_greedy": 1.0, "drift": 0.125, "own": 1}
+    write_lines(tmp_path / "metrics.jsonl", [first, last])
+    assert [line.split() for line in table(tmp_path).splitlines()] == [
+        ["step", "0", "step", "4"],
+        ["target_greedy", "0.500", "1.000"],
+        ["target_sampled", "0.250"],
+        ["drift", "0.000", "0.125"],
+        ["own", "1.000"],
+    ]
+    assert table(tmp_path).splitlines()[-1].rindex("1.000") > table(tmp_path).splitlines()[2].index("0.250")
