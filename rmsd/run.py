@@ -92,7 +92,12 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
 
         trained = PeftModel.from_pretrained(base, folder)
     else:
-        trained, _ = load_model(folder, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
+        trained, _ = load_model(
+            folder,
+            dtype=recipe.dtype,
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+        )
     return _table({"before": before, "after": evaluator(trained)})
 
 

@@ -7,7 +7,7 @@ from fake_run import write_lines
 from rmsd.continuation import logged
 from rmsd.recipe import load_recipe
 from rmsd.record import read_lines
-from rmsd.run import table, train
+from rmsd.run import evaluate, table, train
 from rmsd.tasks import load_task
 
 
@@ -80,3 +80,20 @@ def test_a_table_leaves_blank_what_one_evaluation_did_not_measure(tmp_path):
         ["own", "1.000"],
     ]
     assert table(tmp_path).splitlines()[-1].rindex("1.000") > table(tmp_path).splitlines()[2].index("0.250")
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_the_trained_model_is_loaded_with_the_recipes_trust_in_its_code(recipe, tmp_path, monkeypatch, trust):
+    """What was trained with code of its own is saved with it."""
+    loaded = {}
+
+    def load(name, trust_remote_code=False, **options):
+        loaded[name] = trust_remote_code
+        return tiny.model(), tiny.tokenizer()
+
+    monkeypatch.setattr("rmsd.run.load_model", load)
+    monkeypatch.setattr("rmsd.run.Evaluator", lambda *a, **k: lambda model: {"target_greedy": 0.0})
+    (tmp_path / "trained").mkdir()
+    folder = str(tmp_path / "trained")
+    evaluate(load_recipe(recipe, [f"trust_remote_code={str(trust).lower()}"]), folder)
+    assert loaded == {str(tmp_path / "tiny"): trust, folder: trust}
