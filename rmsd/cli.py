@@ -16,6 +16,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_INTERRUPTED = 130  # a shell's code for SIGINT
+
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train and how; see recipes/.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Replaces values of the recipe.")
@@ -80,20 +82,24 @@ def env(debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """Errors are one line on stderr and exit code 1; --debug shows where they come from."""
+    """Errors are one line on stderr and exit code 1, or 130 for Ctrl-C; --debug shows where they come from."""
     if "--debug" in sys.argv:
         app()
         return
     try:
         app()
-    except KeyboardInterrupt:
-        _leave("interrupted; resume=true continues from the last checkpoint")
+    except (KeyboardInterrupt, SystemExit) as error:
+        # typer makes of Ctrl-C an exit code that says nothing.
+        if isinstance(error, SystemExit) and error.code != _INTERRUPTED:
+            raise
+        hint = "; resume=true continues from the last checkpoint" if sys.argv[1:2] == ["train"] else ""
+        _leave("interrupted" + hint, _INTERRUPTED)
     except Exception as error:
         lines = str(error).strip().splitlines()
         _leave(lines[0] if lines else type(error).__name__)
 
 
-def _leave(message: str) -> None:
+def _leave(message: str, code: int = 1) -> None:
     """One of several processes leaves at once, for the others wait for it in a collective operation: a launcher stops
     them when it sees it gone, and threads that still wait for a judge would keep it."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -102,8 +108,8 @@ def _leave(message: str) -> None:
     tqdm.write(prefix + message, file=sys.stderr)
     if several:
         sys.stderr.flush()
-        os._exit(1)
-    sys.exit(1)
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

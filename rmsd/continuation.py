@@ -1,20 +1,57 @@
 """How the teacher follows the student: by a moving average, or by continuation, in which the student becomes the
 teacher once training has plateaued, and training goes on."""
 
+import difflib
 from collections.abc import Sequence
 
 from transformers import TrainerCallback
 
+from .tasks import Task
+
+# What every step logs, Trainer's own rate and norm apart.
+STEP_METRICS = (
+    "loss", "divergence", "tail_mass", "candidates", "kept_tokens", "kept_sequences", "rollout_tokens",
+    "empty_rollouts", "nonfinite_rows", "skipped_steps", "prepare_seconds", "judge_seconds",
+)  # fmt: skip
+
+
+def logged(task: Task | None, samples: int) -> tuple[str, ...]:
+    """The metrics of a run's log: of each step, and of the task's evaluation (rmsd.evaluate) with so many samples."""
+    if task is None:
+        return STEP_METRICS
+    graded = [f"{name}_{how}" for name in task.graders for how in ("greedy", "sampled")[: 2 if samples else 1]]
+    return (*STEP_METRICS, *(f"eval_{name}" for name in (*graded, "specificity", "drift")))
+
+
+def check_metric(metric: str, task: Task | None, samples: int) -> None:
+    """
+    Raises:
+        ValueError: the run will not log it, and so would never continue.
+    """
+    known = logged(task, samples)
+    if metric in known:
+        return
+    if task is None and metric.startswith("eval_"):
+        raise ValueError(f"continuation_metric {metric!r} needs a task: without one nothing is evaluated")
+    near = difflib.get_close_matches(metric, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
+    raise ValueError(f"continuation_metric {metric!r} is not logged by this run{hint}")
+
 
 def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta: float) -> bool:
     """Whether `metric`'s last `patience` entries since the last continuation brought no improvement of more than
-    `min_delta`. Lower is better for losses and drift, higher for everything else that an evaluation counts."""
+    `min_delta`. Lower is better for losses and drift, higher for everything else that an evaluation counts. A step
+    counts once: evaluated again where a run is resumed, it has not waited any longer."""
     last = max((i for i, entry in enumerate(history) if "continuation" in entry), default=-1)
     sign = -1 if metric.endswith(("loss", "drift", "divergence")) else 1
-    best, waited = None, 0
-    for entry in history[last + 1 :]:
+    first_of_step = {}
+    for i, entry in enumerate(history):
         if metric in entry:
-            value = sign * entry[metric]
+            first_of_step.setdefault(entry["step"], i)
+    best, waited = None, 0
+    for i in first_of_step.values():
+        if i > last:
+            value = sign * history[i][metric]
             improved = best is None or value > best + min_delta
             best, waited = (value, 0) if improved else (best, waited + 1)
     return waited >= patience

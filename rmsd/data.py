@@ -29,11 +29,13 @@ def load_rows(path: str | Path, completions: bool = False) -> Dataset:
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
+                    rows.append(json.loads(line.decode("utf-8")))
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
                 check_row(rows[-1], f"{path}, line {number}")
@@ -45,8 +47,8 @@ def load_rows(path: str | Path, completions: bool = False) -> Dataset:
 
 
 def as_dataset(rows: Iterable[dict]) -> Dataset:
-    """Rows as a Dataset; each is checked. A column has one type, so where one prompt is chat messages all become so;
-    completions are all text, or all ids, or none is there."""
+    """Rows as a Dataset; each is checked. A column has one type, so where one prompt is chat messages all become so,
+    and a message's parts of text one text; completions are all text, or all ids, or none is there."""
     rows = [dict(row) for row in rows]
     for number, row in enumerate(rows):
         check_row(row, f"row {number}")
@@ -59,7 +61,11 @@ def as_dataset(rows: Iterable[dict]) -> Dataset:
             for row in rows:
                 if isinstance(row.get(column), str):
                     row[column] = [{"role": "user", "content": row[column]}]
-    return Dataset.from_list(rows)
+                elif row.get(column):
+                    row[column] = [{**message, "content": _text(message["content"])} for message in row[column]]
+    # from_list takes the first row's keys alone: a mask that only later rows bring would be lost.
+    columns = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
+    return Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
 
 
 def check_row(row: dict, where: str) -> None:
@@ -78,10 +84,31 @@ def check_row(row: dict, where: str) -> None:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError(f"{where}: {column} is empty")
-        elif not (isinstance(prompt, list) and prompt and all("role" in m and "content" in m for m in prompt)):
+        elif not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
             raise ValueError(f"{where}: {column} must be a string or a list of messages with role and content")
+        elif not all(map(_is_of_text, prompt)):
+            raise ValueError(f"{where}: {column} holds a message whose content is not text")
     if row.get("completion") is not None:
         check_completion(row, where)
+
+
+def _is_message(value) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
+
+
+def _is_of_text(message: dict) -> bool:
+    """A string, or parts that are all text, as chat APIs write them; beside calls of tools there may be none."""
+    content = message["content"]
+    if isinstance(content, list):
+        return all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        )
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def _text(content: str | list[dict] | None) -> str | None:
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
 def context_of(config, args) -> float:
@@ -167,7 +194,7 @@ def prompt_text(prompt: Prompt) -> str:
         return prompt
     if len(prompt) == 1:
         return prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message['role']}: {message['content'] or ''}" for message in prompt)
 
 
 def encode(tokenizer, prompt: Prompt) -> list[int]:

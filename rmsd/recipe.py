@@ -5,13 +5,16 @@ import difflib
 import re
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .config import RMSDConfig
+
+# TrainingArguments expands ~ in its output_dir, and checkpoints must lie where the rest of the run does.
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class _Section(BaseModel):
@@ -29,8 +32,8 @@ class JudgeSection(_Section):
     timeout: float = Field(60.0, gt=0)
     max_retries: int = Field(3, ge=0)
     on_error: Literal["raise", "magnitude", "skip"] = "raise"
-    template: Path | None = None
-    cache: Path | None = None  # a folder: answers are kept there
+    template: UserPath | None = None
+    cache: UserPath | None = None  # a folder: answers are kept there
     replay: bool = False  # answer from the cache alone
 
 
@@ -53,12 +56,12 @@ class Recipe(_Section):
 
     model: str
     task: str | None = None  # a module of rmsd.tasks, or
-    data: Path | None = None  # JSONL rows of prompt and privileged_context (then there is no evaluation)
-    rollouts: Path | None = None  # JSONL rows that bring their completion: nothing is generated; beside a task or alone
+    data: UserPath | None = None  # JSONL rows of prompt and privileged_context (then there is no evaluation)
+    rollouts: UserPath | None = None  # JSONL rows with their completion: nothing is generated; beside a task or alone
     method: Literal["rmsd", "opsd"] = "rmsd"
     engine: Literal["transformers", "vllm"] = "transformers"  # who writes the rollouts
     seed: int = 0
-    output_dir: Path = Path("runs/rmsd")
+    output_dir: UserPath = Path("runs/rmsd")
     resume: bool = False
     dry_run: bool = False  # check everything and print what the run would take; load no weights, ask and write nothing
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -107,7 +110,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise FileNotFoundError(f"recipe {path} does not exist")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must be a mapping of keys to values")
@@ -122,7 +125,12 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
                 raise ValueError(f"override {override!r}: {name!r} is a value, not a section")
             section[name] = section.get(name) or {}
             section = section[name]
-        section[last] = yaml.load(value, _Loader)
+        try:
+            section[last] = yaml.load(value, _Loader)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date with a 13th month
+            raise ValueError(
+                f"override {override!r}: the value is not YAML as it stands; quote it: {key}='\"...\"'"
+            ) from error
     return _checked(values)
 
 
@@ -131,13 +139,7 @@ def _checked(values: dict) -> Recipe:
         recipe = Recipe(**values)
     except (ValidationError, TypeError) as error:
         raise ValueError(_first_problem(error)) from error
-    for key, value in recipe.train.items():
-        if key not in _TRAIN_KEYS:
-            raise ValueError(_unknown(f"train.{key}"))
-        try:
-            TypeAdapter(_TRAIN_TYPES[key]).validate_python(value)
-        except ValidationError as error:
-            raise ValueError(f"train.{key}: {error.errors()[0]['msg'].lower()}, not {value!r}") from error
+    recipe.train = {key: _argument(key, value) for key, value in recipe.train.items()}
     if recipe.rollouts:
         if recipe.data:
             raise ValueError("rollouts bring their own rows: set one of rollouts, data")
@@ -150,6 +152,18 @@ def _checked(values: dict) -> Recipe:
     if recipe.architecture is not None and "model_type" not in recipe.architecture:
         raise ValueError("architecture needs model_type, as in the model's config.json (qwen3, llama, ...)")
     return recipe
+
+
+def _argument(key: str, value: Any) -> Any:
+    """A value of `train` as its argument's own type: `no` is False for a bool, and stays a word for a strategy."""
+    if key not in _TRAIN_KEYS:
+        raise ValueError(_unknown(f"train.{key}"))
+    try:
+        valid = TypeAdapter(_TRAIN_TYPES[key]).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"train.{key}: {error.errors()[0]['msg'].lower()}, not {value!r}") from error
+    # 4 for a float stays 4: a report compares recipes as they are written.
+    return value if valid == value else valid
 
 
 def _first_problem(error: Exception) -> str:
@@ -180,14 +194,11 @@ def trainer_config(recipe: Recipe, output_dir: Path) -> RMSDConfig:
     Raises:
         ValueError: for a value that RMSDConfig refuses, in one line.
     """
-    every = recipe.evaluate.every
+    steps = recipe.train.get("max_steps", 0)
+    every = recipe.evaluate.every or (steps if steps > 0 else 500)  # -1, transformers' word for none, is no interval
     # A plan may be made on a machine that the run is not for: without a GPU, bf16 is refused unless use_cpu is set.
     elsewhere = {"use_cpu": True} if recipe.dry_run and not torch.accelerator.is_available() else {}
-    evaluation = (
-        {}
-        if recipe.task is None
-        else dict(eval_on_start=True, eval_strategy="steps", eval_steps=every or recipe.train.get("max_steps", 500))
-    )
+    evaluation = {} if recipe.task is None else dict(eval_on_start=True, eval_strategy="steps", eval_steps=every)
     try:
         return RMSDConfig(
             output_dir=str(output_dir),

@@ -7,6 +7,7 @@ import yaml
 from transformers import set_seed
 
 from .checkpoint import last_whole_checkpoint
+from .continuation import check_metric
 from .data import as_dataset, fix_template_variables, load_rows, prompt_text
 from .evaluate import Evaluator
 from .judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
@@ -23,12 +24,16 @@ def train(recipe: Recipe) -> str:
     out = recipe.output_dir
     args = trainer_config(recipe, out)
     task = load_task(recipe.task) if recipe.task else None
+    if args.continuation_metric:
+        check_metric(args.continuation_metric, task, recipe.evaluate.samples)
     if recipe.rollouts:
         rows = load_rows(recipe.rollouts, completions=True)
     else:
         rows = as_dataset(task.train) if task else load_rows(recipe.data)
     judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows], dry_run=recipe.dry_run)
     checkpoint = last_whole_checkpoint(out) if recipe.resume else None
+    # Its checkpoint's step has been evaluated; a second entry, or one that is not due, would count towards a plateau.
+    args.eval_on_start = args.eval_on_start and checkpoint is None
     if recipe.resume and checkpoint is None and args.should_save:
         print(f"{out} holds no checkpoint: starting from the beginning")
     if not recipe.resume and (out / "metrics.jsonl").exists():
@@ -90,7 +95,12 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
 
         trained = PeftModel.from_pretrained(base, folder)
     else:
-        trained, _ = load_model(folder, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
+        trained, _ = load_model(
+            folder,
+            dtype=recipe.dtype,
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+        )
         trained.to(device)
     return _table({"before": before, "after": evaluator(trained)})
 
@@ -121,15 +131,18 @@ def table(run: Path) -> str:
 
 
 def _table(columns: dict[str, dict[str, float]]) -> str:
-    names = [name for name in next(iter(columns.values())) if name not in ("kind", "step", "epoch")]
+    """A row a metric; a blank where a column has none, as after a resume with other evaluate.samples."""
+    names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
+    names = [name for name in names if name not in ("kind", "step", "epoch")]
     width = max(map(len, names))
+
+    def cell(metrics: dict[str, float], name: str) -> str:
+        # + 0.0: a drift of -1e-9 should not read -0.000.
+        return f"{round(metrics[name], 3) + 0.0:12.3f}" if name in metrics else " " * 12
+
     lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
-    # + 0.0: a drift of -1e-9 should not read -0.000.
-    lines += [
-        f"{name:<{width}}" + "".join(f"{round(metrics[name], 3) + 0.0:12.3f}" for metrics in columns.values())
-        for name in names
-    ]
-    return "\n".join(lines)
+    lines += [f"{name:<{width}}" + "".join(cell(metrics, name) for metrics in columns.values()) for name in names]
+    return "\n".join(map(str.rstrip, lines))
 
 
 def _load(recipe: Recipe, device: torch.device):

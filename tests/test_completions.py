@@ -194,6 +194,16 @@ def test_what_the_model_cannot_take_is_refused_before_training(tmp_path, change,
         trainer(tmp_path, rows=[{**tiny.ROWS[0], **change}])
 
 
+def test_what_only_a_later_row_brings_is_there():
+    later = {**tiny.ROWS[0], **multi_turn(), "teacher_prompt": "Told."}
+    first, second = as_dataset([{**tiny.ROWS[0], "completion": [5, 6]}, later])
+    assert second["completion_mask"] == multi_turn()["completion_mask"] and second["teacher_prompt"] == "Told."
+    assert first["completion_mask"] is None and first["teacher_prompt"] is None
+    made = rollouts_of([first, second], [[1], [2]], tiny.tokenizer(), 0, "cpu")
+    assert made.completion_mask.sum(1).tolist() == [2, sum(multi_turn()["completion_mask"])]
+    assert "completion" not in as_dataset([{**tiny.ROWS[0], "completion": None}]).column_names, "nobody brings one"
+
+
 def test_text_and_ids_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match="row 1: completions are all text"):
         as_dataset([{**tiny.ROWS[0], "completion": "a"}, {**tiny.ROWS[0], "completion": [1]}])

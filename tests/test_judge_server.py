@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rmsd.judge import Candidate, LLMJudge, Question
+from rmsd.judge import CachedJudge, Candidate, LLMJudge, Question
 
 KEY = "sk-secret-1234"
 
@@ -155,6 +155,47 @@ def test_a_failure_is_raised_while_another_request_hangs(server, judge):
     with pytest.raises(ConnectionError, match="401"):
         judge(max_retries=0, timeout=30)([question("a hangs here"), question("b is refused")])
     assert time.monotonic() - started < 4
+
+
+# ---- behind a cache ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("on_error", "instead"), [("magnitude", [2, 0]), ("skip", [])])
+def test_what_stands_in_for_an_answer_is_not_cached(server, judge, tmp_path, on_error, instead):
+    boom = 500, {}, {"error": {"message": "boom"}}
+    server.script = [lambda body: boom if "broken" in body["messages"][0]["content"] else keep(1)]
+    cached = CachedJudge(judge(max_retries=0, on_error=on_error), tmp_path)
+    questions = [question("this is fine"), question("this is broken")]
+    assert cached(questions) == [[2], instead]
+    server.script = [keep(2)]
+    assert cached(questions) == [[2], [0]], "the one is kept, the other asked again"
+    assert len(server.requests) == 3 and cached.stats == {"hits": 1, "misses": 3, "corrupt": 0}
+
+
+def test_a_failure_loses_no_other_answer(server, judge, tmp_path):
+    """Neither one that came before it nor one that was under way."""
+
+    def answer(body):
+        text = body["messages"][0]["content"]
+        time.sleep(0.3 if "broken" in text else 0.8 if "slow" in text else 0.0)
+        return (500, {}, {"error": {"message": "boom"}}) if "broken" in text else keep(1)
+
+    server.script = [answer]
+    questions = [question(f"this is {word}") for word in ("first", "broken", "slow")]
+    with pytest.raises(ConnectionError, match="boom"):
+        CachedJudge(judge(max_retries=0), tmp_path)(questions)
+    deadline = time.monotonic() + 5
+    while len(list(tmp_path.glob("*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert CachedJudge(judge(), tmp_path, replay=True)([questions[0], questions[2]]) == [[2], [2]]
+
+
+def test_one_question_asked_many_times_at_once_is_kept_whole(server, judge, tmp_path):
+    cached = CachedJudge(judge(max_concurrency=8), tmp_path)
+    server.script = [keep(1)]
+    assert cached([question()] * 32) == [[2]] * 32
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+    assert CachedJudge(judge(), tmp_path, replay=True)([question()]) == [[2]]
 
 
 def test_whatever_the_answer_says_only_candidates_are_kept(server, judge):

@@ -6,6 +6,8 @@ from pathlib import Path
 import tiny
 import torch
 
+from rmsd.recipe import load_recipe
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
@@ -49,6 +51,14 @@ def test_before_and_after_run_in_one_loop_and_after_trains_fewer_tokens():
 def test_readme_names_the_test_command_that_ci_runs():
     ci = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8")
     assert "make test" in README and re.search(r"^make test$", ci, re.MULTILINE)
+
+
+def test_the_run_that_is_resumed_is_the_demos():
+    root = Path(__file__).parents[1]
+    demo = re.search(r"rmsd train (\S+) (.*)", (root / "Makefile").read_text(encoding="utf-8").replace("$(SEED)", "1"))
+    resumed = re.search(r"^rmsd train (\S+) (.*?) *# after an interruption", README, re.MULTILINE)
+    of_demo, of_readme = (load_recipe(root / match[1], match[2].split()) for match in (demo, resumed))
+    assert of_readme == of_demo and of_demo.resume
 
 
 def test_every_number_that_the_readme_claims_is_in_the_page_it_names():

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import yaml
 
+from rmsd.cli import main
 from rmsd.data import as_dataset, encode, load_rows, prompt_text, teacher_prompt
 from rmsd.recipe import load_recipe, trainer_config
 from rmsd.tasks import load_task, names
@@ -38,10 +39,36 @@ def test_overrides_reach_every_section(recipe):
     assert (read.judge.kind, read.seed, read.lora.r) == ("magnitude", 3, 4)
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("gradient_checkpointing=no", False),
+        ("bf16=off", False),
+        ("use_cpu=yes", True),
+        ("num_kept='5'", 5),
+        ("learning_rate='6e-5'", 6e-5),
+        ("continuation_steps=['3']", [3]),
+        ("warmup_steps=4", 4),
+        ("save_strategy=no", "no"),
+        ("teacher_template='{prompt} {privileged_context}'", "{prompt} {privileged_context}"),
+    ],
+)
+def test_a_value_has_its_arguments_type(recipe, override, value):
+    """A word that is truthy must not turn on what it turns off."""
+    read = load_recipe(recipe, [f"train.{override}"]).train[override.partition("=")[0]]
+    assert read == value and type(read) is type(value)
+
+
 def test_recipe_becomes_the_trainers_arguments(recipe, tmp_path):
     args = trainer_config(load_recipe(recipe, ["method=opsd", "seed=4", "train.use_cpu=true"]), tmp_path / "run")
     assert (args.method, args.seed, args.max_steps, args.output_dir) == ("opsd", 4, 3, str(tmp_path / "run"))
     assert args.eval_on_start and args.eval_steps == 3
+
+
+@pytest.mark.parametrize(("override", "steps"), [("max_steps=-1", 500), ("max_steps=0", 500), ("max_steps=7", 7)])
+def test_without_an_interval_evaluation_waits_for_the_last_step_that_is_known(recipe, tmp_path, override, steps):
+    read = load_recipe(recipe, [f"train.{override}", "train.use_cpu=true"])
+    assert trainer_config(read, tmp_path).eval_steps == steps
 
 
 @pytest.mark.parametrize(
@@ -63,12 +90,26 @@ def test_recipe_becomes_the_trainers_arguments(recipe, tmp_path):
         ("model.name=x", "'model' is a value, not a section"),
         ("seed", "override 'seed' must be key=value"),
         ("=1", "override '=1' must be key=value"),
+        ("judge.base_url=@x", "override 'judge.base_url=@x': the value is not YAML as it stands; quote it"),
+        ("train.teacher_template={privileged_context} Now: {prompt}", "quote it: train.teacher_template='\"...\"'"),
+        ("model=2024-13-01", "override 'model=2024-13-01': the value is not YAML"),
     ],
 )
 def test_a_wrong_recipe_is_refused_in_one_line(recipe, override, message):
     with pytest.raises(ValueError) as error:
         load_recipe(recipe, [override])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_path_may_lie_in_the_home_directory(recipe, tmp_path, monkeypatch):
+    """Or checkpoints, whose path transformers expands, part ways with the run's other files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("output_dir", "data", "judge.cache", "judge.template")
+    read = load_recipe(recipe, ["task=null", *(f"{key}=~/x/{key}" for key in keys)])
+    paths = (read.output_dir, read.data, read.judge.cache, read.judge.template)
+    assert paths == tuple(tmp_path / "x" / key for key in keys)
+    assert trainer_config(read, read.output_dir).output_dir == str(read.output_dir)
+    assert load_recipe(recipe, ["rollouts=~/x.jsonl"]).rollouts == tmp_path / "x.jsonl"
 
 
 def test_a_value_the_trainer_refuses_is_named(recipe, tmp_path):
@@ -83,6 +124,9 @@ def test_unreadable_recipes(tmp_path):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_bytes(b"model: caf\xe9")
+    with pytest.raises(ValueError, match=r"bad.yaml is not YAML: 'utf-8' codec"):
+        load_recipe(tmp_path / "bad.yaml")
 
 
 def test_every_shipped_recipe_is_valid():
@@ -114,6 +158,15 @@ ROW = json.dumps({"prompt": "Hi", "privileged_context": "Say zorblat."})
         ('{"prompt": [{"role": "user"}], "privileged_context": ""}', "line 3: prompt must be a string or a list"),
         ('{"prompt": "Hi", "privileged_context": 7}', "line 3: privileged_context must be a string, not int"),
         ('["Hi"]', "line 3: must be an object"),
+        ('{"prompt": [5], "privileged_context": ""}', "line 3: prompt must be a string or a list of messages"),
+        (
+            '{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "privileged_context": ""}',
+            "line 3: prompt holds a message whose content is not text",
+        ),
+        (
+            '{"prompt": "Hi", "privileged_context": "", "teacher_prompt": [{"role": "user", "content": null}]}',
+            "line 3: teacher_prompt holds a message whose content is not text",
+        ),
     ],
 )
 def test_a_broken_line_is_named_by_number(tmp_path, line, message):
@@ -121,6 +174,13 @@ def test_a_broken_line_is_named_by_number(tmp_path, line, message):
     with pytest.raises(ValueError) as error:
         load_rows(path)
     assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_line_that_is_not_utf_8_is_named_by_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"{ROW}\n".encode() + ROW.replace("Hi", "Café").encode("latin-1"))
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: not UTF-8"):
+        load_rows(path)
 
 
 def test_missing_and_empty_data(tmp_path):
@@ -135,6 +195,20 @@ def test_strings_and_messages_may_stand_in_one_file(tmp_path):
     rows = load_rows(write(tmp_path / "rows.jsonl", ROW, chat))
     assert rows[0]["prompt"] == rows[1]["prompt"] == [{"role": "user", "content": "Hi"}]
     assert prompt_text(rows[0]["prompt"]) == "Hi"
+
+
+def test_parts_of_text_become_one_text(tmp_path):
+    """A list in a template is its Python repr, and a column cannot hold both it and a string."""
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
+    of_parts, of_text = ([{"role": "user", "content": content}] for content in (parts, "Hi?"))
+    row = {"prompt": of_parts, "teacher_prompt": of_parts, "privileged_context": "C"}
+    rows = load_rows(write(tmp_path / "rows.jsonl", json.dumps(row), json.dumps({**row, "prompt": "Hi"})))
+    assert rows[0]["prompt"] == rows[0]["teacher_prompt"] == of_text
+    assert teacher_prompt({**rows[0], "teacher_prompt": None})[0]["content"] == "C\n\nHi?"
+    assert row["prompt"] == of_parts, "the row is not changed"
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "search"}}]}
+    (made,) = as_dataset([{"prompt": [called, *of_parts], "privileged_context": ""}])
+    assert prompt_text(made["prompt"]) == "assistant: \nuser: Hi?"
 
 
 def test_teacher_reads_the_context_around_the_last_user_message():
@@ -218,6 +292,20 @@ def test_errors_are_one_line_and_a_nonzero_exit(recipe, tmp_path):
         lines = result.stderr.strip().splitlines()
         assert result.returncode == 1 and lines[-1].startswith("rmsd: ") and message in lines[-1], result.stderr
         assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("command", "hint"), [("train", "; resume=true continues"), ("eval", "interrupted\n")])
+def test_ctrl_c_says_how_to_go_on(recipe, monkeypatch, capsys, command, hint):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rmsd.run.train", interrupted)
+    monkeypatch.setattr("rmsd.run.evaluate", interrupted)
+    monkeypatch.setattr(sys, "argv", ["rmsd", command, str(recipe)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().err
+    assert left.value.code == 130 and said.startswith("rmsd: interrupted") and hint in said
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -109,10 +109,32 @@ def test_an_adapters_snapshot_is_an_adapter_not_a_copy_of_the_model(tmp_path):
     ],
 )
 def test_plateau_is_patience_entries_without_improvement(values, plateau):
-    history = [{"loss": value} for value in values]
-    assert has_plateaued(history, "loss", patience=2, min_delta=0.2) is plateau
-    assert has_plateaued([{"eval_x": -v} for v in values], "eval_x", patience=2, min_delta=0.2) is plateau
-    assert not has_plateaued([*history, {"continuation": 1}], "loss", patience=2, min_delta=0.2), "counted anew"
+    history = [{"loss": value, "eval_x": -value, "step": step} for step, value in enumerate(values)]
+    for metric in ("loss", "eval_x"):
+        assert has_plateaued(history, metric, patience=2, min_delta=0.2) is plateau
+    continued = [*history, {"continuation": 1, "step": len(history) - 1}]
+    assert not has_plateaued(continued, "loss", patience=2, min_delta=0.2), "counted anew"
+
+
+def test_a_step_evaluated_again_has_not_waited_any_longer():
+    history = [{"eval_x": 0.5, "step": step} for step in (0, 10, 10, 10)]
+    assert not has_plateaued(history, "eval_x", patience=2, min_delta=0.0)
+    assert has_plateaued([*history, {"eval_x": 0.5, "step": 20}], "eval_x", patience=2, min_delta=0.0)
+    continued = [history[0], {"continuation": 1, "step": 0}, *({"eval_x": 0.5, "step": step} for step in (0, 10, 20))]
+    assert not has_plateaued(continued, "eval_x", patience=2, min_delta=0.0), "step 0 was before the continuation"
+
+
+def test_a_resumed_run_continues_at_the_uninterrupted_runs_step(tmp_path):
+    """Its checkpoint's step is evaluated again where training starts with an evaluation."""
+    options = dict(
+        evaluator=lambda model: {"target": 0.5}, max_steps=4, eval_strategy="steps", eval_steps=1, eval_on_start=True,
+        continuation_metric="eval_target", continuation_patience=3, save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    runs = [trainer(tmp_path, **options) for _ in range(2)]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for run in runs:
+        assert [entry["step"] for entry in run.state.log_history if "continuation" in entry] == [3]
 
 
 def test_continuation_by_a_metric_stops_at_its_limit(tmp_path):

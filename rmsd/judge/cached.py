@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,8 @@ class CachedJudge:
     """Wraps a judge; a question answered before is answered from `directory`.
 
     Args:
-        judge: asked about what is not there yet.
+        judge: asked about what is not there yet. One that tells its answers one by one, by a method `ask_each` as
+            LLMJudge's, has each of them kept though another fails, and nothing kept that is not its own.
         directory: one small JSON file an answer, each written whole or not at all.
         replay: never ask; a question that is not there raises LookupError.
 
@@ -38,9 +40,17 @@ class CachedJudge:
             )
         if missing:
             self.stats["misses"] += len(missing)
-            for i, answer in zip(missing, self.judge([questions[i] for i in missing]), strict=True):
+            asked = self._ask([questions[i] for i in missing], [keys[i] for i in missing])
+            for i, answer in zip(missing, asked, strict=True):
                 answers[i] = answer
-                self._write(keys[i], answer)
+        return answers
+
+    def _ask(self, questions: list[Question], keys: list[str]) -> list[list[int]]:
+        if hasattr(self.judge, "ask_each"):
+            return self.judge.ask_each(questions, lambda i, answer: self._write(keys[i], answer))
+        answers = self.judge(questions)
+        for key, answer in zip(keys, answers, strict=True):
+            self._write(key, answer)
         return answers
 
     def _key(self, question: Question) -> str:
@@ -64,6 +74,7 @@ class CachedJudge:
         return answer
 
     def _write(self, key: str, answer: list[int]) -> None:
-        partial = self._path(key).with_suffix(f".{os.getpid()}")
+        # Two threads may bring the same question's answers at once.
+        partial = self._path(key).with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         partial.write_text(json.dumps(answer), encoding="utf-8")
         partial.replace(self._path(key))

@@ -4,8 +4,9 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -102,7 +103,12 @@ class LLMJudge:
         return json.dumps([self.model, self.temperature, self.max_tokens, self.min_relevance, self._template_text])
 
     def __call__(self, questions: Sequence[Question]) -> list[list[int]]:
-        asked = [self._pool.submit(self._ask, question) for question in questions]
+        return self.ask_each(questions, lambda i, kept: None)
+
+    def ask_each(self, questions: Sequence[Question], answered: Callable[[int, list[int]], None]) -> list[list[int]]:
+        """As a call, and `answered(i, kept)` is told the model's own answer to question i as it arrives, by the thread
+        that asked. What `on_error` puts in an answer's place is none."""
+        asked = [self._pool.submit(self._ask, question, partial(answered, i)) for i, question in enumerate(questions)]
         done, waiting = wait(asked, return_when=FIRST_EXCEPTION)
         for future in waiting:  # one has failed: the rest, which may hang, is not waited for
             future.cancel()
@@ -134,10 +140,10 @@ class LLMJudge:
             max_kept=question.max_kept,
         )
 
-    def _ask(self, question: Question) -> list[int]:
+    def _ask(self, question: Question, answered: Callable[[list[int]], None]) -> list[int]:
         self.stats["requests"] += 1
         try:
-            return self._kept(question, self._complete(self.prompt(question), question.max_kept))
+            kept = self._kept(question, self._complete(self.prompt(question), question.max_kept))
         except (self._openai.OpenAIError, ValueError) as error:
             self.stats["failures"] += 1
             if self.on_error == "raise":
@@ -145,6 +151,8 @@ class LLMJudge:
                 raise ConnectionError(f"judge {self.model!r} at {self._client.base_url} failed: {reason}") from error
             log.warning("judge failed (%s); on_error=%s", type(error).__name__, self.on_error)
             return MagnitudeJudge()([question])[0] if self.on_error == "magnitude" else []
+        answered(kept)
+        return kept
 
     def _complete(self, prompt: str, max_kept: int) -> str:
         request = dict(
