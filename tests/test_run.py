@@ -7,7 +7,7 @@ from fake_run import write_lines
 from rmsd.continuation import logged
 from rmsd.recipe import load_recipe
 from rmsd.record import read_lines
-from rmsd.run import evaluate, table, train
+from rmsd.run import build_judge, evaluate, table, train
 from rmsd.tasks import load_task
 
 
@@ -35,6 +35,13 @@ def test_a_resumed_run_is_evaluated_at_the_uninterrupted_runs_steps(recipe, tmp_
     train(load_recipe(recipe, ["train.max_steps=5", "resume=true"]))
     assert evaluated(tmp_path / "whole") == [0, 2, 4, 5]
     assert evaluated(tmp_path / "run") == [0, 2, 3, 4, 5], "3 was its end once"
+
+
+def test_the_recipes_judge_is_told_the_prompts_and_whether_to_keep_to_the_topic(recipe):
+    judges = [build_judge(load_recipe(recipe, ["judge.kind=context", f"judge.on_topic={on}"]).judge, ["Which pie?"])
+              for on in ("true", "false")]  # fmt: skip
+    assert [judge.on_topic for judge in judges] == [True, False]
+    assert all("pie" in judge.known for judge in judges)
 
 
 @pytest.mark.parametrize("samples", [0, 1])
