@@ -62,6 +62,7 @@ class Compiled:
     searches: list[Loop]  # of the student's row, counting only, for the top k: per logit
     specialised: list[str]  # arguments whose value or alignment would compile another variant
     assembly: str
+    approximate_divisions: int = 0  # x / x may differ from 1; NVIDIA's alone
 
 
 def variants() -> dict[str, tuple]:
@@ -145,6 +146,7 @@ def _read_cuda(compiled, itemsize: int) -> dict:
     return dict(
         registers=usage["REG"], spilled_bytes=usage["STACK"] + usage["LOCAL"] + local, shared_bytes=usage["SHARED"],
         **_loops(code, r"LDG", r"^BRA", itemsize), assembly=sass,
+        approximate_divisions=len(re.findall(r"\bdiv\.(?:full|approx)", compiled.asm["ptx"])),
     )  # fmt: skip
 
 

@@ -29,7 +29,8 @@ def column_tile(num_rows: int, models: int, width: int, workspace_mb: float | No
     A product of few rows reads (and a CPU's library packs) the weight for little work: from rows of the whole
     vocabulary, which at V = 152k are 41, scores took twice the time."""
     room = int((workspace_mb or WORKSPACE_MB) * 2**20 / 4 / models)
-    return min(width, max(room // max(min(num_rows, _TILE_ROWS), 1), _TILE_COLUMNS))
+    columns = room // max(min(num_rows, _TILE_ROWS), 1) // 64 * 64  # rows that begin where a vector load may
+    return min(width, max(columns, _TILE_COLUMNS))
 
 
 def row_chunks(num_rows: int, logits_a_row: int, workspace_mb: float | None) -> list[slice]:

@@ -115,6 +115,18 @@ def gradient_support(backend, student, teacher, k):
     return torch.autograd.grad(result.sum(), student)[0].ne(0).cpu()
 
 
+@pytest.mark.parametrize("temperature", [0.6, 2.05])
+def test_equal_rows_have_no_divergence_and_no_gradient_at_any_temperature(backend, device, temperature):
+    """At logits of +-30 half a bit of a scaled logit is more than the budget."""
+    row = (torch.randn(1, 40, generator=torch.Generator().manual_seed(0)) - 30.0).to(device)
+    row[:, 7] += 60.0
+    for divergence in budget.DIVERGENCES:
+        student = row.clone().requires_grad_()
+        result = rk.token_divergence(student, row, divergence=divergence, temperature=temperature, backend=backend)
+        (grad,) = torch.autograd.grad(result.sum(), student)
+        assert max(result.abs().max(), grad.abs().max()) <= 1e-6, divergence
+
+
 @pytest.mark.parametrize("dtype", budget.DTYPES, ids=str)
 def test_ties_go_to_the_lower_id(backend, device, dtype):
     """Which of the tied logits are taken shows in the gradient: the teacher differs at every one."""

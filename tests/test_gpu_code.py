@@ -36,6 +36,12 @@ def test_nothing_spills(compiled):
     assert {key: entry["spilled_bytes"] for key, entry in compiled.items() if entry["spilled_bytes"]} == {}
 
 
+def test_no_quotient_is_an_approximation(compiled):
+    """Of equal temperatures and of equal rows' sums it must be 1, or a row differs from itself."""
+    assert {key: entry["approximate_divisions"] for key, entry in compiled.items() if key[1].startswith("sm_")}
+    assert {key for key, entry in compiled.items() if entry["approximate_divisions"]} == set()
+
+
 def test_aligned_rows_are_loaded_sixteen_bytes_at_a_time(compiled):
     for (variant, target), entry in compiled.items():
         if variant == "select" or "unaligned" in variant:

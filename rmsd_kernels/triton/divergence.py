@@ -131,7 +131,7 @@ def divergence_kernel(
         mass, slope = 1.0, 0.0
     else:
         if HAS_CROSS:
-            centre = exact_gap.to(tl.float32) / scale.to(tl.float32)
+            centre = (exact_gap / scale).to(tl.float32)
         cross, slope, mass, gap = normalised_visit(
             student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale,
             student_m, teacher_m, student_log_z, teacher_log_z, beta, centre, kth_logit, last_tied_id,

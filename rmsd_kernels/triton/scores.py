@@ -115,8 +115,8 @@ def scores_kernel(
     teacher_lse = log_sum_exp(teacher_m, teacher_z, teacher_correction).to(tl.float32)
     tl.store(out_ptr + 3 * plane, tl.where(valid, student_lse, nan))
     tl.store(out_ptr + 4 * plane, tl.where(valid, teacher_lse, nan))
-    tl.store(out_ptr + 5 * plane, tl.where(valid, tl.log(student_z) - (student_e / student_z) * LN2, nan))
-    tl.store(out_ptr + 6 * plane, tl.where(valid, tl.log(teacher_z) - (teacher_e / teacher_z) * LN2, nan))
+    tl.store(out_ptr + 5 * plane, tl.where(valid, tl.log(student_z) - tl.div_rn(student_e, student_z) * LN2, nan))
+    tl.store(out_ptr + 6 * plane, tl.where(valid, tl.log(teacher_z) - tl.div_rn(teacher_e, teacher_z) * LN2, nan))
 
     if HAS_SELECTION:
         # docs/gpu.md, "Why the memory ordering is right".

@@ -1,4 +1,7 @@
-"""The two ways to sum over a row: online, while the maxima are unknown, and again once both rows are normalised."""
+"""The two ways to sum over a row: online, while the maxima are unknown, and again once both rows are normalised.
+
+A quotient that is to be 1 for equal numbers is `div_rn`'s: on NVIDIA `/` is an approximate reciprocal and a product, so
+that x / x need not be 1 (for one z in seven), and a row's divergence from itself not 0."""
 
 import triton
 import triton.language as tl
@@ -9,7 +12,7 @@ from .tiles import EMPTY, FLOOR, LN2, load_pair
 @triton.jit
 def floor_pair(first, second, ratio):
     """-inf made finite, so that its weight of 0 can multiply it; twice as low in `second`. NaN stays NaN."""
-    first = tl.maximum(first, FLOOR / ratio, propagate_nan=tl.PropagateNan.ALL)
+    first = tl.maximum(first, tl.div_rn(FLOOR, ratio), propagate_nan=tl.PropagateNan.ALL)
     return first, tl.maximum(second, 2 * FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -76,7 +79,7 @@ def online_visit(
 ):  # fmt: skip
     """Reads both rows once; the sums of `online_tile` for the whole row, as eight scalars, cross divided by first_z."""
     TILE: tl.constexpr = UNROLL * LANES * VEC
-    ratio = first_scale / second_scale
+    ratio = tl.div_rn(first_scale, second_scale)
     zeros = tl.zeros([LANES], tl.float32)
     state = (zeros + EMPTY, zeros + EMPTY, zeros, zeros, zeros, zeros, zeros, zeros + 2 * FLOOR)
     whole = size // TILE * TILE
@@ -101,9 +104,11 @@ def online_visit(
     second_e = tl.sum(tl.fma(second_shift, second_z, second_e) * second_rescale, axis=0)
     second_z = tl.sum(second_z * second_rescale, axis=0)
     # fp64 for the lanes' sums: fp32 cost four units in the last place of a divergence of 40.
-    first_z = tl.sum((first_z * first_rescale).to(tl.float64), axis=0).to(tl.float32)
-    mean_cross = tl.sum((cross * first_rescale).to(tl.float64), axis=0).to(tl.float32) / first_z
-    return first_m, second_m, first_z, second_z, first_e, second_e, mean_cross, tl.max(gap, axis=0)
+    first_z = tl.sum((first_z * first_rescale).to(tl.float64), axis=0)
+    mean_cross = (tl.sum((cross * first_rescale).to(tl.float64), axis=0) / first_z).to(tl.float32)
+    return (
+        first_m, second_m, first_z.to(tl.float32), second_z, first_e, second_e, mean_cross, tl.max(gap, axis=0)
+    )  # fmt: skip
 
 
 @triton.jit
@@ -129,7 +134,8 @@ def high_low(x):
 @triton.jit
 def log_ratio(first_m, first_z, second_m, second_z, first_correction, second_correction):
     """log-sum-exp of the first less the second's, fp64. One logarithm: two would be off by 5e-7 each."""
-    return nats(first_m, first_correction) - nats(second_m, second_correction) + tl.log(first_z / second_z)
+    quotient = tl.div_rn(first_z, second_z)
+    return nats(first_m, first_correction) - nats(second_m, second_correction) + tl.log(quotient)
 
 
 @triton.jit
@@ -153,6 +159,10 @@ def normalised_tile(
 ):  # fmt: skip
     """Adds one tile to every lane's sums; see `normalised_visit`. jsd has no gap: its terms are always finite."""
     total, slope, mass, gap = state
+    if DIVERGENCE == "reverse_kl":
+        ratio = tl.div_rn(student_scale, teacher_scale)
+    elif DIVERGENCE == "forward_kl":
+        ratio = tl.div_rn(teacher_scale, student_scale)
     totals = tl.zeros(student[0].shape, tl.float32)
     slopes, masses, gaps = totals, totals, totals + 2 * FLOOR
     for block in tl.static_range(len(student)):
@@ -166,13 +176,13 @@ def normalised_tile(
             totals = tl.fma(q, to_q, totals)
         else:
             if DIVERGENCE == "reverse_kl":
-                s, t = floor_pair(student[block], teacher[block], student_scale / teacher_scale)
+                s, t = floor_pair(student[block], teacher[block], ratio)
                 weight = tl.exp2(tl.fma(s, student_scale, -student_m) - student_log_z)
-                difference = tl.fma(s, student_scale / teacher_scale, -t)
+                difference = tl.fma(s, ratio, -t)
             else:
-                t, s = floor_pair(teacher[block], student[block], teacher_scale / student_scale)
+                t, s = floor_pair(teacher[block], student[block], ratio)
                 weight = tl.exp2(tl.fma(t, teacher_scale, -teacher_m) - teacher_log_z)
-                difference = tl.fma(t, teacher_scale / student_scale, -s)
+                difference = tl.fma(t, ratio, -s)
             totals = tl.fma(weight, difference - centre, totals)
             masses += weight
             gaps = tl.maximum(gaps, difference)
