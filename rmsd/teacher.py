@@ -1,6 +1,7 @@
 """The teacher: the same model, reading the student's answer under the prompt that holds the privileged context."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,18 +26,20 @@ class Teacher:
         kind: "initial", the weights that training starts from: under PEFT the adapter switched off, at no memory,
             otherwise a frozen copy. "adapter_off" is the same but refuses a model without an adapter. "live" is the
             student as it is. "ema" is a copy that follows the student by `average`.
+        autocast: makes the context that the student's forward runs in under mixed precision. accelerate puts it around
+            the student alone; a copy without it would differ from the student by rounding where they agree.
 
     `snapshot` makes the student as it is now the teacher (continuation). Under PEFT that is a second adapter, not a
     copy of the model.
     """
 
-    def __init__(self, model, kind: str = "initial"):
+    def __init__(self, model, kind: str = "initial", autocast: Callable = contextlib.nullcontext):
         if kind not in KINDS:
             raise ValueError(f"teacher must be one of {', '.join(KINDS)}, not {kind!r}")
         self.has_adapter = hasattr(model, "disable_adapter")
         if kind == "adapter_off" and not self.has_adapter:
             raise ValueError("teacher='adapter_off' needs a PEFT model; 'initial' keeps a copy of any other")
-        self.kind, self.student = kind, model
+        self.kind, self.student, self._autocast = kind, model, autocast
         self.changed = False  # from the initial weights
         self._has_snapshot = False  # an adapter of its own
         self.is_copy = kind == "ema" or (kind == "initial" and not self.has_adapter)
@@ -65,7 +68,7 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, teacher_prompt_ids: list[list[int]], rollouts: Rollouts, pad_id: int) -> Tensor:
         """(B, L, H): the teacher's hidden states for the student's answers."""
-        with self.active() as model:
+        with self.active() as model, self._autocast():  # not in `active`, where an engine takes merged weights
             return completion_hidden(
                 model, teacher_prompt_ids, rollouts.completion_ids, rollouts.attention_mask, pad_id
             )

@@ -2,8 +2,10 @@
 
 import pytest
 import tiny
+import torch
 from fake_run import write_lines
 
+from rmsd import evaluate as evaluation
 from rmsd.continuation import logged
 from rmsd.recipe import load_recipe
 from rmsd.record import read_lines
@@ -73,6 +75,21 @@ def test_a_continuation_metric_that_is_never_logged_is_refused_before_a_model_is
     with pytest.raises(ValueError) as error:
         train(load_recipe(recipe, [f"train.continuation_metric={metric}", dry, *others]))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lora", ["null", "{r: 2}"])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_base_and_student_answer_in_the_precision_of_training(recipe, monkeypatch, bf16, lora):
+    """Or drift would be the distance of two precisions before training has moved anything."""
+    seen = []
+
+    def watched(function):
+        return lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or function(*a, **k)
+
+    for name in ("generate", "completion_hidden"):
+        monkeypatch.setattr(f"rmsd.evaluate.{name}", watched(getattr(evaluation, name)))
+    train(load_recipe(recipe, ["train.max_steps=1", f"train.bf16={str(bf16).lower()}", f"lora={lora}"]))
+    assert set(seen) == {bf16}
 
 
 def test_a_table_leaves_blank_what_one_evaluation_did_not_measure(tmp_path):

@@ -98,6 +98,31 @@ def test_an_adapters_snapshot_is_an_adapter_not_a_copy_of_the_model(tmp_path):
     assert trainable and not any(".teacher." in name for name in trainable), "only the student's adapter trains on"
 
 
+@pytest.mark.parametrize("options", [{}, {"bf16": True}])
+@pytest.mark.parametrize("kind", ["initial", "ema", "live"])
+@pytest.mark.parametrize("make_model", [tiny.model, peft_model])
+def test_a_teacher_that_is_the_student_reads_as_the_student_does(tmp_path, make_model, kind, options):
+    """Without a privileged context no token of step 1 differs, whatever the precision of their forwards."""
+    rows = [{"prompt": row["prompt"], "privileged_context": "", "completion": "It is zorblat"} for row in tiny.ROWS]
+    made = trainer(tmp_path, make_model(), rows=rows, teacher=kind, max_steps=1, **options)
+    made.train()
+    (entry,) = (entry for entry in made.state.log_history if "candidates" in entry)
+    assert entry["candidates"] == entry["divergence"] == 0 < entry["rollout_tokens"]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("make_model", [tiny.model, peft_model])
+def test_rollouts_readings_and_training_run_in_one_precision(tmp_path, make_model, bf16):
+    """A PEFT model's generate goes past the forward that accelerate patches, and a copied teacher has none."""
+    student, seen = make_model(), []
+    decoder = (student.get_base_model() if hasattr(student, "get_base_model") else student).get_decoder()
+    decoder.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))  # copied with it
+    made = trainer(tmp_path, student, max_steps=1, bf16=bf16)
+    seen.clear()  # building a trainer probes the head
+    made.train()
+    assert len(seen) > 2 and set(seen) == {bf16}
+
+
 @pytest.mark.parametrize(
     ("values", "plateau"),
     [
