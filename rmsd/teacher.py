@@ -42,6 +42,7 @@ class Teacher:
         self.kind, self.student, self._autocast = kind, model, autocast
         self.changed = False  # from the initial weights
         self._has_snapshot = False  # an adapter of its own
+        self._averages: dict[str, Tensor] = {}  # fp32, of the weights below that
         self.is_copy = kind == "ema" or (kind == "initial" and not self.has_adapter)
         if kind == "ema" and self.has_adapter:
             self.is_copy = False
@@ -93,10 +94,17 @@ class Teacher:
         return hidden
 
     def average(self, decay: float) -> None:
-        """teacher = decay * teacher + (1 - decay) * student, for kind "ema"."""
+        """teacher = decay * teacher + (1 - decay) * student, for kind "ema". The average is kept in fp32 beside weights
+        of 16 bits: a step of it is less than half their last place, and would round away."""
         with torch.no_grad(), whole(self.student):
-            for mine, theirs in self._pairs():
-                mine.lerp_(theirs.to(mine.dtype), 1.0 - decay)
+            for name, mine, theirs in self._pairs():
+                average = mine
+                if mine.dtype.itemsize < 4:
+                    average = self._averages.get(name)
+                    average = self._averages[name] = mine.float() if average is None else average
+                average.lerp_(theirs.to(average.dtype), 1.0 - decay)
+                if average is not mine:
+                    mine.copy_(average)
         self.changed = True
 
     def snapshot(self) -> None:
@@ -106,15 +114,17 @@ class Teacher:
         if not self.is_copy and not self._has_snapshot:
             self._add_adapter()
         with torch.no_grad(), whole(self.student):
-            for mine, theirs in self._pairs():
+            for _, mine, theirs in self._pairs():
                 mine.copy_(theirs)
+        self._averages.clear()
         self.changed = True
 
     def save(self, directory: str | Path) -> None:
         """Writes what `load` needs; nothing while the teacher is still the initial weights."""
         if self.changed:
             Path(directory).mkdir(parents=True, exist_ok=True)  # a sharded model has not made it yet
-            save_file({name: value.contiguous() for name, value in self._state().items()}, Path(directory) / FILE)
+            state = self._state() | self._averages
+            save_file({name: value.contiguous() for name, value in state.items()}, Path(directory) / FILE)
 
     def load(self, directory: str | Path) -> None:
         """Takes the teacher that a checkpoint holds, if it holds one."""
@@ -127,6 +137,8 @@ class Teacher:
         with torch.no_grad():
             for name, value in self._state().items():
                 value.copy_(saved[name])
+                if value.dtype.itemsize < saved[name].dtype.itemsize:
+                    self._averages[name] = saved[name].to(value.device)
         self.changed = True
 
     # ---- adapters --------------------------------------------------------------------------------------------------
@@ -153,19 +165,20 @@ class Teacher:
         self.student.set_adapter(student)
         self._has_snapshot = True
         with torch.no_grad():
-            for mine, theirs in self._pairs():
+            for _, mine, theirs in self._pairs():
                 mine.copy_(theirs)
 
     def _pairs(self):
-        """(teacher's, student's) parameters, in order."""
+        """(name, teacher's, student's) of each parameter, in order."""
         if self.is_copy:
-            yield from zip(self.model.parameters(), self.student.parameters(), strict=True)
+            for (name, mine), theirs in zip(self.model.named_parameters(), self.student.parameters(), strict=True):
+                yield name, mine, theirs
             return
         student = self.student.active_adapter
         parameters = dict(self.student.named_parameters())
         for name, value in parameters.items():
             if f".{_ADAPTER}." in name:
-                yield value, parameters[name.replace(f".{_ADAPTER}.", f".{student}.")]
+                yield name, value, parameters[name.replace(f".{_ADAPTER}.", f".{student}.")]
 
     def _state(self) -> dict[str, Tensor]:
         parameters = dict(self.model.named_parameters())

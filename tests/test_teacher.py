@@ -6,6 +6,7 @@ import torch
 from tiny import same, trainer, weights
 
 from rmsd.continuation import has_plateaued
+from rmsd.costs import Sizes, teacher_bytes
 from rmsd.record import RunRecord, read_lines
 
 
@@ -121,6 +122,34 @@ def test_rollouts_readings_and_training_run_in_one_precision(tmp_path, make_mode
     seen.clear()  # building a trainer probes the head
     made.train()
     assert len(seen) > 2 and set(seen) == {bf16}
+
+
+def test_a_moving_average_of_16_bit_weights_moves_and_survives_a_resume(tmp_path):
+    """A step of it, a hundredth of the student's, is less than half a bf16 weight's last place."""
+    options = dict(teacher="ema", ema_decay=0.99, max_steps=4, learning_rate=1e-3, save_strategy="steps", save_steps=2)
+    whole, resumed = (trainer(tmp_path, tiny.model().bfloat16(), **options) for _ in range(2))
+    exact = [weight.detach().float() for weight in whole.model.parameters()]
+    average = whole.teacher.average
+
+    def averaged(decay):
+        average(decay)
+        for mine, theirs in zip(exact, whole.model.parameters(), strict=True):
+            mine.lerp_(theirs.detach().float(), 1 - decay)
+
+    whole.teacher.average = averaged
+    initial = weights(whole.teacher.model)
+    whole.train()
+    assert not same(initial, weights(whole.teacher.model))
+    for value, expected in zip(whole.teacher.model.parameters(), exact, strict=True):
+        assert torch.equal(value, expected.bfloat16())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(weights(whole.teacher.model), weights(resumed.teacher.model))
+    held = teacher_bytes(Sizes.of(whole.model), whole.args)
+    assert held == sum(v.nbytes for v in (*whole.teacher.model.parameters(), *whole.teacher._averages.values()))
+    whole.teacher.snapshot()
+    assert same(weights(whole.teacher.model), weights(whole.model))
+    average(0.5)
+    assert same(weights(whole.teacher.model), weights(whole.model)), "the average begins anew"
 
 
 @pytest.mark.parametrize(
