@@ -177,11 +177,17 @@ class Teacher:
         student = self.student.active_adapter
         parameters = dict(self.student.named_parameters())
         for name, value in parameters.items():
-            if f".{_ADAPTER}." in name:
-                yield name, value, parameters[name.replace(f".{_ADAPTER}.", f".{student}.")]
+            if _is_own(name):
+                yield name, value, parameters[".".join(student if p == _ADAPTER else p for p in name.split("."))]
 
     def _state(self) -> dict[str, Tensor]:
         parameters = dict(self.model.named_parameters())
         if self.is_copy:
             return parameters
-        return {name: value for name, value in parameters.items() if f".{_ADAPTER}." in name}
+        return {name: value for name, value in parameters.items() if _is_own(name)}
+
+
+def _is_own(name: str) -> bool:
+    """A parameter of the teacher's adapter: of a linear layer ...lora_A.teacher.weight, of an embedding
+    ...lora_embedding_A.teacher."""
+    return _ADAPTER in name.split(".")

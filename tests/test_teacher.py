@@ -111,6 +111,25 @@ def test_a_teacher_that_is_the_student_reads_as_the_student_does(tmp_path, make_
     assert entry["candidates"] == entry["divergence"] == 0 < entry["rollout_tokens"]
 
 
+def test_an_embeddings_adapter_belongs_to_the_teacher_too(tmp_path):
+    """Its parameters' names end in the adapter's, with no ".weight" after it."""
+    from peft import LoraConfig, get_peft_model
+
+    def model():
+        config = LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+        return get_peft_model(tiny.model(tie_word_embeddings=False), config)
+
+    made = trainer(tmp_path / "run", model(), continuation_steps=[2])
+    made.train()
+    made.teacher.save(tmp_path)
+    loaded = trainer(tmp_path / "other", model())
+    loaded.teacher.load(tmp_path)
+    student = {name: value for name, value in weights(made.model).items() if ".default" in name}
+    assert any("lora_embedding_A" in name and value.any() for name, value in student.items()), "it has been trained"
+    for teacher in (weights(made.model), weights(loaded.model)):
+        assert all(torch.equal(value, teacher[name.replace(".default", ".teacher")]) for name, value in student.items())
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("make_model", [tiny.model, peft_model])
 def test_rollouts_readings_and_training_run_in_one_precision(tmp_path, make_model, bf16):
