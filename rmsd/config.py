@@ -78,6 +78,8 @@ class RMSDConfig(TrainingArguments):
         # Without it accelerate sees no accelerator and makes of each process that was launched a run of its own.
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("drift"):
+            self.greater_is_better = False  # transformers takes whatever is no loss for a score
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")

@@ -23,19 +23,19 @@ def logged(task: Task | None, samples: int) -> tuple[str, ...]:
     return (*STEP_METRICS, *(f"eval_{name}" for name in (*graded, "specificity", "drift")))
 
 
-def check_metric(metric: str, task: Task | None, samples: int) -> None:
+def check_metric(metric: str, task: Task | None, samples: int, argument: str = "continuation_metric") -> None:
     """
     Raises:
-        ValueError: the run will not log it, and so would never continue.
+        ValueError: the run will not log what `argument` names, and so would never continue, or choose a checkpoint.
     """
     known = logged(task, samples)
     if metric in known:
         return
     if task is None and metric.startswith("eval_"):
-        raise ValueError(f"continuation_metric {metric!r} needs a task: without one nothing is evaluated")
+        raise ValueError(f"{argument} {metric!r} needs a task: without one nothing is evaluated")
     near = difflib.get_close_matches(metric, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
-    raise ValueError(f"continuation_metric {metric!r} is not logged by this run{hint}")
+    raise ValueError(f"{argument} {metric!r} is not logged by this run{hint}")
 
 
 def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta: float) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import set_seed
+from transformers.trainer_utils import SaveStrategy
 
 from .checkpoint import last_whole_checkpoint
 from .continuation import check_metric
@@ -29,6 +30,9 @@ def train(recipe: Recipe) -> str:
     task = load_task(recipe.task) if recipe.task else None
     if args.continuation_metric:
         check_metric(args.continuation_metric, task, recipe.evaluate.samples)
+    if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
+        best = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"  # as Trainer looks it up
+        check_metric(best, task, recipe.evaluate.samples, "metric_for_best_model")
     if recipe.rollouts:
         rows = load_rows(recipe.rollouts, completions=True)
     else:
@@ -67,7 +71,8 @@ def train(recipe: Recipe) -> str:
         callbacks=[RunRecord(out, resume=checkpoint is not None)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if evaluator and not _evaluated(trainer.state):
+    # The best weights, once they are loaded, are those that are saved; the last step's were evaluated.
+    if evaluator and (args.load_best_model_at_end or not _evaluated(trainer.state)):
         trainer.evaluate()
     trainer.save_model(str(out / "model"))
     if trainer.accelerator.num_processes > 1:  # one process has no group, or it is vLLM's, which ends it itself

@@ -92,6 +92,38 @@ def test_base_and_student_answer_in_the_precision_of_training(recipe, monkeypatc
     assert set(seen) == {bf16}
 
 
+def test_what_is_reported_is_of_the_weights_that_are_saved(recipe, tmp_path):
+    """With load_best_model_at_end the last step's are not."""
+    best = ["load_best_model_at_end=true", "metric_for_best_model=drift", "learning_rate=0.03", "save_steps=2",
+            "max_steps=4"]  # fmt: skip
+    shown = train(load_recipe(recipe, [f"train.{option}" for option in best]))
+    lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
+    assert [line["step"] for line in lines] == [0, 2, 4, 4]
+    drifts = [line["drift"] for line in lines]
+    assert drifts[3] == pytest.approx(drifts[1]) and drifts[1] < drifts[2]
+    after = evaluate(load_recipe(recipe))
+    assert [[row.split()[-1] for row in text.splitlines() if row.startswith("drift")] for text in (shown, after)] == [
+        [f"{drifts[1]:.3f}"]
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["load_best_model_at_end=true"], "metric_for_best_model 'eval_loss' is not logged by this run"),
+        (["save_strategy=best", "metric_for_best_model=target_gredy"], "did you mean 'eval_target_greedy'?"),
+        (["save_strategy=best", "metric_for_best_model=eval_kept_tokens"], "'eval_kept_tokens' is not logged"),
+    ],
+)
+def test_a_best_model_by_a_metric_that_is_never_logged_is_refused_before_a_model_is_loaded(
+    recipe, monkeypatch, options, message
+):
+    monkeypatch.setattr("rmsd.run.load_model", lambda *a, **k: pytest.fail("nothing is to be loaded"))
+    with pytest.raises(ValueError) as error:
+        train(load_recipe(recipe, [f"train.{option}" for option in ("save_steps=2", *options)]))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_table_leaves_blank_what_one_evaluation_did_not_measure(tmp_path):
     first = {"kind": "eval", "step": 0, "target_greedy": 0.5, "target_sampled": 0.25, "drift": -1e-9}
     last = {"kind": "eval", "step": 4, "target_greedy": 1.0, "drift": 0.125, "own": 1}
