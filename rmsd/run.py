@@ -10,7 +10,7 @@ import yaml
 from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from .checkpoint import last_whole_checkpoint
+from .checkpoint import holds_optimizer, last_whole_checkpoint
 from .continuation import check_metric
 from .data import as_dataset, fix_template_variables, load_rows, prompt_text
 from .evaluate import Evaluator
@@ -43,6 +43,8 @@ def train(recipe: Recipe) -> str:
     args.eval_on_start = args.eval_on_start and checkpoint is None
     if recipe.resume and checkpoint is None and args.should_save:
         print(f"{out} holds no checkpoint: starting from the beginning")
+    if checkpoint and not holds_optimizer(checkpoint) and args.should_save:
+        print(f"{checkpoint} holds no optimizer state (save_only_model): the optimizer and the schedule start anew")
     if not recipe.resume and (out / "metrics.jsonl").exists():
         raise FileExistsError(f"{out} holds a run: continue it with resume=true, or choose another output_dir")
 

@@ -6,6 +6,7 @@ import torch
 from fake_run import write_lines
 
 from rmsd import evaluate as evaluation
+from rmsd.checkpoint import holds_optimizer
 from rmsd.continuation import logged
 from rmsd.recipe import load_recipe
 from rmsd.record import read_lines
@@ -37,6 +38,25 @@ def test_a_resumed_run_is_evaluated_at_the_uninterrupted_runs_steps(recipe, tmp_
     train(load_recipe(recipe, ["train.max_steps=5", "resume=true"]))
     assert evaluated(tmp_path / "whole") == [0, 2, 4, 5]
     assert evaluated(tmp_path / "run") == [0, 2, 3, 4, 5], "3 was its end once"
+
+
+@pytest.mark.parametrize("only_model", [True, False])
+def test_a_resume_without_the_optimizers_state_says_so(recipe, capsys, only_model):
+    train(load_recipe(recipe, [f"train.save_only_model={str(only_model).lower()}"]))
+    capsys.readouterr()
+    train(load_recipe(recipe, ["train.max_steps=4", "resume=true"]))
+    said = [line for line in capsys.readouterr().out.splitlines() if "checkpoint-3 holds no optimizer state" in line]
+    assert len(said) == only_model
+
+
+@pytest.mark.parametrize(
+    "state", ["optimizer.pt", "optimizer.bin", "optimizer_0", "global_step3", "rank0-optimizer.pt"]
+)
+def test_an_optimizers_state_may_be_sharded(tmp_path, state):
+    (tmp_path / "model.safetensors").touch()
+    assert not holds_optimizer(tmp_path)
+    (tmp_path / state).mkdir()
+    assert holds_optimizer(tmp_path)
 
 
 def test_the_recipes_judge_is_told_the_prompts_and_whether_to_keep_to_the_topic(recipe):
