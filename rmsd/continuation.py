@@ -2,6 +2,7 @@
 teacher once training has plateaued, and training goes on."""
 
 import difflib
+import math
 from collections.abc import Sequence
 
 from transformers import TrainerCallback
@@ -48,12 +49,11 @@ def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta
     for i, entry in enumerate(history):
         if metric in entry:
             first_of_step.setdefault(entry["step"], i)
-    best, waited = None, 0
+    best, waited = -math.inf, 0  # which a first value improves on, unless it is NaN
     for i in first_of_step.values():
         if i > last:
             value = sign * history[i][metric]
-            improved = best is None or value > best + min_delta
-            best, waited = (value, 0) if improved else (best, waited + 1)
+            best, waited = (value, 0) if value > best + min_delta else (best, waited + 1)
     return waited >= patience
 
 

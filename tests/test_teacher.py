@@ -179,6 +179,8 @@ def test_a_moving_average_of_16_bit_weights_moves_and_survives_a_resume(tmp_path
         ([3.0, 2.95, 2.9], True),
         ([1.0, 2.0], False),
         ([], False),
+        ([float("nan"), 3.0, 2.0, 1.0], False),
+        ([3.0, float("nan"), float("nan")], True),
     ],
 )
 def test_plateau_is_patience_entries_without_improvement(values, plateau):
