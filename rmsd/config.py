@@ -121,9 +121,17 @@ class RMSDConfig(TrainingArguments):
             raise ValueError("fsdp_config.version must be 2")
         if self.max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps must be at least 0, not {self.max_skipped_steps}")
-        for name in ("{privileged_context}", "{prompt}"):
-            if name not in self.teacher_template:
-                raise ValueError(f"teacher_template must hold {name}, not {self.teacher_template!r}")
+        values = {name: f"<the row's {name}>" for name in ("privileged_context", "prompt")}
+        try:
+            told = self.teacher_template.format(**values)
+        except (LookupError, ValueError, AttributeError) as error:
+            raise ValueError(
+                "teacher_template: braces other than those of {privileged_context} and {prompt} must be doubled, "
+                f"{{{{ and }}}}, not {self.teacher_template!r}"
+            ) from error
+        for name, value in values.items():
+            if value not in told:
+                raise ValueError(f"teacher_template must hold {{{name}}}, not {self.teacher_template!r}")
 
     @property
     def n_gpu(self) -> int:
