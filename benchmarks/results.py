@@ -57,7 +57,8 @@ def evaluations(run: Path) -> list[dict]:
 
 
 def table(columns: list[str], runs: dict[tuple[str, int], list[dict]]) -> str:
-    """Markdown: a row a run, at its end, and a mean a method; before training in the first."""
+    """Markdown: a row a run, at its end, and a mean a method; before training in the first. A blank where a run has not
+    measured a column, as after a resume with other evaluate.samples."""
     lines = [
         "| method | seed | " + " | ".join(name.replace("_", " ") for name in columns) + " |",
         "| --- | --- |" + " --- |" * len(columns),
@@ -67,13 +68,15 @@ def table(columns: list[str], runs: dict[tuple[str, int], list[dict]]) -> str:
     for name in dict.fromkeys(method for method, _ in runs):
         of_method = {seed: found[-1] for (method, seed), found in runs.items() if method == name}
         lines += [_row(name, str(seed), last, columns) for seed, last in of_method.items()]
-        means = {column: mean(last[column] for last in of_method.values()) for column in columns}
+        measured = {column: [last[column] for last in of_method.values() if column in last] for column in columns}
+        means = {column: mean(values) for column, values in measured.items() if values}
         lines.append(_row(f"**{name}**", "mean", means, columns))
     return "\n".join(lines)
 
 
 def _row(name: str, seed: str, marks: dict, columns: list[str]) -> str:
-    return f"| {name} | {seed} | " + " | ".join(f"{round(marks[c], 3) + 0.0:.3f}" for c in columns) + " |"
+    cells = (f"{round(marks[c], 3) + 0.0:.3f}" if c in marks else "" for c in columns)
+    return f"| {name} | {seed} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:

@@ -21,6 +21,12 @@ def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
+def holds_optimizer(checkpoint: Path) -> bool:
+    """Not one of save_only_model: transformers would begin with a new optimizer and schedule without a word. The state
+    is optimizer.pt or .bin, or in shards, FSDP's optimizer_0/ and DeepSpeed's global_step*/."""
+    return any(any(checkpoint.glob(pattern)) for pattern in ("*optimizer*", "global_step*"))
+
+
 def _step(checkpoint: Path) -> int:
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1

@@ -78,6 +78,8 @@ class RMSDConfig(TrainingArguments):
         # Without it accelerate sees no accelerator and makes of each process that was launched a run of its own.
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("drift"):
+            self.greater_is_better = False  # transformers takes whatever is no loss for a score
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
@@ -119,9 +121,17 @@ class RMSDConfig(TrainingArguments):
             raise ValueError("fsdp_config.version must be 2")
         if self.max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps must be at least 0, not {self.max_skipped_steps}")
-        for name in ("{privileged_context}", "{prompt}"):
-            if name not in self.teacher_template:
-                raise ValueError(f"teacher_template must hold {name}, not {self.teacher_template!r}")
+        values = {name: f"<the row's {name}>" for name in ("privileged_context", "prompt")}
+        try:
+            told = self.teacher_template.format(**values)
+        except (LookupError, ValueError, AttributeError) as error:
+            raise ValueError(
+                "teacher_template: braces other than those of {privileged_context} and {prompt} must be doubled, "
+                f"{{{{ and }}}}, not {self.teacher_template!r}"
+            ) from error
+        for name, value in values.items():
+            if value not in told:
+                raise ValueError(f"teacher_template must hold {{{name}}}, not {self.teacher_template!r}")
 
     @property
     def n_gpu(self) -> int:

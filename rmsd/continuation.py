@@ -2,6 +2,7 @@
 teacher once training has plateaued, and training goes on."""
 
 import difflib
+import math
 from collections.abc import Sequence
 
 from transformers import TrainerCallback
@@ -23,19 +24,19 @@ def logged(task: Task | None, samples: int) -> tuple[str, ...]:
     return (*STEP_METRICS, *(f"eval_{name}" for name in (*graded, "specificity", "drift")))
 
 
-def check_metric(metric: str, task: Task | None, samples: int) -> None:
+def check_metric(metric: str, task: Task | None, samples: int, argument: str = "continuation_metric") -> None:
     """
     Raises:
-        ValueError: the run will not log it, and so would never continue.
+        ValueError: the run will not log what `argument` names, and so would never continue, or choose a checkpoint.
     """
     known = logged(task, samples)
     if metric in known:
         return
     if task is None and metric.startswith("eval_"):
-        raise ValueError(f"continuation_metric {metric!r} needs a task: without one nothing is evaluated")
+        raise ValueError(f"{argument} {metric!r} needs a task: without one nothing is evaluated")
     near = difflib.get_close_matches(metric, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
-    raise ValueError(f"continuation_metric {metric!r} is not logged by this run{hint}")
+    raise ValueError(f"{argument} {metric!r} is not logged by this run{hint}")
 
 
 def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta: float) -> bool:
@@ -48,12 +49,11 @@ def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta
     for i, entry in enumerate(history):
         if metric in entry:
             first_of_step.setdefault(entry["step"], i)
-    best, waited = None, 0
+    best, waited = -math.inf, 0  # which a first value improves on, unless it is NaN
     for i in first_of_step.values():
         if i > last:
             value = sign * history[i][metric]
-            improved = best is None or value > best + min_delta
-            best, waited = (value, 0) if improved else (best, waited + 1)
+            best, waited = (value, 0) if value > best + min_delta else (best, waited + 1)
     return waited >= patience
 
 

@@ -149,11 +149,13 @@ def optimizer_bytes(sizes: Sizes, args: RMSDConfig) -> float:
 
 def teacher_bytes(sizes: Sizes, args: RMSDConfig) -> int:
     """A frozen copy of the model; with an adapter nothing, or a second adapter once the teacher is not the initial
-    model (rmsd.teacher)."""
+    model; beside either, where it is a moving average, 4 bytes for each of its weights of 2 (rmsd.teacher)."""
     if not sizes.has_adapter:
-        return 0 if args.teacher == "live" else sizes.weight_bytes
-    moves = args.teacher == "ema" or args.continuation_steps or args.continuation_metric
-    return sizes.trained_bytes if moves else 0
+        weights, held = sizes.total, 0 if args.teacher == "live" else sizes.weight_bytes
+    else:
+        moves = args.teacher == "ema" or args.continuation_steps or args.continuation_metric
+        weights, held = sizes.trained, sizes.trained_bytes if moves else 0
+    return held + 2 * (4 * weights - held) * (args.teacher == "ema")
 
 
 def kv_bytes(sizes: Sizes, rows: int, length: int, element: int) -> int:

@@ -1,8 +1,8 @@
 """Rows of `prompt` and `privileged_context`, and the two prompts that the student and the teacher read.
 
-A prompt is a string (one user message) or a list of chat messages. An empty `privileged_context` makes an anchor
-row: the teacher reads the student's own prompt, so that every gap is drift from the initial model. Rows that bring a
-`completion` are rollouts made elsewhere (rmsd.completions).
+A prompt is a string (one user message) or a list of chat messages. A row with an empty `privileged_context` and no
+`teacher_prompt` is an anchor: the teacher reads the student's own prompt, so that every gap is drift from the initial
+model. Rows that bring a `completion` are rollouts made elsewhere (rmsd.completions).
 """
 
 import json
@@ -62,7 +62,7 @@ def as_dataset(rows: Iterable[dict]) -> Dataset:
                 if isinstance(row.get(column), str):
                     row[column] = [{"role": "user", "content": row[column]}]
                 elif row.get(column):
-                    row[column] = [{**message, "content": _text(message["content"])} for message in row[column]]
+                    row[column] = _of_text(row[column])
     # from_list takes the first row's keys alone: a mask that only later rows bring would be lost.
     columns = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
     return Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
@@ -105,6 +105,13 @@ def _is_of_text(message: dict) -> bool:
             for part in content
         )
     return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def _of_text(prompt: Prompt) -> Prompt:
+    """With each message's parts of text as one text: a list in a template is its Python repr."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{**message, "content": _text(message["content"])} for message in prompt]
 
 
 def _text(content: str | list[dict] | None) -> str | None:
@@ -162,8 +169,8 @@ def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE) -> Prompt:
     """The prompt that also holds the privileged context: put around the last user message by `template`, or given
     whole by the row's own `teacher_prompt`."""
     if row.get("teacher_prompt"):
-        return row["teacher_prompt"]
-    prompt, context = row["prompt"], row["privileged_context"]
+        return _of_text(row["teacher_prompt"])
+    prompt, context = _of_text(row["prompt"]), row["privileged_context"]
     if not context.strip():
         return prompt
     if isinstance(prompt, str):
@@ -190,6 +197,7 @@ def fix_template_variables(tokenizer, values: dict) -> None:
 
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one text, for a judge or a reader."""
+    prompt = _of_text(prompt)
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -204,6 +212,7 @@ def encode(tokenizer, prompt: Prompt) -> list[int]:
     Raises:
         ValueError: chat messages but no template, or a prompt of no tokens.
     """
+    prompt = _of_text(prompt)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -45,13 +45,19 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """The model's own `generate`: nothing to copy, and hidden states are recorded as it samples."""
+    """The model's own `generate`: nothing to copy, and hidden states are recorded as it samples, in the `autocast` that
+    the training forward runs in. accelerate puts it around the model's own forward, which a PEFT model's `generate`
+    goes past."""
+
+    def __init__(self, autocast: Callable = contextlib.nullcontext):
+        self._autocast = autocast
 
     def sync(self, model: nn.Module) -> None:
         self._model = model
 
     def __call__(self, prompt_ids: list[list[int]], **options) -> Rollouts:
-        return generate(self._model, prompt_ids, **options)
+        with self._autocast():
+            return generate(self._model, prompt_ids, **options)
 
 
 def check_vllm() -> None:
@@ -194,10 +200,18 @@ class VLLMEngine:
         )
 
 
-def engine_for(name: str, model: nn.Module, *, max_length: int, cache_gb: float, num_top: int = 0) -> Engine:
+def engine_for(
+    name: str,
+    model: nn.Module,
+    *,
+    max_length: int,
+    cache_gb: float,
+    num_top: int = 0,
+    autocast: Callable = contextlib.nullcontext,
+) -> Engine:
     """The engine of a recipe."""
     if name == "transformers":
-        return TransformersEngine()
+        return TransformersEngine(autocast)
     return VLLMEngine(model, max_length=max_length, cache_gb=cache_gb, num_top=num_top)
 
 

@@ -1,6 +1,7 @@
 """Was the behaviour learned, does it stay where it belongs, and how far has the model moved?"""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,10 +36,12 @@ class Evaluator:
         max_new_tokens: int = 24,
         batch_size: int = 16,
         seed: int = 0,
+        autocast: Callable = contextlib.nullcontext,  # of mixed precision: the base answers before accelerate is there
     ):
         self.tokenizer, self.task = tokenizer, task
         self.samples, self.temperature = samples, temperature
         self.max_new_tokens, self.batch_size, self.seed = max_new_tokens, batch_size, seed
+        self._autocast = autocast
         self.eos_ids = eos_ids_of(base, tokenizer)
         self.pad_id = pad_id_of(tokenizer, self.eos_ids)
         self.target_ids = [encode(tokenizer, prompt) for prompt in task.target_prompts]
@@ -68,15 +71,17 @@ class Evaluator:
 
     def _answers(self, model, prompt_ids: Sequence[list[int]], temperature: float = 0.0):
         for start in range(0, len(prompt_ids), self.batch_size):
-            yield generate(
-                model,
-                prompt_ids[start : start + self.batch_size],
-                max_new_tokens=self.max_new_tokens,
-                pad_id=self.pad_id,
-                eos_ids=self.eos_ids,
-                temperature=temperature,
-                seed=self.seed + start,
-            )
+            with self._autocast():
+                rollouts = generate(
+                    model,
+                    prompt_ids[start : start + self.batch_size],
+                    max_new_tokens=self.max_new_tokens,
+                    pad_id=self.pad_id,
+                    eos_ids=self.eos_ids,
+                    temperature=temperature,
+                    seed=self.seed + start,
+                )
+            yield rollouts
 
     def _texts(self, model, prompt_ids, temperature: float = 0.0) -> list[str]:
         return [
@@ -101,7 +106,8 @@ class Evaluator:
             None if tensor is None else tensor.to(model.device)
             for tensor in (base.completion_ids, base.completion_mask, base.student_hidden, *self.base_head[:2])
         )
-        hidden = completion_hidden(model, base.prompt_ids, ids, mask, self.pad_id)
+        with self._autocast():
+            hidden = completion_hidden(model, base.prompt_ids, ids, mask, self.pad_id)
         # KL(base || student): the base model takes the place of `student` in reverse_kl.
         return linear_token_scores(
             base_hidden, base_weight, hidden, head.weight, ids,

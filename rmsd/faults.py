@@ -16,10 +16,11 @@ log = logging.getLogger("rmsd")
 
 
 class NonfiniteGradients(TrainerCallback):
-    """Skips an optimiser step whose gradient holds a NaN or an infinity; counts it as `skipped_steps` in the log.
+    """Skips an optimiser step whose gradient holds a NaN or an infinity; counts it as `skipped_steps` in the log. On a
+    resume this count and that of nonfinite_rows go on from the log's.
 
     Args:
-        trainer: has `metrics` and `accelerator`.
+        trainer: has `metrics`, `loss` and `accelerator`.
 
     Raises:
         FloatingPointError: after more than `max_skipped_steps` in a row.
@@ -28,6 +29,15 @@ class NonfiniteGradients(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
         self.in_a_row = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        counted = next((entry for entry in reversed(state.log_history) if "skipped_steps" in entry), None)
+        if counted is None:
+            return
+        self.trainer.metrics.skipped_steps = counted["skipped_steps"]
+        # The log has the sum over ranks, so one rank goes on from it.
+        first = self.trainer.accelerator.is_main_process
+        self.trainer.loss.nonfinite_rows.fill_(int(counted["nonfinite_rows"]) if first else 0)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.trainer.accelerator.scaler is not None:

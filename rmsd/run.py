@@ -1,12 +1,16 @@
 """One run of a recipe, from its files to its table and page."""
 
+import contextlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 from transformers import set_seed
+from transformers.trainer_utils import SaveStrategy
 
-from .checkpoint import last_whole_checkpoint
+from .checkpoint import holds_optimizer, last_whole_checkpoint
 from .continuation import check_metric
 from .data import as_dataset, fix_template_variables, load_rows, prompt_text
 from .evaluate import Evaluator
@@ -26,6 +30,9 @@ def train(recipe: Recipe) -> str:
     task = load_task(recipe.task) if recipe.task else None
     if args.continuation_metric:
         check_metric(args.continuation_metric, task, recipe.evaluate.samples)
+    if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
+        best = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"  # as Trainer looks it up
+        check_metric(best, task, recipe.evaluate.samples, "metric_for_best_model")
     if recipe.rollouts:
         rows = load_rows(recipe.rollouts, completions=True)
     else:
@@ -36,6 +43,8 @@ def train(recipe: Recipe) -> str:
     args.eval_on_start = args.eval_on_start and checkpoint is None
     if recipe.resume and checkpoint is None and args.should_save:
         print(f"{out} holds no checkpoint: starting from the beginning")
+    if checkpoint and not holds_optimizer(checkpoint) and args.should_save:
+        print(f"{checkpoint} holds no optimizer state (save_only_model): the optimizer and the schedule start anew")
     if not recipe.resume and (out / "metrics.jsonl").exists():
         raise FileExistsError(f"{out} holds a run: continue it with resume=true, or choose another output_dir")
 
@@ -47,7 +56,7 @@ def train(recipe: Recipe) -> str:
 
     set_seed(recipe.seed)
     model, tokenizer = _load(recipe, args.device)
-    evaluator = _evaluator(recipe, model, tokenizer) if task else None
+    evaluator = _evaluator(recipe, model, tokenizer, autocast=_autocast(args)) if task else None
     if recipe.lora:
         model = with_lora(model, recipe.lora)
     if args.should_save:
@@ -64,7 +73,8 @@ def train(recipe: Recipe) -> str:
         callbacks=[RunRecord(out, resume=checkpoint is not None)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if evaluator and not _evaluated(trainer.state):
+    # The best weights, once they are loaded, are those that are saved; the last step's were evaluated.
+    if evaluator and (args.load_best_model_at_end or not _evaluated(trainer.state)):
         trainer.evaluate()
     trainer.save_model(str(out / "model"))
     if trainer.accelerator.num_processes > 1:  # one process has no group, or it is vLLM's, which ends it itself
@@ -158,9 +168,16 @@ def _load(recipe: Recipe, device: torch.device):
     return model.to(device), tokenizer
 
 
-def _evaluator(recipe: Recipe, base, tokenizer) -> Evaluator:
-    options = recipe.evaluate.model_dump(exclude={"every"})
+def _evaluator(recipe: Recipe, base, tokenizer, **options) -> Evaluator:
+    options |= recipe.evaluate.model_dump(exclude={"every"})
     return Evaluator(base, tokenizer, load_task(recipe.task), **options)
+
+
+def _autocast(args) -> Callable:
+    """The context that accelerate will run the student's forward in."""
+    if not (args.bf16 or args.fp16):
+        return contextlib.nullcontext
+    return partial(torch.autocast, args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
 def with_lora(model, section: LoraSection):

@@ -1,6 +1,7 @@
 """The teacher: the same model, reading the student's answer under the prompt that holds the privileged context."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,20 +26,23 @@ class Teacher:
         kind: "initial", the weights that training starts from: under PEFT the adapter switched off, at no memory,
             otherwise a frozen copy. "adapter_off" is the same but refuses a model without an adapter. "live" is the
             student as it is. "ema" is a copy that follows the student by `average`.
+        autocast: makes the context that the student's forward runs in under mixed precision. accelerate puts it around
+            the student alone; a copy without it would differ from the student by rounding where they agree.
 
     `snapshot` makes the student as it is now the teacher (continuation). Under PEFT that is a second adapter, not a
     copy of the model.
     """
 
-    def __init__(self, model, kind: str = "initial"):
+    def __init__(self, model, kind: str = "initial", autocast: Callable = contextlib.nullcontext):
         if kind not in KINDS:
             raise ValueError(f"teacher must be one of {', '.join(KINDS)}, not {kind!r}")
         self.has_adapter = hasattr(model, "disable_adapter")
         if kind == "adapter_off" and not self.has_adapter:
             raise ValueError("teacher='adapter_off' needs a PEFT model; 'initial' keeps a copy of any other")
-        self.kind, self.student = kind, model
+        self.kind, self.student, self._autocast = kind, model, autocast
         self.changed = False  # from the initial weights
         self._has_snapshot = False  # an adapter of its own
+        self._averages: dict[str, Tensor] = {}  # fp32, of the weights below that
         self.is_copy = kind == "ema" or (kind == "initial" and not self.has_adapter)
         if kind == "ema" and self.has_adapter:
             self.is_copy = False
@@ -65,7 +69,7 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, teacher_prompt_ids: list[list[int]], rollouts: Rollouts, pad_id: int) -> Tensor:
         """(B, L, H): the teacher's hidden states for the student's answers."""
-        with self.active() as model:
+        with self.active() as model, self._autocast():  # not in `active`, where an engine takes merged weights
             return completion_hidden(
                 model, teacher_prompt_ids, rollouts.completion_ids, rollouts.attention_mask, pad_id
             )
@@ -90,10 +94,17 @@ class Teacher:
         return hidden
 
     def average(self, decay: float) -> None:
-        """teacher = decay * teacher + (1 - decay) * student, for kind "ema"."""
+        """teacher = decay * teacher + (1 - decay) * student, for kind "ema". The average is kept in fp32 beside weights
+        of 16 bits: a step of it is less than half their last place, and would round away."""
         with torch.no_grad(), whole(self.student):
-            for mine, theirs in self._pairs():
-                mine.lerp_(theirs.to(mine.dtype), 1.0 - decay)
+            for name, mine, theirs in self._pairs():
+                average = mine
+                if mine.dtype.itemsize < 4:
+                    average = self._averages.get(name)
+                    average = self._averages[name] = mine.float() if average is None else average
+                average.lerp_(theirs.to(average.dtype), 1.0 - decay)
+                if average is not mine:
+                    mine.copy_(average)
         self.changed = True
 
     def snapshot(self) -> None:
@@ -103,15 +114,17 @@ class Teacher:
         if not self.is_copy and not self._has_snapshot:
             self._add_adapter()
         with torch.no_grad(), whole(self.student):
-            for mine, theirs in self._pairs():
+            for _, mine, theirs in self._pairs():
                 mine.copy_(theirs)
+        self._averages.clear()
         self.changed = True
 
     def save(self, directory: str | Path) -> None:
         """Writes what `load` needs; nothing while the teacher is still the initial weights."""
         if self.changed:
             Path(directory).mkdir(parents=True, exist_ok=True)  # a sharded model has not made it yet
-            save_file({name: value.contiguous() for name, value in self._state().items()}, Path(directory) / FILE)
+            state = self._state() | self._averages
+            save_file({name: value.contiguous() for name, value in state.items()}, Path(directory) / FILE)
 
     def load(self, directory: str | Path) -> None:
         """Takes the teacher that a checkpoint holds, if it holds one."""
@@ -124,6 +137,8 @@ class Teacher:
         with torch.no_grad():
             for name, value in self._state().items():
                 value.copy_(saved[name])
+                if value.dtype.itemsize < saved[name].dtype.itemsize:
+                    self._averages[name] = saved[name].to(value.device)
         self.changed = True
 
     # ---- adapters --------------------------------------------------------------------------------------------------
@@ -150,22 +165,29 @@ class Teacher:
         self.student.set_adapter(student)
         self._has_snapshot = True
         with torch.no_grad():
-            for mine, theirs in self._pairs():
+            for _, mine, theirs in self._pairs():
                 mine.copy_(theirs)
 
     def _pairs(self):
-        """(teacher's, student's) parameters, in order."""
+        """(name, teacher's, student's) of each parameter, in order."""
         if self.is_copy:
-            yield from zip(self.model.parameters(), self.student.parameters(), strict=True)
+            for (name, mine), theirs in zip(self.model.named_parameters(), self.student.parameters(), strict=True):
+                yield name, mine, theirs
             return
         student = self.student.active_adapter
         parameters = dict(self.student.named_parameters())
         for name, value in parameters.items():
-            if f".{_ADAPTER}." in name:
-                yield value, parameters[name.replace(f".{_ADAPTER}.", f".{student}.")]
+            if _is_own(name):
+                yield name, value, parameters[".".join(student if p == _ADAPTER else p for p in name.split("."))]
 
     def _state(self) -> dict[str, Tensor]:
         parameters = dict(self.model.named_parameters())
         if self.is_copy:
             return parameters
-        return {name: value for name, value in parameters.items() if f".{_ADAPTER}." in name}
+        return {name: value for name, value in parameters.items() if _is_own(name)}
+
+
+def _is_own(name: str) -> bool:
+    """A parameter of the teacher's adapter: of a linear layer ...lora_A.teacher.weight, of an embedding
+    ...lora_embedding_A.teacher."""
+    return _ADAPTER in name.split(".")

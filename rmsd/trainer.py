@@ -79,7 +79,7 @@ class RMSDTrainer(Trainer):
         # is asked of it before the first step, belongs on the device too.
         if self.model.device.type != args.device.type:
             self._move_model_to_device(self.model, args.device)
-        self.teacher = Teacher(self.model, args.teacher)
+        self.teacher = Teacher(self.model, args.teacher, self.accelerator.autocast)
         if self.is_fsdp_enabled:
             check_sharded_teacher(self.teacher.has_adapter, args)
         self.head_transform = OutputHead.of(self.model).transform
@@ -101,7 +101,7 @@ class RMSDTrainer(Trainer):
         )  # fmt: skip
         self.engine = engine_for(
             args.engine, self.model, max_length=max(read, told) + 1 if args.engine_scores else read,
-            cache_gb=args.engine_cache_gb, num_top=TOP if args.engine_scores else 0,
+            cache_gb=args.engine_cache_gb, num_top=TOP if args.engine_scores else 0, autocast=self.accelerator.autocast,
         )  # fmt: skip
         self.scored = scored_by_engine if args.engine_scores else scored_by_trainer
 

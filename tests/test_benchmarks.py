@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import common
+from benchmarks.results import table
 from rmsd_kernels import linear_token_divergence, linear_token_scores
 
 CPU = torch.device("cpu")
@@ -111,3 +112,16 @@ def test_plots_show_every_contestant_and_the_bound(tmp_path, monkeypatch):
     assert not (tmp_path / "scores.svg").exists()
     time = plot.scale(wrote).axes[0]
     assert [*time.lines[-1].get_ydata()] == [4 * 64 / 2, 8 * 64 / 2], "milliseconds * rate / the bare product's"
+
+
+def test_a_table_of_results_leaves_blank_what_a_run_did_not_measure():
+    first, last, other = {"a": 0.0, "b": 0.25}, {"a": 1.0}, {"a": 0.5, "b": 0.75}
+    runs = {("M", 1): [first, last], ("M", 2): [first, other], ("N", 1): [first, last]}
+    assert table(["a", "b"], runs).splitlines()[2:] == [
+        "| before training | any | 0.000 | 0.250 |",
+        "| M | 1 | 1.000 |  |",
+        "| M | 2 | 0.500 | 0.750 |",
+        "| **M** | mean | 0.750 | 0.750 |",
+        "| N | 1 | 1.000 |  |",
+        "| **N** | mean | 1.000 |  |",
+    ]

@@ -16,7 +16,7 @@ from tiny import same, trainer, weights
 from transformers import TrainerCallback
 
 from rmsd.checkpoint import last_whole_checkpoint
-from rmsd.faults import saving
+from rmsd.faults import NonfiniteGradients, saving
 from rmsd.judge import CachedJudge, Candidate, MagnitudeJudge, Question
 from rmsd.modeling import load_model
 from rmsd.record import RunRecord, read_lines
@@ -171,6 +171,29 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path, value, max_grad_
     assert changed == [True, False, True, False, True], "not even by weight decay or momentum"
     assert all(torch.isfinite(weight).all() for weight in seen[-1].values())
     assert [entry["skipped_steps"] for entry in made.state.log_history if "loss" in entry] == [0, 1, 1, 2, 2]
+
+
+def test_counts_of_the_whole_run_go_on_where_it_is_resumed(tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    whole = trainer(tmp_path, callbacks=[Poison(1, 3)], **options)
+    whole.loss.nonfinite_rows += 7
+    whole.train()
+    resumed = trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for made, skipped in ((whole, [1, 1, 2, 2]), (resumed, [1, 1, 1, 1])):
+        entries = [entry for entry in made.state.log_history if "loss" in entry]
+        assert [entry["skipped_steps"] for entry in entries] == skipped
+        assert [entry["nonfinite_rows"] for entry in entries] == [7] * 4
+
+
+def test_ranks_but_the_first_count_what_is_their_own(tmp_path, monkeypatch):
+    made = trainer(tmp_path)
+    made.state.log_history = [{"loss": 1.0, "skipped_steps": 2, "nonfinite_rows": 7.0}, {"eval_drift": 0.0}]
+    faults = NonfiniteGradients(made)
+    for first, rows in ((True, 7), (False, 0)):
+        monkeypatch.setattr(type(made.accelerator), "is_main_process", first)
+        faults.on_train_begin(made.args, made.state, made.control)
+        assert (made.metrics.skipped_steps, made.loss.nonfinite_rows.item()) == (2, rows)
 
 
 def test_too_many_such_steps_in_a_row_stop_the_run_and_keep_its_checkpoints(tmp_path):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import tiny
 import yaml
+from datasets import Dataset
 
 from rmsd.cli import main
 from rmsd.data import as_dataset, encode, load_rows, prompt_text, teacher_prompt
@@ -209,6 +210,21 @@ def test_parts_of_text_become_one_text(tmp_path):
     called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "search"}}]}
     (made,) = as_dataset([{"prompt": [called, *of_parts], "privileged_context": ""}])
     assert prompt_text(made["prompt"]) == "assistant: \nuser: Hi?"
+
+
+def test_a_dataset_with_parts_of_text_reads_as_one_with_text():
+    """RMSDTrainer takes a datasets.Dataset as it is: as_dataset has not joined its parts."""
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
+    of_parts, of_text = ([{"role": "user", "content": content}] for content in (parts, "Hi?"))
+    rows = [{"prompt": prompt, "privileged_context": "C"} for prompt in (of_parts, of_text)]
+    rows += [{**row, "teacher_prompt": row["prompt"]} for row in rows]
+    read = []
+    for row in rows:
+        (row,) = Dataset.from_list([row])
+        prompts = row["prompt"], teacher_prompt(row)
+        read.append([(prompt_text(prompt), encode(tiny.tokenizer(), prompt)) for prompt in prompts])
+    assert read[0] == read[1] and read[2] == read[3]
+    assert [text for text, _ in read[0]] == ["Hi?", "C\n\nHi?"] and read[2][1][0] == "Hi?"
 
 
 def test_teacher_reads_the_context_around_the_last_user_message():

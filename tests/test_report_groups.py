@@ -28,6 +28,16 @@ def test_seeds_are_one_series_with_mean_and_range(tmp_path):
     assert page.html.count('<path class="band"') == 2
 
 
+def test_a_run_that_has_a_metric_only_at_its_end_is_shown_beside_one_that_has_it_throughout(tmp_path):
+    """As one resumed with other evaluate.samples."""
+    runs = [make_run(tmp_path / method, method=method) for method in ("rmsd", "opsd")]
+    for run, first in zip(runs, ({"target_sampled": 0.25}, {}), strict=True):
+        lines = evals(0.0, 1.0, target_sampled=0.75)
+        write_lines(run / "metrics.jsonl", [{**evals(0.0)[0], **first}, lines[1]])
+    page = page_of(*runs, output=tmp_path / "all.html")
+    assert page.row("target_sampled") == [["0.250"], ["0.750"], ["0.750"]]
+
+
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
     runs = [
         read_run(make_run(tmp_path / f"{rate}-{seed}", seed=seed, recipe={"train": {"learning_rate": rate}}))

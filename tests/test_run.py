@@ -2,8 +2,11 @@
 
 import pytest
 import tiny
+import torch
 from fake_run import write_lines
 
+from rmsd import evaluate as evaluation
+from rmsd.checkpoint import holds_optimizer
 from rmsd.continuation import logged
 from rmsd.recipe import load_recipe
 from rmsd.record import read_lines
@@ -35,6 +38,25 @@ def test_a_resumed_run_is_evaluated_at_the_uninterrupted_runs_steps(recipe, tmp_
     train(load_recipe(recipe, ["train.max_steps=5", "resume=true"]))
     assert evaluated(tmp_path / "whole") == [0, 2, 4, 5]
     assert evaluated(tmp_path / "run") == [0, 2, 3, 4, 5], "3 was its end once"
+
+
+@pytest.mark.parametrize("only_model", [True, False])
+def test_a_resume_without_the_optimizers_state_says_so(recipe, capsys, only_model):
+    train(load_recipe(recipe, [f"train.save_only_model={str(only_model).lower()}"]))
+    capsys.readouterr()
+    train(load_recipe(recipe, ["train.max_steps=4", "resume=true"]))
+    said = [line for line in capsys.readouterr().out.splitlines() if "checkpoint-3 holds no optimizer state" in line]
+    assert len(said) == only_model
+
+
+@pytest.mark.parametrize(
+    "state", ["optimizer.pt", "optimizer.bin", "optimizer_0", "global_step3", "rank0-optimizer.pt"]
+)
+def test_an_optimizers_state_may_be_sharded(tmp_path, state):
+    (tmp_path / "model.safetensors").touch()
+    assert not holds_optimizer(tmp_path)
+    (tmp_path / state).mkdir()
+    assert holds_optimizer(tmp_path)
 
 
 def test_the_recipes_judge_is_told_the_prompts_and_whether_to_keep_to_the_topic(recipe):
@@ -72,6 +94,53 @@ def test_a_continuation_metric_that_is_never_logged_is_refused_before_a_model_is
     metric, *others = overrides
     with pytest.raises(ValueError) as error:
         train(load_recipe(recipe, [f"train.continuation_metric={metric}", dry, *others]))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lora", ["null", "{r: 2}"])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_base_and_student_answer_in_the_precision_of_training(recipe, monkeypatch, bf16, lora):
+    """Or drift would be the distance of two precisions before training has moved anything."""
+    seen = []
+
+    def watched(function):
+        return lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or function(*a, **k)
+
+    for name in ("generate", "completion_hidden"):
+        monkeypatch.setattr(f"rmsd.evaluate.{name}", watched(getattr(evaluation, name)))
+    train(load_recipe(recipe, ["train.max_steps=1", f"train.bf16={str(bf16).lower()}", f"lora={lora}"]))
+    assert set(seen) == {bf16}
+
+
+def test_what_is_reported_is_of_the_weights_that_are_saved(recipe, tmp_path):
+    """With load_best_model_at_end the last step's are not."""
+    best = ["load_best_model_at_end=true", "metric_for_best_model=drift", "learning_rate=0.03", "save_steps=2",
+            "max_steps=4"]  # fmt: skip
+    shown = train(load_recipe(recipe, [f"train.{option}" for option in best]))
+    lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
+    assert [line["step"] for line in lines] == [0, 2, 4, 4]
+    drifts = [line["drift"] for line in lines]
+    assert drifts[3] == pytest.approx(drifts[1]) and drifts[1] < drifts[2]
+    after = evaluate(load_recipe(recipe))
+    assert [[row.split()[-1] for row in text.splitlines() if row.startswith("drift")] for text in (shown, after)] == [
+        [f"{drifts[1]:.3f}"]
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["load_best_model_at_end=true"], "metric_for_best_model 'eval_loss' is not logged by this run"),
+        (["save_strategy=best", "metric_for_best_model=target_gredy"], "did you mean 'eval_target_greedy'?"),
+        (["save_strategy=best", "metric_for_best_model=eval_kept_tokens"], "'eval_kept_tokens' is not logged"),
+    ],
+)
+def test_a_best_model_by_a_metric_that_is_never_logged_is_refused_before_a_model_is_loaded(
+    recipe, monkeypatch, options, message
+):
+    monkeypatch.setattr("rmsd.run.load_model", lambda *a, **k: pytest.fail("nothing is to be loaded"))
+    with pytest.raises(ValueError) as error:
+        train(load_recipe(recipe, [f"train.{option}" for option in ("save_steps=2", *options)]))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -6,6 +6,7 @@ import torch
 from tiny import same, trainer, weights
 
 from rmsd.continuation import has_plateaued
+from rmsd.costs import Sizes, teacher_bytes
 from rmsd.record import RunRecord, read_lines
 
 
@@ -98,6 +99,78 @@ def test_an_adapters_snapshot_is_an_adapter_not_a_copy_of_the_model(tmp_path):
     assert trainable and not any(".teacher." in name for name in trainable), "only the student's adapter trains on"
 
 
+@pytest.mark.parametrize("options", [{}, {"bf16": True}])
+@pytest.mark.parametrize("kind", ["initial", "ema", "live"])
+@pytest.mark.parametrize("make_model", [tiny.model, peft_model])
+def test_a_teacher_that_is_the_student_reads_as_the_student_does(tmp_path, make_model, kind, options):
+    """Without a privileged context no token of step 1 differs, whatever the precision of their forwards."""
+    rows = [{"prompt": row["prompt"], "privileged_context": "", "completion": "It is zorblat"} for row in tiny.ROWS]
+    made = trainer(tmp_path, make_model(), rows=rows, teacher=kind, max_steps=1, **options)
+    made.train()
+    (entry,) = (entry for entry in made.state.log_history if "candidates" in entry)
+    assert entry["candidates"] == entry["divergence"] == 0 < entry["rollout_tokens"]
+
+
+def test_an_embeddings_adapter_belongs_to_the_teacher_too(tmp_path):
+    """Its parameters' names end in the adapter's, with no ".weight" after it."""
+    from peft import LoraConfig, get_peft_model
+
+    def model():
+        config = LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+        return get_peft_model(tiny.model(tie_word_embeddings=False), config)
+
+    made = trainer(tmp_path / "run", model(), continuation_steps=[2])
+    made.train()
+    made.teacher.save(tmp_path)
+    loaded = trainer(tmp_path / "other", model())
+    loaded.teacher.load(tmp_path)
+    student = {name: value for name, value in weights(made.model).items() if ".default" in name}
+    assert any("lora_embedding_A" in name and value.any() for name, value in student.items()), "it has been trained"
+    for teacher in (weights(made.model), weights(loaded.model)):
+        assert all(torch.equal(value, teacher[name.replace(".default", ".teacher")]) for name, value in student.items())
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("make_model", [tiny.model, peft_model])
+def test_rollouts_readings_and_training_run_in_one_precision(tmp_path, make_model, bf16):
+    """A PEFT model's generate goes past the forward that accelerate patches, and a copied teacher has none."""
+    student, seen = make_model(), []
+    decoder = (student.get_base_model() if hasattr(student, "get_base_model") else student).get_decoder()
+    decoder.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))  # copied with it
+    made = trainer(tmp_path, student, max_steps=1, bf16=bf16)
+    seen.clear()  # building a trainer probes the head
+    made.train()
+    assert len(seen) > 2 and set(seen) == {bf16}
+
+
+def test_a_moving_average_of_16_bit_weights_moves_and_survives_a_resume(tmp_path):
+    """A step of it, a hundredth of the student's, is less than half a bf16 weight's last place."""
+    options = dict(teacher="ema", ema_decay=0.99, max_steps=4, learning_rate=1e-3, save_strategy="steps", save_steps=2)
+    whole, resumed = (trainer(tmp_path, tiny.model().bfloat16(), **options) for _ in range(2))
+    exact = [weight.detach().float() for weight in whole.model.parameters()]
+    average = whole.teacher.average
+
+    def averaged(decay):
+        average(decay)
+        for mine, theirs in zip(exact, whole.model.parameters(), strict=True):
+            mine.lerp_(theirs.detach().float(), 1 - decay)
+
+    whole.teacher.average = averaged
+    initial = weights(whole.teacher.model)
+    whole.train()
+    assert not same(initial, weights(whole.teacher.model))
+    for value, expected in zip(whole.teacher.model.parameters(), exact, strict=True):
+        assert torch.equal(value, expected.bfloat16())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(weights(whole.teacher.model), weights(resumed.teacher.model))
+    held = teacher_bytes(Sizes.of(whole.model), whole.args)
+    assert held == sum(v.nbytes for v in (*whole.teacher.model.parameters(), *whole.teacher._averages.values()))
+    whole.teacher.snapshot()
+    assert same(weights(whole.teacher.model), weights(whole.model))
+    average(0.5)
+    assert same(weights(whole.teacher.model), weights(whole.model)), "the average begins anew"
+
+
 @pytest.mark.parametrize(
     ("values", "plateau"),
     [
@@ -106,6 +179,8 @@ def test_an_adapters_snapshot_is_an_adapter_not_a_copy_of_the_model(tmp_path):
         ([3.0, 2.95, 2.9], True),
         ([1.0, 2.0], False),
         ([], False),
+        ([float("nan"), 3.0, 2.0, 1.0], False),
+        ([3.0, float("nan"), float("nan")], True),
     ],
 )
 def test_plateau_is_patience_entries_without_improvement(values, plateau):

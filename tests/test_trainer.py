@@ -255,7 +255,11 @@ def test_rows_of_any_dataset_are_checked_and_named(tmp_path, wrong, message):
         (dict(criterion="gap"), "criterion"),
         (dict(divergence="kl"), "divergence"),
         (dict(sampling_temperature=-1.0), "sampling_temperature"),
-        (dict(teacher_template="{prompt}"), "privileged_context"),
+        (dict(teacher_template="{prompt}"), "must hold {privileged_context}"),
+        (dict(teacher_template="{privileged_context} {{prompt}}"), "must hold {prompt}"),
+        (dict(teacher_template='{"hint": "{privileged_context}"} {prompt}'), "must be doubled, {{ and }}"),
+        (dict(teacher_template="{} {privileged_context} {prompt}"), "must be doubled"),
+        (dict(teacher_template="{privileged_context} } {prompt}"), "must be doubled"),
     ],
 )
 def test_bad_config_is_refused_by_name(tmp_path, options, named):
