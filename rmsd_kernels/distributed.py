@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import partials
-from .projection import backproject, no_rows, weight_gradient
+from .projection import add_weight_gradient, backproject, no_rows
 from .reference import TokenScores
 from .shards import Heads, agree
 
@@ -186,7 +186,7 @@ class _ShardedDivergence(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[part] = backproject(grad_logits, heads.student_weight)
                 if grad_weight is not None:
-                    grad_weight.addmm_(*weight_gradient(grad_logits, heads.student_hidden[part], live[part], sum_dtype))
+                    add_weight_gradient(grad_weight, grad_logits, heads.student_hidden[part], live[part])
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0)
         if grad_hidden is not None:

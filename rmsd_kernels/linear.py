@@ -16,13 +16,13 @@ from .functional import _scores, divergence_of_rows, gradient_of_rows
 from .partials import merged_scores, shard_scores
 from .projection import (
     Heads,
+    add_weight_gradient,
     backproject,
     column_tile,
     no_rows,
     project,
     project_both,
     row_chunks,
-    weight_gradient,
     workspace_for,
 )
 from .reference import TokenScores
@@ -250,7 +250,6 @@ class _LinearDivergence(torch.autograd.Function):
         heads, kept = Heads(*heads[:4]), heads[4:]
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         weight = heads.student_weight
-        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.zeros_like(student_hidden) if needs_hidden else None
         grad_weight = grad_bias = None
         grad_divergence = grad_divergence.masked_fill(~live, 0.0)
@@ -262,10 +261,7 @@ class _LinearDivergence(torch.autograd.Function):
                 if needs_hidden:
                     grad_hidden[part] = backproject(grad_logits, weight)
                 if needs_weight:
-                    factors = weight_gradient(grad_logits, student_hidden[part], live[part], sum_dtype)
-                    # The first product is written, not added to zeros: those 113 MB at V = 50k are a third of the
-                    # backward.
-                    grad_weight = torch.mm(*factors) if grad_weight is None else grad_weight.addmm_(*factors)
+                    grad_weight = add_weight_gradient(grad_weight, grad_logits, student_hidden[part], live[part])
                 if needs_bias:
                     grad_bias = grad_logits.sum(0) if grad_bias is None else grad_bias.add_(grad_logits.sum(0))
                 del grad_logits  # before the next chunk makes its own
