@@ -27,18 +27,26 @@ def whole(name: str, dtype: torch.dtype):
     """Scores, divergence and gradients of the unsharded head, by the specification."""
     inputs, options = CASES[name]
     made = {name: tensor.to(dtype) for name, tensor in sharded.MADE[inputs]().items()}
-    leaves = {name: tensor.requires_grad_(name in NAMES) for name, tensor in made.items()}
     head = dict(logit_scale=options.get("logit_scale", 1.0), softcap=options.get("softcap"))
-    student, teacher = (
-        leaves[f"{role}_hidden"] @ leaves[f"{role}_weight"].T + leaves[f"{role}_bias"]
-        for role in ("student", "teacher")
-    )
     options = {name: value for name, value in options.items() if name not in ("workspace_mb", "backend", *head)}
     scoring = {name: value for name, value in options.items() if name not in ("vocab_topk", "tail")}
-    scores = token_scores(student, teacher, sampled_ids(options.get("vocab_size", V)), **scoring, **head)
-    result = token_divergence(student, teacher, **options, **head)[ROWS.clamp_min(0)].where(ROWS >= 0, 0.0)
-    grads = torch.autograd.grad(result, [leaves[name] for name in NAMES], UPSTREAM.to(dtype))
-    return scores, result, grads
+
+    def logits(made):
+        return [
+            made[f"{role}_hidden"] @ made[f"{role}_weight"].T + made[f"{role}_bias"] for role in ("student", "teacher")
+        ]
+
+    def divergence(made):
+        return token_divergence(*logits(made), **options, **head)[ROWS.clamp_min(0)].where(ROWS >= 0, 0.0)
+
+    scores = token_scores(*logits(made), sampled_ids(options.get("vocab_size", V)), **scoring, **head)
+    result = divergence(made)
+    # A row that is not finite has no gradient, and autograd would multiply that 0 by its hidden state's NaN.
+    hidden = made["student_hidden"]
+    leaves = {**made, "student_hidden": torch.where(hidden.isnan(), 0.0, hidden)}
+    wanted = [leaves[name].requires_grad_() for name in NAMES]
+    upstream = UPSTREAM.to(dtype).where(result.isfinite(), 0.0)
+    return scores, result, torch.autograd.grad(divergence(leaves), wanted, upstream)
 
 
 @pytest.mark.parametrize("world", SHARDS)
