@@ -35,9 +35,10 @@ def projected(made, dtype, head=HEAD):
     )
 
 
-@pytest.fixture(params=[1024, 7], ids=["whole rows", "tiles"])
+@pytest.fixture(params=[1024, 24], ids=["whole rows", "tiles"])
 def tiles(request, monkeypatch):
-    """The least columns of a tile: more than the tests' vocabulary, or few."""
+    """The least columns of a tile: more than the tests' vocabulary, or a fifth of it. Every tile costs an interpreted
+    kernel seconds."""
     monkeypatch.setattr(projection, "_TILE_COLUMNS", request.param)
 
 
