@@ -27,7 +27,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.plot docs/benchmarks
 	$(BIN)/python -m benchmarks.gpu_static
 
-# The learning suite: the comparison takes up to an hour on two cores, the ablations half an hour more, the quick one
+# The learning suite: the comparison takes an hour or more on two cores, the ablations half of that, the quick one
 # minutes. Runs are kept in runs/, and what is there is not run again.
 learn: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.learning.run
