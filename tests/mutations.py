@@ -27,8 +27,11 @@ SUITES = {
         ["tests/test_contract.py", "tests/test_compile.py", "tests/test_linear.py", "tests/test_divergence.py"],
         "not triton",
     ),
-    "projection.py": (["tests/test_linear.py", "tests/test_contract.py"], "not triton"),
-    "linear.py": (["tests/test_linear.py", "tests/test_contract.py", "tests/test_compile.py"], "not triton"),
+    "projection.py": (["tests/test_linear.py", "tests/test_linear_faults.py", "tests/test_contract.py"], "not triton"),
+    "linear.py": (
+        ["tests/test_linear.py", "tests/test_linear_faults.py", "tests/test_contract.py", "tests/test_compile.py"],
+        "not triton",
+    ),
     "partials.py": (["tests/test_linear.py", "tests/test_distributed.py"], "not triton"),
     "hidden.py": (["tests/test_hidden.py", "tests/test_trainer.py"], ""),
     "triton": (KERNEL_TESTS, "triton"),
