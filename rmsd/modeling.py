@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,20 +189,22 @@ def _converted_wheel(name: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rmsd" / f"{name.lower()}-{stamp}"
     if (cache / "config.json").exists():
         return cache
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}")
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # De-quantised weights are plain ones; left in, this entry makes Trainer refuse to train them.
     for owner in (model.config, model):
         for attribute in ("quantization_config", "hf_quantizer"):
             if hasattr(owner, attribute):
                 delattr(owner, attribute)
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
-    config = json.loads((partial / "config.json").read_text())
-    config.pop("quantization_config", None)
-    (partial / "config.json").write_text(json.dumps(config, indent=2))
-    with contextlib.suppress(OSError):  # another process may have finished the same copy first
-        partial.rename(cache)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{cache.name}.", dir=cache.parent) as scratch:
+        converted = Path(scratch) / "model"
+        model.save_pretrained(converted)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(converted)
+        config = json.loads((converted / "config.json").read_text())
+        config.pop("quantization_config", None)
+        (converted / "config.json").write_text(json.dumps(config, indent=2))
+        with contextlib.suppress(OSError):  # another process may have finished the same copy first
+            converted.rename(cache)
     return cache
 
 

