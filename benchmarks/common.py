@@ -218,7 +218,7 @@ def report(results: list[Result], arguments: argparse.Namespace, stem: str, **mo
     print("|---|---|---|---|---|---|---|---|")
     for result in results:
         print(
-            f"| {result.work} | {result.contestant} | {result.milliseconds:.1f} | {result.spread:.0%} "
+            f"| {result.work} | {result.contestant} | {result.milliseconds:.3g} | {result.spread:.0%} "
             f"| {result.rate:.1f} {result.unit} | {result.times_ours:.2f} | {result.extra_megabytes:.2f} "
             f"| {result.extra_percent:.2f} |"
         )

@@ -3,8 +3,8 @@
     python -m benchmarks.results recipes/house_tool.yaml --seeds 1 2 3 --runs runs/results
 
 Each method has its own learning rate, the best of a few tried on one seed (docs/results.md). The LLM judge is SmolLM2
-behind llama.cpp's server on loopback (xllamacpp, in the dev extra). A run that is there already is read, one that was
-interrupted is continued.
+behind llama.cpp's server on loopback (xllamacpp, in the dev extra), or a server of yours: --set judge.base_url=...
+A run that is there already is read, one that was interrupted is continued.
 """
 
 import argparse
@@ -46,7 +46,9 @@ def judge_server(runs: Path):
 
 
 def train(recipe: str, run: Path, overrides: list[str]) -> None:
-    server = judge_server(run.parent) if "judge.kind=llm" in overrides else contextlib.nullcontext([])
+    has_server = any(override.startswith("judge.base_url=") for override in overrides)
+    wants_server = "judge.kind=llm" in overrides and not has_server
+    server = judge_server(run.parent) if wants_server else contextlib.nullcontext([])
     with server as judge:
         command = [sys.executable, "-m", "rmsd", "train", recipe, f"output_dir={run}", "resume=true"]
         subprocess.run([*command, *overrides, *judge], check=True)
