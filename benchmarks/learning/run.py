@@ -12,6 +12,7 @@ there is not run again, so an interrupted suite goes on where it was.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from . import base, corpus, lesson, methods, muon, report
 from .ablations import ABLATED, GROUPS
@@ -97,9 +99,15 @@ def each(work: Callable, items: list, processes: int):
     """(result, seconds since the first began) of each item, as they are done, in processes of one thread each: two
     threads would wait for each other at every small product."""
     started = time.monotonic()
-    with get_context("spawn").Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with get_context("spawn").Pool(processes, initializer=_prepare) as pool:
         for result in pool.imap_unordered(work, items):
             yield result, time.monotonic() - started
+
+
+def _prepare() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)  # in the main process too: their number decides a base model's last bits
+    logging.disable_progress_bar()  # of loading 29 small tensors
 
 
 def _base(seed: int, threads: int = 1):
@@ -110,7 +118,8 @@ def _run(job: dict) -> Path:
     model, world = _base(job["seed"], job["threads"])
     options = dict(job["options"])
     taught = lesson.Lesson(world, job["seed"], anchors=options.pop("anchors", False))
-    marks = methods.train(model, taught, **options)
+    with contextlib.redirect_stdout(None):  # Trainer's line a step, of 150 a run
+        marks = methods.train(model, taught, **options)
     path = _path(job)
     path.with_suffix(".partial").write_text(json.dumps(marks))
     path.with_suffix(".partial").rename(path)
@@ -134,8 +143,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)  # in this process too: their number decides a base model's last bits
+    _prepare()
     RUNS.mkdir(parents=True, exist_ok=True)
     ablated = options.ablations is not None
     started, seeds = time.monotonic(), list(range(min(options.seeds, 3) if ablated else options.seeds))
