@@ -133,8 +133,8 @@ class Plan:
         if args.continuation_metric:
             yield "continuation", f"where {args.continuation_metric} plateaus, {args.max_continuations} times at most"
         if self.task:
-            options, every = self.recipe.evaluate, self.recipe.evaluate.every or steps
-            answers = len(self.task.target_prompts) * (1 + options.samples) + len(self.task.unrelated_prompts)
+            samples, every = self.recipe.evaluate.samples, int(args.eval_steps)
+            answers = len(self.task.target_prompts) * (1 + samples) + len(self.task.unrelated_prompts)
             times = len({*range(0, steps + 1, every), steps})
             yield "evaluation", f"{times} times {answers:,} answers, beside what is counted below"
 

@@ -56,7 +56,7 @@ def train(recipe: Recipe) -> str:
 
     set_seed(recipe.seed)
     model, tokenizer = _load(recipe, args.device)
-    evaluator = _evaluator(recipe, model, tokenizer, autocast=_autocast(args)) if task else None
+    evaluator = _evaluator(recipe, model, tokenizer) if task else None
     if recipe.lora:
         model = with_lora(model, recipe.lora)
     if args.should_save:
@@ -168,16 +168,17 @@ def _load(recipe: Recipe, device: torch.device):
     return model.to(device), tokenizer
 
 
-def _evaluator(recipe: Recipe, base, tokenizer, **options) -> Evaluator:
-    options |= recipe.evaluate.model_dump(exclude={"every"})
-    return Evaluator(base, tokenizer, load_task(recipe.task), **options)
+def _evaluator(recipe: Recipe, base, tokenizer) -> Evaluator:
+    options = recipe.evaluate.model_dump(exclude={"every"})
+    autocast = _autocast(recipe.train, base.device)
+    return Evaluator(base, tokenizer, load_task(recipe.task), autocast=autocast, **options)
 
 
-def _autocast(args) -> Callable:
-    """The context that accelerate will run the student's forward in."""
-    if not (args.bf16 or args.fp16):
+def _autocast(arguments: dict, device: torch.device) -> Callable:
+    """The context that accelerate runs the student's forward in."""
+    if not (arguments.get("bf16") or arguments.get("fp16")):
         return contextlib.nullcontext
-    return partial(torch.autocast, args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
+    return partial(torch.autocast, device.type, torch.bfloat16 if arguments.get("bf16") else torch.float16)
 
 
 def with_lora(model, section: LoraSection):

@@ -153,6 +153,21 @@ def test_eval_takes_both_models_to_the_accelerator(recipe, monkeypatch, use_cpu)
     assert asked == [torch.device("cpu") if use_cpu else META] * 2
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), (None, None)])
+def test_eval_answers_in_the_runs_mixed_precision(recipe, monkeypatch, precision, dtype):
+    seen = []
+
+    def answers(base, *args, autocast, **options):
+        with autocast():
+            seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return lambda model: {"drift": 0.0}
+
+    monkeypatch.setattr(run, "Evaluator", answers)
+    read = load_recipe(recipe, ["train.use_cpu=true", *([f"train.{precision}=true"] if precision else [])])
+    run.evaluate(read, model=read.model)
+    assert seen == [dtype]
+
+
 def test_the_teacher_is_copied_from_a_model_on_its_device_where_trainer_leaves_it(tmp_path, trained_on_meta):
     with pytest.raises(ValueError, match="output head is on the meta device"):  # refused as the copy is made
         tiny.trainer(tmp_path, bf16_full_eval=True)

@@ -100,6 +100,23 @@ def test_the_published_setting_in_numbers():
     assert f"counts {held:.1f} GiB: one GPU of 24 GB" in QWEN.read_text() and held < 24 * 0.9
 
 
+@pytest.mark.parametrize(
+    ("overrides", "times"),
+    [
+        (["train.num_train_epochs=1"], 2),  # of fewer than 500 steps
+        (["train.num_train_epochs=20"], 3),
+        (["train.max_steps=600"], 2),
+        (["train.max_steps=600", "evaluate.every=250"], 4),
+    ],
+)
+def test_evaluations_are_planned_as_often_as_the_run_makes_them(recipe, overrides, times):
+    task = ["task=house_tool", "data=null", "train.per_device_train_batch_size=1"]
+    plan = planned(recipe, *task, "train.gradient_accumulation_steps=1", *overrides)
+    assert f"{times} times" in next(line for line in str(plan).splitlines() if line.startswith("evaluation"))
+    made = {step for step in range(plan.steps + 1) if step % plan.args.eval_steps == 0} | {plan.steps}
+    assert len(made) == times
+
+
 def test_all_weights_on_eight_devices():
     """The second command in the recipe's comments."""
     command = re.search(r"torchrun (.*?)\nmodel:", QWEN.read_text(), re.DOTALL).group(1)

@@ -4,8 +4,8 @@
 ABLATED, RIVAL, STEPS, LEARNING_RATE = "rmsd_context_anchors", "opsd_anchors", 100, 3e-4
 
 JSD, AVERAGE = dict(divergence="jsd"), dict(teacher="ema", ema_decay=0.95)
-# SGD's rates: at 0.5 its first steps are about as long as AdamW's.
-SGD = [dict(optim="sgd", learning_rate=rate) for rate in (0.5, 2.0)]
+# SGD's rates: at 0.5 its first steps are about as long as AdamW's, and skills are lost.
+SGD = [dict(optim="sgd", learning_rate=rate) for rate in (0.05, 0.15, 0.5)]
 SHORT = dict(max_completion_length=12)  # of 32: the name once, and no closing
 
 GROUPS = {
@@ -55,10 +55,12 @@ GROUPS = {
     "optimizer": {
         "RMSD, AdamW": {},
         "OPSD, AdamW": dict(of=RIVAL),
-        "RMSD, SGD 0.5": SGD[0],
-        "OPSD, SGD 0.5": dict(of=RIVAL, **SGD[0]),
-        "RMSD, SGD 2": SGD[1],
-        "OPSD, SGD 2": dict(of=RIVAL, **SGD[1]),
+        "RMSD, SGD 0.05": SGD[0],
+        "OPSD, SGD 0.05": dict(of=RIVAL, **SGD[0]),
+        "RMSD, SGD 0.15": SGD[1],
+        "OPSD, SGD 0.15": dict(of=RIVAL, **SGD[1]),
+        "RMSD, SGD 0.5": SGD[2],
+        "OPSD, SGD 0.5": dict(of=RIVAL, **SGD[2]),
     },
     "beside OPSD": {
         "RMSD, JSD": JSD,
