@@ -108,6 +108,7 @@ def _prepare() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)  # in the main process too: their number decides a base model's last bits
     logging.disable_progress_bar()  # of loading 29 small tensors
+    logging.set_verbosity_error()  # not that a tied head is missing from a checkpoint, once a run
 
 
 def _base(seed: int, threads: int = 1):
