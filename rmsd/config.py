@@ -14,6 +14,11 @@ from .teacher import KINDS
 
 METHODS = ("rmsd", "opsd")
 
+_LEAST = dict(
+    sampling_temperature=0, max_completion_length=1, top_k=0, max_skipped_steps=0, recorded_rollouts=0,
+    continuation_patience=1, continuation_min_delta=0, max_continuations=0,
+)  # fmt: skip
+
 
 @dataclass
 class RMSDConfig(TrainingArguments):
@@ -113,14 +118,15 @@ class RMSDConfig(TrainingArguments):
             raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
         if self.teacher == "live" and (self.continuation_steps or self.continuation_metric):
             raise ValueError("continuation needs teacher=initial or ema: a live teacher is the student already")
-        if self.sampling_temperature < 0:
-            raise ValueError(f"sampling_temperature must be at least 0, not {self.sampling_temperature}")
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length must be at least 1, not {self.max_completion_length}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if any(step < 1 for step in self.continuation_steps):
+            raise ValueError(f"continuation_steps must be at least 1, not {self.continuation_steps}")
         if (getattr(self, "fsdp_plugin_args", None) or {}).get("fsdp_version", 2) != 2:
             raise ValueError("fsdp_config.version must be 2")
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"max_skipped_steps must be at least 0, not {self.max_skipped_steps}")
         values = {name: f"<the row's {name}>" for name in ("privileged_context", "prompt")}
         try:
             told = self.teacher_template.format(**values)

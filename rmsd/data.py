@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset
+from jinja2 import TemplateError
 
 from .completions import check_completion, completion_ids
 
@@ -155,7 +156,7 @@ def check_lengths(
         for reader, (role, prompt) in enumerate(prompts):
             try:
                 length = len(encode(tokenizer, prompt)) + room
-            except ValueError as error:
+            except (ValueError, TemplateError) as error:  # a template may refuse a system message, for one
                 raise ValueError(f"row {number}: {error}") from error
             if length > context:
                 raise ValueError(

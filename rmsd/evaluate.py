@@ -108,9 +108,10 @@ class Evaluator:
         )
         with self._autocast():
             hidden = completion_hidden(model, base.prompt_ids, ids, mask, self.pad_id)
-        # KL(base || student): the base model takes the place of `student` in reverse_kl.
+        # KL(base || student): the base model takes the place of `student` in reverse_kl. Under mixed precision a
+        # decoder's last layer may leave another dtype than the head's.
         return linear_token_scores(
-            base_hidden, base_weight, hidden, head.weight, ids,
+            base_hidden.to(base_weight.dtype), base_weight, hidden.to(head.weight.dtype), head.weight, ids,
             student_bias=base_bias, teacher_bias=head.bias, **head.transform,
         ).divergence[mask]  # fmt: skip
 

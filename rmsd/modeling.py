@@ -61,7 +61,8 @@ class OutputHead(NamedTuple):
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        # Under mixed precision a decoder's last layer may leave another dtype than the head's weights have.
+        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @property

@@ -94,6 +94,16 @@ def trained_on_meta(monkeypatch):
     monkeypatch.setattr(RMSDConfig, "device", property(lambda self: device(self) and META))
 
 
+def test_mixed_precision_where_the_last_layer_is_not_of_the_heads_dtype(tmp_path):
+    """As OPT-350m's, which ends in a projection: bf16 under autocast, before a head of fp32."""
+    model = tiny.model("opt", ffn_dim=64, word_embed_proj_dim=16, do_layer_norm_before=False)
+    evaluate = evaluator(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert evaluate.base_rollouts[0].student_hidden.dtype == torch.bfloat16
+    made = tiny.trainer(tmp_path, model, evaluator=evaluate, max_steps=2, bf16=True, use_cpu=True)
+    made.train()
+    assert 0.0 <= made.evaluate()["eval_drift"] < 1.0
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_is_held_of_the_base_follows_the_model_to_its_device(monkeypatch, bias):
     model = tiny.model("phi" if bias else "llama")  # whose head has one

@@ -98,6 +98,14 @@ def test_a_server_without_structured_output_is_asked_in_words(server, judge):
     assert ["response_format" in body for body, _ in server.requests] == [True, False, False], "tried once"
 
 
+def test_one_refused_request_is_not_taken_for_a_server_without_structured_output(server, judge):
+    too_long = (400, {}, {"error": {"message": "maximum context length"}})
+    server.script = [too_long, too_long, keep(1), keep(2)]
+    asked = judge(max_retries=0, max_concurrency=1, on_error="skip")
+    assert [asked([question()]) for _ in range(3)] == [[[]], [[2]], [[0]]]
+    assert ["response_format" in body for body, _ in server.requests] == [True, False, True, True]
+
+
 def test_too_many_requests_waits_as_long_as_it_is_asked_to(server, judge):
     server.script = [(429, {"Retry-After": "1"}, {"error": {"message": "slow down"}}), keep(1)]
     started = time.monotonic()
@@ -124,14 +132,20 @@ def test_a_server_error_is_retried_then_what_on_error_says(server, judge):
         completion('{"keep": ['),
         (200, {}, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []}),
         (401, {}, {"error": {"message": f"bad key {KEY[:6]}"}}),
+        (200, {"Content-Type": "text/html"}, b"<html>log in</html>"),
+        (200, {}, b"null"),
+        completion([{"type": "text", "text": '{"keep": [1]}'}]),
+        completion('{"keep": ' + "[" * 100_000),
+        (200, {}, {"choices": [{"index": 0, "finish_reason": "stop", "message": None}]}),
     ],
-    ids=["empty", "no JSON", "half an answer", "no choices", "refused"],
+    ids=["empty", "no JSON", "half an answer", "no choices", "refused", "page", "null", "parts", "depth", "message"],
 )
 def test_an_unusable_answer_is_one_line_without_the_key(server, judge, answer):
     server.script = [answer]
     with pytest.raises(ConnectionError, match="judge 'm' at") as error:
         judge(max_retries=0)([question()])
     assert "\n" not in str(error.value) and KEY not in str(error.value)
+    assert judge(max_retries=0, on_error="skip")([question()]) == [[]]
 
 
 def test_a_hanging_server_times_out(server, judge):
@@ -225,7 +239,17 @@ def test_requests_run_side_by_side_up_to_the_limit(server, judge):
     assert most == 3
 
 
+def page(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/html")
+    handler.end_headers()
+    handler.wfile.write(b"<html>welcome</html>")
+
+
 def test_check_finds_a_server_or_says_there_is_none(server, judge):
     judge().check()  # this server has no list of models, and answers all the same
     with pytest.raises(ConnectionError, match=r"no judge answers at http://127\.0\.0\.1:9/v1"):
         LLMJudge("m", base_url="http://127.0.0.1:9/v1").check()
+    server.http.RequestHandlerClass.do_GET = page
+    with pytest.raises(ConnectionError, match=r"answers, but is no OpenAI endpoint: does judge\.base_url"):
+        judge().check()

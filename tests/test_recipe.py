@@ -118,10 +118,27 @@ def test_a_value_the_trainer_refuses_is_named(recipe, tmp_path):
         trainer_config(load_recipe(recipe, ["train.divergence=kl"]), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("continuation_patience=0", "continuation_patience must be at least 1, not 0"),
+        ("continuation_steps=[0, 300]", r"continuation_steps must be at least 1, not \[0, 300\]"),
+        ("max_continuations=-1", "max_continuations must be at least 0, not -1"),
+        ("recorded_rollouts=-1", "recorded_rollouts must be at least 0, not -1"),
+        ("top_k=-1", "top_k must be at least 0, not -1"),
+        ("top_p=7.0", r"top_p must lie in \(0, 1\], not 7.0"),
+    ],
+)
+def test_a_value_that_no_run_could_mean_is_refused_before_the_run(recipe, tmp_path, override, message):
+    with pytest.raises(ValueError, match=f"train: {message}"):
+        trainer_config(load_recipe(recipe, [f"train.{override}"]), tmp_path)
+
+
 def test_unreadable_recipes(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_recipe(tmp_path / "none.yaml")
-    for text, message in (("a: [", "is not YAML"), ("- a", "must be a mapping"), ("task: house_tool", "no 'model'")):
+    for text, message in (("a: [", "is not YAML"), ("- a", "must be a mapping"), ("task: house_tool", "no 'model'"),
+                          ("train:\n  max_steps: 1\ntrain:\n  seed: 1", "the key 'train' is there twice")):  # fmt: skip
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_recipe(tmp_path / "bad.yaml")

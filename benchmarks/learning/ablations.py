@@ -6,6 +6,7 @@ ABLATED, RIVAL, STEPS, LEARNING_RATE = "rmsd_context_anchors", "opsd_anchors", 1
 JSD, AVERAGE = dict(divergence="jsd"), dict(teacher="ema", ema_decay=0.95)
 # SGD's rates: at 0.5 its first steps are about as long as AdamW's, and skills are lost.
 SGD = [dict(optim="sgd", learning_rate=rate) for rate in (0.05, 0.15, 0.5)]
+LARGER = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6)  # four times as many
 SHORT = dict(max_completion_length=12)  # of 32: the name once, and no closing
 
 GROUPS = {
@@ -61,6 +62,12 @@ GROUPS = {
         "OPSD, SGD 0.15": dict(of=RIVAL, **SGD[1]),
         "RMSD, SGD 0.5": SGD[2],
         "OPSD, SGD 0.5": dict(of=RIVAL, **SGD[2]),
+    },
+    "model size": {
+        "RMSD, 0.4 million": {},
+        "OPSD, 0.4 million": dict(of=RIVAL),
+        "RMSD, 1.8 million": dict(pretraining=LARGER),
+        "OPSD, 1.8 million": dict(of=RIVAL, pretraining=LARGER),
     },
     "beside OPSD": {
         "RMSD, JSD": JSD,

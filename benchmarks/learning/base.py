@@ -20,17 +20,18 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-def load(cache: Path, seed: int, threads: int = 1) -> tuple[LlamaForCausalLM, World]:
-    """The seed's base model in eval mode, from the cache when the corpus, the configuration and the number of threads
-    that it is pre-trained with, which decides its last bits, are what they were."""
-    world = World()
+def load(cache: Path, seed: int, threads: int = 1, **changes) -> tuple[LlamaForCausalLM, World]:
+    """The seed's base model in eval mode, of CONFIG with its `changes`, from the cache when the corpus, the
+    configuration and the number of threads that it is pre-trained with, which decides its last bits, are what they
+    were."""
+    world, config = World(), {**CONFIG, **changes}
     key = "" if threads == 1 else f"{threads} threads"
-    key += json.dumps(CONFIG) + "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (corpus, muon))
+    key += json.dumps(config) + "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (corpus, muon))
     folder = cache / f"base-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "config.json").exists():
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        model, seconds = pretrain(world, seed)
+        model, seconds = pretrain(world, seed, config)
         torch.set_num_threads(before)
         partial = folder.with_name(f"{folder.name}.partial")
         model.save_pretrained(partial)
@@ -39,10 +40,10 @@ def load(cache: Path, seed: int, threads: int = 1) -> tuple[LlamaForCausalLM, Wo
     return LlamaForCausalLM.from_pretrained(folder).eval(), world
 
 
-def pretrain(world: World, seed: int) -> tuple[LlamaForCausalLM, float]:
+def pretrain(world: World, seed: int, config: dict = CONFIG) -> tuple[LlamaForCausalLM, float]:
     """(model, seconds)."""
     torch.manual_seed(seed)
-    shape = {name: CONFIG[name] for name in list(CONFIG)[:5]}
+    shape = {name: config[name] for name in list(CONFIG)[:5]}
     tokenizer = world.tokenizer
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -50,12 +51,12 @@ def pretrain(world: World, seed: int) -> tuple[LlamaForCausalLM, float]:
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, **shape,
         )
     )  # fmt: skip
-    steps, warmup = CONFIG["steps"], CONFIG["warmup"]
+    steps, warmup = config["steps"], config["warmup"]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [
-        Muon(matrices, CONFIG["muon_rate"]),
-        torch.optim.AdamW(others, CONFIG["learning_rate"], betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        Muon(matrices, config["muon_rate"]),
+        torch.optim.AdamW(others, config["learning_rate"], betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -67,7 +68,7 @@ def pretrain(world: World, seed: int) -> tuple[LlamaForCausalLM, float]:
     batches = _batches(world, rng)
     held_out = _held_out(world)
     for step in range(steps):
-        loss = answer_loss(model, *(_copying(world, rng) if step < CONFIG["copying_steps"] else next(batches)))
+        loss = answer_loss(model, *(_copying(world, rng) if step < config["copying_steps"] else next(batches)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):

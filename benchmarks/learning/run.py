@@ -39,10 +39,10 @@ QUICK = ["sft_own", "opsd", "rmsd_context", "rmsd_context_anchors"]
 QUICK_THREADS = 2  # its one base has both cores, where the comparison pre-trains two at a time
 
 
-def job(method: str, seed: int, learning_rate: float, label: str = "", threads: int = 1, **options) -> dict:
-    """`threads` that its base model is pre-trained with."""
+def job(method: str, seed: int, learning_rate: float, label="", pretraining: dict | None = None, **options) -> dict:
+    """`pretraining`: base.load's options, where its base model is to be another than the comparison's."""
     options = {**methods.METHODS[method], "steps": STEPS, "every": EVERY, "learning_rate": learning_rate, **options}
-    return dict(label=label or method, method=method, seed=seed, threads=threads, options=options)
+    return dict(label=label or method, method=method, seed=seed, pretraining=pretraining or {}, options=options)
 
 
 def compared(seeds: list[int]) -> list[dict]:
@@ -71,7 +71,7 @@ def ablations(seeds: list[int], groups: list[str] = ()) -> list[dict]:
 
 def quick() -> list[dict]:
     """OPSD beside RMSD, and a supervised baseline, on one base, at a rate that shows something in so few steps."""
-    asked = dict(steps=QUICK_STEPS, threads=QUICK_THREADS)
+    asked = dict(steps=QUICK_STEPS, pretraining=dict(threads=QUICK_THREADS))
     return [job(name, seed, RATES[-1], **asked) for name in QUICK for seed in (0, MOST_SEEDS)]
 
 
@@ -84,6 +84,8 @@ def told(seed: int) -> dict:
 def run_all(jobs: list[dict], processes: int) -> list[dict]:
     """Results of the jobs, in order, from disk where they are there; a continued run's after the same without."""
     missing = list({_path(job): job for job in jobs if not _path(job).exists()}.values())
+    bases = {json.dumps([job["seed"] % MOST_SEEDS, job["pretraining"]]): job for job in missing}
+    list(each(_pretrain, list(bases.values()), processes))  # before two runs want the same one
     for done, (path, seconds) in enumerate(each(_run, missing, processes), 1):
         print(f"{done}/{len(missing)} {path.stem}, {seconds:.0f} s", flush=True)
     found = [(job, json.loads(_path(job).read_text())) for job in jobs]
@@ -111,12 +113,16 @@ def _prepare() -> None:
     logging.set_verbosity_error()  # not that a tied head is missing from a checkpoint, once a run
 
 
-def _base(seed: int, threads: int = 1):
-    return base.load(RUNS, seed % MOST_SEEDS, threads)
+def _base(seed: int, **options):
+    return base.load(RUNS, seed % MOST_SEEDS, **options)
+
+
+def _pretrain(job: dict) -> None:
+    _base(job["seed"], **job["pretraining"])
 
 
 def _run(job: dict) -> Path:
-    model, world = _base(job["seed"], job["threads"])
+    model, world = _base(job["seed"], **job["pretraining"])
     options = dict(job["options"])
     taught = lesson.Lesson(world, job["seed"], anchors=options.pop("anchors", False))
     with contextlib.redirect_stdout(None):  # Trainer's line a step, of 150 a run
@@ -130,7 +136,7 @@ def _run(job: dict) -> Path:
 def _path(job: dict) -> Path:
     """By what is run, not by its label: settings that several comparisons share are run once."""
     sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (base, corpus, muon, lesson, methods)]
-    asked = json.dumps([job["method"], job["seed"], job["threads"], job["options"], *sources], sort_keys=True)
+    asked = json.dumps([job["method"], job["seed"], job["pretraining"], job["options"], *sources], sort_keys=True)
     return RUNS / f"{job['method']}-{job['seed']}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.json"
 
 
@@ -149,7 +155,6 @@ def main() -> None:
     ablated = options.ablations is not None
     started, seeds = time.monotonic(), list(range(min(options.seeds, 3) if ablated else options.seeds))
     if options.quick:
-        _base(0, QUICK_THREADS)
         print(report.main_table(run_all(quick(), options.processes)))
         return
     teachers = sorted((marks for marks, _ in each(told, seeds, options.processes)), key=lambda marks: marks["seed"])

@@ -117,14 +117,17 @@ class LLMJudge:
         return [future.result() for future in asked]
 
     def check(self) -> None:
-        """Raises ConnectionError, in one line, when nothing answers at the endpoint. Any answer will do: not every
-        server lists its models."""
+        """Raises ConnectionError, in one line, when nothing answers at the endpoint, or a web page does. Any refusal
+        will do: not every server lists its models."""
         try:
             self._client.with_options(max_retries=0).models.list()
         except self._openai.APIConnectionError as error:
             raise ConnectionError(f"no judge answers at {self._client.base_url}: set judge.base_url") from error
         except self._openai.APIStatusError:
             pass
+        except Exception as error:  # the client fails in its own ways on what is no JSON, a proxy's page for one
+            message = f"{self._client.base_url} answers, but is no OpenAI endpoint: does judge.base_url end in /v1?"
+            raise ConnectionError(message) from error
 
     def prompt(self, question: Question) -> str:
         """The request's text."""
@@ -167,14 +170,21 @@ class LLMJudge:
             try:
                 return self._text(self._client.chat.completions.create(**request, response_format=response_format))
             except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
-                self._structured = False  # a server without structured output: ask in words from now on
-        return self._text(self._client.chat.completions.create(**request))
+                pass  # for want of structured output, if it answers without
+        completion = self._client.chat.completions.create(**request)
+        self._structured = False
+        return self._text(completion)
 
     @staticmethod
     def _text(completion) -> str:
-        text = completion.choices[0].message.content if completion.choices else None
+        try:  # a proxy's page is a str to the client, `null` is None
+            text = completion.choices[0].message.content if completion.choices else None
+        except (AttributeError, IndexError, TypeError):
+            raise ValueError("the judge's answer is no chat completion") from None
         if not text:
             raise ValueError("the judge's answer is empty")
+        if not isinstance(text, str):
+            raise ValueError("the judge's answer is no text")
         return text
 
     def _kept(self, question: Question, text: str) -> list[int]:
@@ -203,7 +213,7 @@ def _parse(text: str) -> list:
     while start >= 0:
         try:
             answer, _ = decoder.raw_decode(text, start)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):  # the latter: "[[[[..." without end
             answer = None
         if isinstance(answer, dict) and isinstance(answer.get("keep"), list):
             return answer["keep"]
