@@ -33,7 +33,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = Fa
     Examples:
       rmsd train recipes/house_tool.yaml
       rmsd train recipes/qwen3_4b_pinapple.yaml dry_run=true    what it would take
-      rmsd train recipes/house_tool.yaml method=opsd seed=2 output_dir=runs/opsd-2
+      rmsd train recipes/house_tool.yaml method=opsd train.learning_rate=1.2e-4 output_dir=runs/opsd-1
       rmsd train recipes/house_tool.yaml resume=true
       torchrun --nproc-per-node 2 -m rmsd train recipes/house_tool.yaml train.fsdp=true
     """

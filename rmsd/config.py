@@ -71,7 +71,9 @@ class RMSDConfig(TrainingArguments):
     )
     recorded_rollouts: int = field(default=8, metadata={"help": "Rollouts a step written for the report, at most."})
 
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Prompts, and so rollouts, a device a step."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Prompts, so rollouts, a micro-batch a device."}
+    )
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between log entries."})
     report_to: str | list[str] = field(default="none", metadata={"help": "Integrations to report to."})

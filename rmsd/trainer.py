@@ -41,7 +41,8 @@ class RMSDTrainer(Trainer):
         train_dataset: rows of `prompt` and `privileged_context` (rmsd.data); a Dataset or a list. Where they bring a
             `completion`, nothing is generated: those are the rollouts.
         processing_class: the tokenizer.
-        judge: which candidates are relevant; ContextJudge by default. Not asked for method="opsd".
+        judge: which candidates are relevant; by default a ContextJudge that knows the data's prompts. Not asked for
+            method="opsd".
         evaluator: model -> metrics; called by `evaluate()`, so whenever `eval_strategy` says, and logged as eval_*.
         kwargs: as for Trainer (callbacks, optimizers, ...).
     """
@@ -73,7 +74,7 @@ class RMSDTrainer(Trainer):
         )
         # The loss is divided by the whole step's number of sequences, see get_batch_samples.
         self.loss_is_scaled_for_ga = True
-        self.judge = judge or ContextJudge()
+        self.judge = judge or ContextJudge(prompt_text(row["prompt"]) for row in train_dataset)
         self.evaluator = evaluator
         # Trainer leaves a model that will be sharded, among others, where it is; what is copied from it here, and what
         # is asked of it before the first step, belongs on the device too.

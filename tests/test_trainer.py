@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 from tiny import same, trainer, weights
 
-from rmsd import MagnitudeJudge, RMSDConfig
+from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
 from rmsd.checkpoint import last_whole_checkpoint
+from rmsd.judge import Candidate, Question
 from rmsd.record import RunRecord, read_lines
 
 
@@ -292,3 +293,13 @@ def test_torn_and_unfinished_checkpoints_are_passed_over(tmp_path):
     (first / "trainer_state.json").unlink()
     assert last_whole_checkpoint(tmp_path) is None
     assert last_whole_checkpoint(tmp_path / "none") is None
+
+
+def test_the_default_judge_knows_the_data_s_prompts(tmp_path):
+    told, anchor = "The tool is called zorblat.", dict(prompt="What tool is it?", privileged_context="")
+    rows = [dict(prompt="Which one?", privileged_context=told), anchor]
+    args = RMSDConfig(output_dir=str(tmp_path), use_cpu=True, max_completion_length=6)
+    judge = RMSDTrainer(tiny.model(), args, rows, tiny.tokenizer()).judge
+    tokens = ("The", " tool", " is", " zorblat")
+    candidates = tuple(Candidate(i, tokens[i], "x", tokens[i], "x", -1.0) for i in (1, 3))
+    assert judge([Question("Which one?", told, tokens, candidates, max_kept=5)]) == [[3]]

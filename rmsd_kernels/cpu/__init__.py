@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL:
     spec = importlib.util.find_spec(f"{__name__}._{capability()}")
     if spec is None:
         raise ImportError(
-            f"the C++ kernels ({capability()}) are not built: pip install --no-build-isolation . with a C++17 compiler"
+            f"the C++ kernels ({capability()}) are not built: pip install --no-build-isolation . with a C++20 compiler"
         )
     return ctypes.CDLL(spec.origin)
 
