@@ -1,6 +1,6 @@
 """From hidden states to gradients: score every row, keep five, differentiate those; against losses on all rows.
 
-    python -m benchmarks.bench_linear [--rows 512 --vocab 49152 --hidden 576 --repeats 9 --json]
+    python -m benchmarks.bench_linear [--rows 512 --vocab 49152 --hidden 576 --dtype fp32 --repeats 9 --json]
 
 Liger's chunked JSD and the plain JSD train on every row, ours on the five that matter: that is the method, not a trick
 of the kernel. "the bare GEMMs" are the products that cannot be avoided, with nothing in between: the projections of
@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from benchmarks.common import Result, assert_parity, command_line, compare, input_sets, report
+from benchmarks.common import DTYPES, Result, assert_parity, command_line, compare, input_sets, report
 from rmsd_kernels import linear_token_divergence, linear_token_logprobs, linear_token_scores, reference, select_tokens
 
 with warnings.catch_warnings(action="ignore"):  # of triton, which has no driver on a CPU
@@ -24,17 +24,18 @@ NUM_KEPT = 5
 RECORDED = "student's log-probabilities recorded"
 
 
-def heads(rows: int, hidden_size: int, vocab: int, device: str, seed: int) -> tuple[Tensor, ...]:
+def heads(
+    rows: int, hidden_size: int, vocab: int, device: str, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
     """Hidden states and weights whose logits spread over about 3, the teacher's weights being the student's, moved;
     and sampled ids."""
-    generator = torch.Generator().manual_seed(seed)
-    student_hidden = torch.randn(rows, hidden_size, generator=generator)
-    teacher_hidden = student_hidden + 0.3 * torch.randn(rows, hidden_size, generator=generator)
-    weight = torch.randn(vocab, hidden_size, generator=generator) * 3 / hidden_size**0.5
-    moved = weight + 0.1 * torch.randn(vocab, hidden_size, generator=generator) / hidden_size**0.5
-    sampled_ids = torch.randint(vocab, (rows,), generator=generator)
-    student = (tensor.to(device).requires_grad_() for tensor in (student_hidden, weight))
-    return (*student, *(tensor.to(device) for tensor in (teacher_hidden, moved, sampled_ids)))
+    made = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
+    student_hidden = torch.randn(rows, hidden_size, **made)
+    teacher_hidden = student_hidden + 0.3 * torch.randn(rows, hidden_size, **made)
+    weight = torch.randn(vocab, hidden_size, **made) * 3 / hidden_size**0.5
+    moved = weight + 0.1 * torch.randn(vocab, hidden_size, **made) / hidden_size**0.5
+    student = (tensor.to(dtype).requires_grad_() for tensor in (student_hidden, weight))
+    return *student, teacher_hidden.to(dtype), moved.to(dtype), torch.randint(vocab, (rows,), **made)
 
 
 def gradients(loss: Tensor, student_hidden: Tensor, student_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,9 +67,9 @@ def plain(student_hidden, student_weight, teacher_hidden, teacher_weight, sample
     return gradients(reference.token_divergence(*logits, divergence="jsd").mean(), student_hidden, student_weight)
 
 
-def bench(rows: int, vocab: int, hidden_size: int, arguments: argparse.Namespace) -> list[Result]:
-    device, backend = arguments.device, arguments.backend
-    inputs = input_sets(lambda seed: heads(rows, hidden_size, vocab, device, seed), device)
+def bench(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace) -> list[Result]:
+    device, backend, hidden_size, dtype = arguments.device, arguments.backend, arguments.hidden, DTYPES[dtype_name]
+    inputs = input_sets(lambda seed: heads(rows, hidden_size, vocab, device, seed, dtype), device)
 
     def logprobs(hidden: Tensor, weight: Tensor, sampled_ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -81,8 +82,8 @@ def bench(rows: int, vocab: int, hidden_size: int, arguments: argparse.Namespace
         *models, sampled_ids, student_logprob = inputs
         return train_on_kept(models, logprobs(*models[2:], sampled_ids), student_logprob, 1, backend)
 
-    logits = torch.empty(rows, vocab, device=device)
-    few = torch.randn(NUM_KEPT, vocab, device=device)
+    logits = torch.empty(rows, vocab, device=device, dtype=dtype)
+    few = torch.randn(NUM_KEPT, vocab, device=device, dtype=dtype)
 
     @torch.no_grad()
     def gemms(student_hidden, student_weight, teacher_hidden, teacher_weight, *, models: str = "both"):
@@ -110,7 +111,7 @@ def bench(rows: int, vocab: int, hidden_size: int, arguments: argparse.Namespace
         repeats=arguments.repeats, unit="GFLOP/s", check=check,
         must_exist=inputs[0][0].nbytes + inputs[0][1].nbytes,
     )  # fmt: skip
-    name = f"{NUM_KEPT} of {rows} rows, H {hidden_size}, V {vocab}, fp32"
+    name = f"{NUM_KEPT} of {rows} rows, H {hidden_size}, V {vocab}, {dtype_name}"
     both, teacher_only = {"scores, selection, divergence": ours}, {RECORDED: rmsd_recorded}
     peers = {"Liger chunked JSD": lambda *inputs: liger(*inputs[:5]), "plain JSD": lambda *inputs: plain(*inputs[:5])}
     results = []
@@ -127,16 +128,22 @@ def bench(rows: int, vocab: int, hidden_size: int, arguments: argparse.Namespace
 
 
 def check_gradients(name: str, outcome, inputs: tuple[Tensor, ...], rows: Tensor) -> None:
-    """The mean jsd of `rows` and its gradients, against the formula in fp64."""
+    """The mean jsd of `rows` and its gradients, against the formula in fp64. In bf16 gradients are rounded, and peers'
+    logits as well: they are held to a share of the largest."""
     loss, grad_hidden, grad_weight = outcome
     student_hidden, student_weight, teacher_hidden, teacher_weight = (x.detach().double() for x in inputs[:4])
     hidden, weight = student_hidden[rows].requires_grad_(), student_weight.clone().requires_grad_()
     logits = hidden @ weight.T, teacher_hidden[rows] @ teacher_weight.T
     truth = reference.token_divergence(*logits, divergence="jsd").mean()
     truth_hidden, truth_weight = torch.autograd.grad(truth, (hidden, weight))
-    assert_parity(f"{name}: loss", loss, truth, 1e-5)
-    assert_parity(f"{name}: gradient by the hidden states", grad_hidden[rows], truth_hidden, 1e-6)
-    assert_parity(f"{name}: gradient by the weight", grad_weight, truth_weight, 1e-6)
+    is_low, is_peer = inputs[0].dtype == torch.bfloat16, "JSD" in name
+    assert_parity(f"{name}: loss", loss, truth, 5e-2 if is_low and is_peer else 1e-5)
+    share = (0.1 if is_peer else 0.01) if is_low else 0.0
+    for what, got, expected in (
+        ("hidden states", grad_hidden[rows], truth_hidden), ("weight", grad_weight, truth_weight),
+    ):  # fmt: skip
+        tolerance = max(1e-6, share * expected.abs().max().item())
+        assert_parity(f"{name}: gradient by the {what}", got, expected, tolerance)
 
 
 def bf16_errors(vocab: int, hidden_size: int) -> dict[str, list[float]]:
@@ -166,8 +173,13 @@ def bf16_errors(vocab: int, hidden_size: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    arguments = command_line(__doc__.splitlines()[0], [(512, 49_152)], hidden=576, dtypes=())
-    results = [result for rows, vocab in arguments.sizes for result in bench(rows, vocab, arguments.hidden, arguments)]
+    arguments = command_line(__doc__.splitlines()[0], [(512, 49_152)], hidden=576, dtypes=("fp32",))
+    results = [
+        result
+        for rows, vocab in arguments.sizes
+        for dtype_name in arguments.dtype
+        for result in bench(rows, vocab, dtype_name, arguments)
+    ]
     report(results, arguments, "linear")
     if not arguments.json:
         print("\n| error of the bf16 gradients, 64 rows | by hidden states | by weight |\n|---|---|---|")

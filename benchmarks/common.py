@@ -50,10 +50,11 @@ def command_line(
     hidden: int | None = None,
     dtypes: tuple[str, ...] = ("fp32", "bf16"),
     quick: str | None = None,
+    model: str | None = None,
 ) -> argparse.Namespace:
     """`sizes` of (rows, vocab) unless both are given; `hidden` adds --hidden, `dtypes` --dtype, `quick` (its help)
-    --quick. `backend` is the device's own by name, never "auto": what cannot serve raises, so that no fallback is timed
-    in its place."""
+    --quick, `model` --model. `backend` is the device's own by name, never "auto": what cannot serve raises, so that no
+    fallback is timed in its place."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default=default_device(), choices=list(PREFERRED_BACKENDS))
     parser.add_argument("--rows", type=int)
@@ -64,6 +65,8 @@ def command_line(
         parser.add_argument("--dtype", nargs="+", default=list(dtypes), choices=list(DTYPES))
     if quick:
         parser.add_argument("--quick", action="store_true", help=quick)
+    if model:
+        parser.add_argument("--model", default=model, help=f"a folder or a name, in place of {model}")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--write", type=Path, help="folder that also gets the JSON, for benchmarks.plot")
@@ -82,11 +85,10 @@ def default_device() -> str:
 def logits(rows: int, vocab: int, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, vocab) twice, a student and a teacher that mostly agrees, as a model under another prompt does; and
     sampled ids (rows,)."""
-    generator = torch.Generator().manual_seed(seed)
-    student = torch.randn(rows, vocab, generator=generator) * 3
-    teacher = student + torch.randn(rows, vocab, generator=generator)
-    sampled_ids = torch.randint(vocab, (rows,), generator=generator)
-    return student.to(device, dtype), teacher.to(device, dtype), sampled_ids.to(device)
+    made = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
+    student = torch.randn(rows, vocab, **made) * 3
+    teacher = student + torch.randn(rows, vocab, **made)
+    return student.to(dtype), teacher.to(dtype), torch.randint(vocab, (rows,), **made)
 
 
 def input_sets(make: Callable[[int], tuple[Tensor, ...]], device: str) -> list[tuple[Tensor, ...]]:

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from rmsd_kernels.triton import launch
 from rmsd_kernels.triton.candidates import select_kernel
 from rmsd_kernels.triton.divergence import divergence_kernel
-from rmsd_kernels.triton.divergence_backward import backward_tile, divergence_backward_kernel
+from rmsd_kernels.triton.divergence_backward import CHUNK_TILES, divergence_backward_kernel
 from rmsd_kernels.triton.scores import scores_kernel
 
 TARGETS = {
@@ -101,8 +101,9 @@ def compile_variant(variant: str, target: str) -> Compiled:
     kernel, dtype, constexprs, absent = variants()[variant]
     constexprs = dict(constexprs)
     if "ALIGNED" in constexprs:
-        tile = launch.constexprs_of_tile(dtype, constexprs["ALIGNED"])
-        constexprs |= backward_tile(tile) if kernel is divergence_backward_kernel else tile
+        constexprs |= launch.constexprs_of_tile(dtype, constexprs["ALIGNED"])
+    if kernel is divergence_backward_kernel:
+        constexprs["CHUNK_TILES"] = CHUNK_TILES
     constexprs |= dict.fromkeys(absent)
     signature = {}
     for parameter in kernel.params:
@@ -113,11 +114,10 @@ def compile_variant(variant: str, target: str) -> Compiled:
         else:
             signature[parameter.name] = parameter.annotation_type
     gpu = TARGETS[target]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constexprs),
-        target=gpu,
-        options=dict(num_warps=launch.TILES[dtype].lanes // gpu.warp_size, num_stages=1, enable_fp_fusion=True),
-    )
+    options = dict(num_warps=launch.TILES[dtype].lanes // gpu.warp_size, num_stages=1, enable_fp_fusion=True)
+    if gpu.backend == "cuda":
+        options |= launch.register_limit(constexprs)
+    compiled = triton.compile(ASTSource(kernel, signature, constexprs=constexprs), target=gpu, options=options)
     read = _read_cuda if gpu.backend == "cuda" else _read_hip
     specialised = [
         parameter.name
@@ -184,7 +184,7 @@ def _loops(code: list[tuple[str, str]], load: str, branch: str, itemsize: int) -
         opcodes = [opcode for opcode, _ in code[start:end] if not opcode.endswith(":")]
         widths = [_load_bytes(opcode) for opcode in opcodes if re.match(load, opcode)]
         loaded = sum(widths)
-        if loaded >= 64:  # a tile of logits, not a few scores
+        if loaded >= 64 or (widths and min(widths) == 16):  # a tile of logits, not a few scores
             special = sum(bool(re.match(_SPECIAL, opcode)) for opcode in opcodes)
             found.append(Loop(len(opcodes) * itemsize / loaded, special * itemsize / loaded, min(widths)))
     visits = [Loop(2 * loop.instructions, 2 * loop.special, loop.narrowest_load) for loop in found if loop.special]

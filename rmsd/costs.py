@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from rmsd_kernels.projection import WORKSPACE_MB, row_chunks
+from rmsd_kernels.projection import default_workspace_mb, row_chunks
 
 from .config import RMSDConfig
 from .scoring import ROWS_AT_ONCE
@@ -86,6 +86,12 @@ def _number(weights) -> int:
     return sum(weight.numel() for weight in weights)
 
 
+def _workspace_mb(args: RMSDConfig) -> float:
+    """Of the device that the run is for. Without a GPU only a plan for one may ask for 16 bits (rmsd.recipe)."""
+    planned_elsewhere = (args.bf16 or args.fp16) and not args.use_cpu
+    return default_workspace_mb("gpu" if planned_elsewhere else args.device.type)
+
+
 # ---- bytes ---------------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +118,7 @@ def memory(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, processes: int =
         rollouts = {"vllm's logits of an answer it reads": 2 * 4 * sizes.vocab * told}
     else:
         rollouts = {
-            "scores' logits, a chunk at a time": WORKSPACE_MB * 2**20,
+            "scores' logits, a chunk at a time": _workspace_mb(args) * 2**20,
             "candidates' logits": _wishes_bytes(sizes, args),
         }
     if generated and args.engine == "vllm":
@@ -124,7 +130,7 @@ def memory(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, processes: int =
         "gradients": sizes.trained_bytes / shards,
         "activations": activation_bytes(sizes, args, rows * read, element),
         # The workspace, and beside it a third of it at most (rmsd_kernels.linear).
-        "loss: logits of the kept rows": WORKSPACE_MB * 2**20 * 4 / 3,
+        "loss: logits of the kept rows": _workspace_mb(args) * 2**20 * 4 / 3,
         "loss: gradient of the head, fp32": 4 * sizes.vocab * sizes.hidden * sizes.head_trained,
     }
     if args.fsdp:
@@ -226,7 +232,7 @@ def _loss_products(sizes: Sizes, args: RMSDConfig, kept: float) -> int:
     """Both models' logits, once more in the backward where the forward cannot keep them, and the gradients of hidden
     states and weight (rmsd_kernels.linear)."""
     rows = max(1, round(kept * args.per_device_train_batch_size))
-    keeps = len(row_chunks(rows, 3 * 3 * sizes.vocab, None)) == 1
+    keeps = len(row_chunks(rows, 3 * 3 * sizes.vocab, _workspace_mb(args))) == 1
     return (2 if keeps else 4) + 1 + sizes.head_trained
 
 

@@ -19,6 +19,7 @@ from .projection import (
     add_weight_gradient,
     backproject,
     column_tile,
+    default_workspace_mb,
     no_rows,
     project,
     project_both,
@@ -52,7 +53,7 @@ def linear_token_scores(
     Args:
         logit_scale: factor on the projected logits (Cohere; 1 / logits_scaling for Granite).
         softcap: Gemma's final cap, applied after the scale; None for none.
-        workspace_mb: room for one chunk's logits; None for 48.
+        workspace_mb: room for one chunk's logits; None for 48 on a CPU and 1024 on a GPU.
         The rest as in `token_scores`.
 
     A head that is the very same tensor for both models is read once a chunk for both.
@@ -84,6 +85,7 @@ def linear_token_scores(
 def _scores_in_tiles(logits, heads, hidden, models, workspace_mb, sampled_ids, options) -> TokenScores:
     """Scores of `logits(rows, heads, workspace)`, some rows and some columns at a time."""
     num_rows, width, ids = len(hidden), len(heads.student_weight), sampled_ids.flatten()
+    workspace_mb = workspace_mb or default_workspace_mb(hidden.device.type)
     # A jsd's terms need both distributions normalised, so its rows stay whole.
     tile = width if options["divergence"] == "jsd" else column_tile(num_rows, models, width, workspace_mb)
     parts = row_chunks(num_rows, models * tile, workspace_mb)
@@ -214,7 +216,8 @@ def linear_token_divergence(
     return _LinearDivergence.apply(
         student_hidden[rows.clamp_min(0)], student_weight, student_bias,
         teacher_hidden.detach()[rows.clamp_min(0)], teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(), rows >= 0, shared, workspace_mb, options,
+        None if teacher_bias is None else teacher_bias.detach(), rows >= 0, shared,
+        workspace_mb or default_workspace_mb(student_hidden.device.type), options,
     )  # fmt: skip
 
 

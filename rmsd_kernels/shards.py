@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backends import resolve_backend
 from .checks import check_heads, check_ids, check_options, check_rows, check_transform
-from .projection import project, row_chunks
+from .projection import default_workspace_mb, project, row_chunks
 
 
 class Heads(NamedTuple):
@@ -63,6 +63,7 @@ class Shard(NamedTuple):
     def chunks(self, heads: Heads, workspace_mb: float | None) -> list[slice]:
         """The same on every rank: for the widest shard."""
         widest = max(stop - start for start, stop in self.ranges)
+        workspace_mb = workspace_mb or default_workspace_mb(heads.student_hidden.device.type)
         return row_chunks(len(heads.student_hidden), 2 * widest, workspace_mb)
 
     def gather(self, partial: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ MUTATIONS = {
         ('width if options["divergence"] == "jsd" else column_tile', "column_tile"),
     ],
     "rmsd_kernels/projection.py": [
-        ("max(1, int((workspace_mb or WORKSPACE_MB)", "max(10**9, int((workspace_mb or WORKSPACE_MB)"),
+        ("max(1, int(workspace_mb", "max(10**9, int(workspace_mb"),
         ("logits if bias is None else logits.add_(bias)", "logits"),
         ("hidden = hidden.float()", "return (hidden @ weight.T).float()"),
         ("return logits[:rows], logits[rows:]", "return logits[:rows], logits[:rows]"),

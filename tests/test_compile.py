@@ -103,7 +103,7 @@ def test_compiled_equals_eager_at_every_shape(backend, device, function):
 
 def test_tiles_of_the_vocabulary_compile(monkeypatch):
     monkeypatch.setattr(projection, "_TILE_COLUMNS", 16)  # of 30
-    monkeypatch.setattr(projection, "WORKSPACE_MB", 4 * 2 * 16 * 8 / 2**20)
+    monkeypatch.setitem(projection.WORKSPACE_MB, "cpu", 4 * 2 * 16 * 8 / 2**20)
     student, teacher, ids, _ = batch("cpu")
     weight = torch.linspace(-1, 1, 30 * student.shape[-1]).view(30, -1)
 

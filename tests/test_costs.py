@@ -183,7 +183,7 @@ def test_flops_are_those_of_a_real_step(tmp_path, counted, monkeypatch, case):
 
     if case == "no room":  # for the kept rows' logits from forward to backward, as with a vocabulary of 150k; but in
         # one chunk, since the counter does not see the in-place products that further ones add by
-        monkeypatch.setattr(projection, "WORKSPACE_MB", 0.08)
+        monkeypatch.setattr(projection, "WORKSPACE_MB", {"cpu": 0.08, "gpu": 0.08})
     rows = [{**row, "completion": [7, 8, 9, 10, 11, 12]} for row in ROWS] if case == "brought" else ROWS
     trainer = tiny.trainer(
         tmp_path, student, rows=rows, max_steps=1, gradient_checkpointing="checkpointing" in case,

@@ -10,7 +10,8 @@ By the scaled logit of entry j, with g and c = mean_slope as in ops.NUM_STATS:
 The row's own numbers come in twice fp32's digits, high and low: with logits of 1e4 one log-sum-exp rounded to fp32 is
 off by 5e-4, and so is every p.
 
-Everything a row needs is in its stats, so a row is cut into as many programs as it has chunks.
+Everything a row needs is in its stats, so a row is cut into as many programs as it has chunks. Where every row is
+differentiated, whole, each program writes its zeros itself, and nothing is zeroed before.
 """
 
 import torch
@@ -24,12 +25,6 @@ from .tiles import FLOOR, LN2, LOG2E, block_ids, in_support, load_tile, row_poin
 from .visits import log_to_mixture
 
 CHUNK_TILES = 4  # 16,384 logits a program: 10 programs a row at V = 152k, so that a few kept rows fill the processors
-
-
-def backward_tile(tile: dict) -> dict:
-    """Half the loads in flight of a summing kernel's: nothing is carried from tile to tile, and fp32 with a softcap
-    spilled 22 registers on sm_100 with all of them."""
-    return dict(tile, UNROLL=max(1, tile["UNROLL"] // 2), CHUNK_TILES=CHUNK_TILES)
 
 
 @triton.jit
@@ -76,9 +71,9 @@ def gradient(
 
 @triton.jit
 def gradient_tile(
-    student_ptr, teacher_ptr, grad_ptr, start, size, row_stats, scalars,
+    student_ptr, teacher_ptr, grad_ptr, start, size, row_stats, scalars, is_finite,
     DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
+    HAS_ROWS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     # Not as pairs of bf16: the gradients' 16-byte stores need neighbours in one block.
     student = load_tile(student_ptr, start, size, UNROLL, LANES, VEC, False, MASKED)
@@ -86,6 +81,8 @@ def gradient_tile(
     for block in tl.static_range(UNROLL):
         ids = block_ids(start, block, LANES, VEC, False)
         grad = gradient(student[block], teacher[block], ids, row_stats, scalars, DIVERGENCE, TAIL, HAS_SOFTCAP)
+        if not HAS_ROWS:
+            grad = tl.where(is_finite, grad, 0.0)
         grad = grad.to(grad_ptr.dtype.element_ty)
         if MASKED:
             tl.store(grad_ptr + ids, grad, mask=ids < size)
@@ -137,12 +134,13 @@ def divergence_backward_kernel(
     TILE: tl.constexpr = UNROLL * LANES * VEC
     item = tl.program_id(0).to(tl.int64) // num_chunks
     chunk = (tl.program_id(0) % num_chunks) * CHUNK_TILES * TILE
+    stats_ptr += item * NUM_STATS
+    is_finite = tl.load(stats_ptr + 6) != 0.0
     row = item
     if HAS_ROWS:
         row = tl.load(rows_ptr + item)
-    stats_ptr += item * NUM_STATS
-    if (row < 0) | (row >= num_rows) | (tl.load(stats_ptr + 6) == 0.0):
-        return  # its gradient is zero already
+        if (row < 0) | (row >= num_rows) | (is_finite == 0):
+            return  # its gradient is zero already
     student_ptr = row_pointer(student_logits_ptr, row, length, student_stride_b, student_stride_l, ALIGNED)
     teacher_ptr = row_pointer(teacher_logits_ptr, row, length, teacher_stride_b, teacher_stride_l, ALIGNED)
     grad_ptr = grad_logits_ptr + row * grad_stride
@@ -162,13 +160,13 @@ def divergence_backward_kernel(
     end, whole = tl.minimum(chunk + CHUNK_TILES * TILE, size), size // TILE * TILE
     for start in range(chunk, tl.minimum(end, whole), TILE):
         gradient_tile(
-            student_ptr, teacher_ptr, grad_ptr, start, size, row_stats, scalars,
-            DIVERGENCE, TAIL, HAS_SOFTCAP, UNROLL, LANES, VEC, False,
+            student_ptr, teacher_ptr, grad_ptr, start, size, row_stats, scalars, is_finite,
+            DIVERGENCE, TAIL, HAS_SOFTCAP, HAS_ROWS, UNROLL, LANES, VEC, False,
         )  # fmt: skip
     if end > whole:
         gradient_tile(
-            student_ptr, teacher_ptr, grad_ptr, whole, size, row_stats, scalars,
-            DIVERGENCE, TAIL, HAS_SOFTCAP, UNROLL, LANES, VEC, True,
+            student_ptr, teacher_ptr, grad_ptr, whole, size, row_stats, scalars, is_finite,
+            DIVERGENCE, TAIL, HAS_SOFTCAP, HAS_ROWS, UNROLL, LANES, VEC, True,
         )  # fmt: skip
 
 
@@ -179,10 +177,11 @@ def divergence_backward(
 ) -> Tensor:  # fmt: skip
     # The interpreter would cut fp32 off to bf16 where every GPU rounds: there, torch rounds.
     dtype = torch.float32 if INTERPRETED else student_logits.dtype
-    grad_logits = torch.zeros(student_logits.shape, dtype=dtype, device=student_logits.device)
     num_sequences, length, width = student_logits.shape
+    allocate = torch.empty if rows is None and vocab_size == width else torch.zeros
+    grad_logits = allocate(student_logits.shape, dtype=dtype, device=student_logits.device)
     if stats.shape[0] and grad_logits.numel():
-        tile = backward_tile(tile_options(student_logits, teacher_logits, grad_logits))
+        tile = dict(tile_options(student_logits, teacher_logits, grad_logits), CHUNK_TILES=CHUNK_TILES)
         logits_a_program = tile["CHUNK_TILES"] * tile["UNROLL"] * tile["LANES"] * tile["VEC"]
         num_chunks = triton.cdiv(vocab_size, logits_a_program)
         launch(

@@ -1,0 +1,90 @@
+"""The kernels of gpu_static's roofline, timed on the GPU that is here: `python -m benchmarks.gpu_measure`.
+
+    python -m benchmarks.gpu_measure [--rows 8192 --vocab 151936 --repeats 15]
+
+The tensors are many times the last-level cache, so every run reads memory. What the same GPU moves when it copies a
+tensor, and when it only sums one up, is measured in the same run.
+"""
+
+import functools
+import statistics
+
+import torch
+
+from benchmarks.common import DTYPES, command_line, elapsed, machine
+from benchmarks.gpu_compile import variants
+from benchmarks.gpu_static import TOKENS, VOCABULARY
+from rmsd_kernels import triton as kernels
+
+SEQUENCE, NUM_CANDIDATES, VOCAB_TOPK, SOFTCAP = 512, 20, 500, 30.0
+
+
+def runs(variant: str, student, teacher, sampled_ids):
+    """A function that launches `variant` on (B, L, V) logits, and the bytes that it must move."""
+    name, _, *rest = variant.split()
+    divergence = next((word for word in rest if word in ("forward_kl", "jsd")), "reverse_kl")
+    tail = rest[-1] if "top-k" in rest else "drop"
+    transform = (1.0, 1.0, student.shape[-1], 1.0, SOFTCAP if "softcap" in rest else 0.0)
+    both = student.numel() * 2 * student.element_size()
+    if name == "scores":
+        return lambda: kernels.scores(student, teacher, sampled_ids, divergence, 0.5, *transform), both
+    if name == "scores+candidates":
+        mask = torch.ones_like(sampled_ids, dtype=torch.bool)
+        chosen = (mask, NUM_CANDIDATES, "logprob_gap", 0.0)
+        return lambda: kernels.scores_and_candidates(
+            student, teacher, sampled_ids, *chosen, divergence, 0.5, *transform
+        ), both
+    options = (divergence, 0.5, VOCAB_TOPK if "top-k" in rest else 0, tail, *transform)
+    rows = torch.arange(sampled_ids.numel(), device=student.device)
+    if name == "divergence":
+        return lambda: kernels.divergence(student, teacher, rows, *options), both
+    result, stats = kernels.divergence(student, teacher, None, *options)
+    upstream = torch.ones_like(result)
+    # Every row: that is OPSD's backward, and no memset of zeros beside the kernel.
+    return lambda: kernels.divergence_backward(upstream, student, teacher, None, stats, *options), both * 3 // 2
+
+
+def measured(run, repeats: int, device: torch.device) -> float:
+    """Milliseconds, median; the first launches compile and warm up."""
+    for _ in range(3):
+        run()
+    return 1e3 * statistics.median(elapsed(run, device) for _ in range(repeats))
+
+
+def ceilings(device: torch.device, repeats: int) -> dict[str, float]:
+    """TB/s that a copy moves, read and written, and that a sum reads: of 4 GiB."""
+    source, target = (torch.ones(2**30, device=device) for _ in range(2))
+    copy = measured(functools.partial(target.copy_, source), repeats, device)
+    read = measured(source.sum, repeats, device)
+    return dict(copy=2 * source.nbytes / copy / 1e9, read=source.nbytes / read / 1e9)
+
+
+def main() -> None:
+    arguments = command_line(__doc__.splitlines()[0], [(TOKENS, VOCABULARY)], dtypes=())
+    (rows, vocab), *_ = arguments.sizes
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_measure times a GPU, and there is none; `python -m benchmarks.gpu_static` needs none")
+    device = torch.device("cuda")
+    print(", ".join(f"{name} {value}" for name, value in machine("cuda").items()))
+    rates = ceilings(device, arguments.repeats)
+    print(f"A copy moves {rates['copy']:.2f} TB/s, a sum reads {rates['read']:.2f} TB/s.\n")
+    print("| kernel | measured, ms | TB/s | of a copy's rate |\n|---|---|---|---|")
+    for variant in variants():
+        if variant == "select":
+            continue
+        dtype = DTYPES[variant.split()[1]]
+        pad = 1 if "unaligned" in variant else 0  # an odd stride: rows that begin anywhere
+        generator = torch.Generator(device).manual_seed(0)
+        shape = max(1, rows // SEQUENCE), min(rows, SEQUENCE), vocab + pad
+        student = torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(3)
+        teacher = torch.randn(shape, generator=generator, device=device, dtype=dtype).add_(student)
+        sampled_ids = torch.randint(vocab, shape[:2], generator=generator, device=device)
+        run, moved = runs(variant, student[..., :vocab], teacher[..., :vocab], sampled_ids)
+        milliseconds = measured(run, arguments.repeats, device)
+        rate = moved / milliseconds / 1e9
+        print(f"| {variant} | {milliseconds:.2f} | {rate:.2f} | {rate / rates['copy']:.0%} |", flush=True)
+        del student, teacher, run
+
+
+if __name__ == "__main__":
+    main()
