@@ -5,6 +5,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
@@ -270,6 +271,9 @@ class RMSDTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.teacher.has_adapter and (Path(resume_from_checkpoint) / "adapter_model.safetensors").exists():
+            # Beside a second adapter's folder Trainer forgets the one at the root, before transformers 5.23.
+            self.student.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         self.teacher.load(resume_from_checkpoint)
 
     # ---- evaluation and logs ---------------------------------------------------------------------------------------

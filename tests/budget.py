@@ -3,7 +3,8 @@
 Truth is `reference.py` in fp64 on the fp64 upcast of the very inputs that the kernel gets, so rounding the inputs is
 nobody's error. Plain torch in the same dtype is `reference.py` on those inputs: log_softmax in fp32 of the upcast
 logits, scores in fp32, gradients rounded to the logits' dtype by autograd. That is the strictest reading for fp16 and
-bf16: log_softmax in bf16 itself is a thousand times less accurate.
+bf16: log_softmax in bf16 itself is a thousand times less accurate. It runs on the kernel's device: a GPU's exponential
+is good to 2e-7, and not to half a unit in the last place.
 
 A kernel's largest error over a tensor may be twice plain torch's largest, plus 1e-6. NaN and infinities must be where
 the truth has them.
@@ -61,7 +62,7 @@ def _scores(backend, student, teacher, ids, *, logit_scale=1.0, softcap=None, **
 def check_scores(backend, student, teacher, ids, *, device="cpu", allow_rounding=0.0, **options) -> rk.TokenScores:
     """Holds every score of `backend` to the budget; inputs are made on the CPU."""
     got = _scores(backend, student.to(device), teacher.to(device), ids.to(device), **options)
-    plain = _scores("torch", student, teacher, ids, **options)
+    plain = _scores("torch", student.to(device), teacher.to(device), ids.to(device), **options)
     truth = reference.token_scores(flat(student.double()), flat(teacher.double()), ids.reshape(-1), **options)
     for name in rk.TokenScores._fields:
         have, want = getattr(got, name), getattr(truth, name).view(ids.shape)
@@ -94,7 +95,7 @@ def check_divergence(backend, student, teacher, *, rows=None, device="cpu", allo
     """Holds the divergence and its gradient to the budget; returns both."""
     on_device = [None if tensor is None else tensor.to(device) for tensor in (student, teacher, rows)]
     got, got_grad = _divergence(backend, *on_device, **options)
-    plain, plain_grad = _divergence("torch", student, teacher, rows, **options)
+    plain, plain_grad = _divergence("torch", *on_device, **options)
     truth, truth_grad = _divergence("torch", student.double(), teacher.double(), rows, **options)
     assert got.dtype == torch.float32
     assert got_grad.dtype == student.dtype

@@ -91,7 +91,7 @@ def production_tiles() -> dict:
 
 @pytest.fixture(scope="session", autouse=True)
 def small_tiles(production_tiles):
-    """Interpreted kernels get tiles of 128 logits and 16 positions in place of 8,192 and 1,024: a row of 331 logits is
+    """Interpreted kernels get tiles of 128 logits and 16 positions in place of 4,096 and 1,024: a row of 331 logits is
     then several tiles and a ragged one, and costs a quarter of the time. tests/test_gpu_code.py sees the real ones."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return

@@ -27,7 +27,7 @@ def online_tile(
     s ratio - t.
 
     Each lane has a maximum of its own, so the loop holds no barrier, shuffle or shared memory, and the rescale costs
-    one exponential in 32 logits. The logits' difference is taken before anything rounds it, which keeps nearly equal
+    one exponential in 16 logits. The logits' difference is taken before anything rounds it, which keeps nearly equal
     rows, and any rows whose logits differ by a representable number, accurate. A NaN or +inf reaches z by itself, as
     its exponential is NaN. -inf is floored, twice as low in `second`: gap exceeds -1.5 FLOOR exactly where the first
     row has mass and the second has none, even where that mass underflows.
