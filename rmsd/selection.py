@@ -9,6 +9,7 @@ from rmsd_kernels import TokenScores
 
 from .data import prompt_text
 from .judge import Candidate, Judge, MagnitudeJudge, Question
+from .pieces import Pieces
 from .scoring import Logprobs, Wishes
 
 
@@ -23,30 +24,28 @@ def told_text(row: dict) -> str:
 def questions_of(
     prompts: Sequence[str],
     privileged_contexts: Sequence[str],  # as `told_text` has them
-    tokens: Sequence[Sequence[str]],
+    answers: Sequence[Pieces],
     scores: TokenScores | Logprobs,  # each (B, L)
     candidates: Tensor,  # (B, T) int64, -1 for none
     wishes: Wishes,  # each (B, T)
-    decode,  # list[int] -> list[str], a text for each id
     max_kept: int,
 ) -> list[Question]:
     """What a judge needs to know, as text. Everything is brought to the host at once, not number by number."""
     gap = (scores.teacher_logprob - scores.student_logprob).cpu()
     positions = candidates.cpu().tolist()
-    promoted, student_preferred, teacher_preferred = (decode(ids.flatten().tolist()) for ids in wishes[:3])
-    width = candidates.shape[1]
+    promoted, student_preferred, teacher_preferred = (ids.tolist() for ids in wishes[:3])
     return [
         Question(
             prompt=prompts[b],
             privileged_context=privileged_contexts[b],
-            tokens=tuple(tokens[b]),
+            tokens=tuple(answers[b].texts),
             candidates=tuple(
                 Candidate(
                     position=position,
-                    token=tokens[b][position],
-                    promoted=promoted[b * width + i],
-                    student_preferred=student_preferred[b * width + i],
-                    teacher_preferred=teacher_preferred[b * width + i],
+                    token=answers[b].texts[position],
+                    promoted=answers[b].instead(position, promoted[b][i]),
+                    student_preferred=answers[b].instead(position, student_preferred[b][i]),
+                    teacher_preferred=answers[b].instead(position, teacher_preferred[b][i]),
                     gap=gap[b, position].item(),
                 )
                 for i, position in enumerate(positions[b])

@@ -25,6 +25,7 @@ from .judge.base import Question
 from .loss import LinearRMSDLoss
 from .metrics import StepMetrics
 from .modeling import OutputHead
+from .pieces import Pieces
 from .record import RunRecord, rollout_lines
 from .rollout import Rollouts, eos_ids_of, pad_id_of
 from .routes import Scored, Written, engine_gaps, scored_by_engine, scored_by_trainer
@@ -148,8 +149,8 @@ class RMSDTrainer(Trainer):
         """One micro-batch: the judge is asked; what is returned waits for its answer, and records so many rollouts."""
         args, rows, rollouts, scores = self.args, scored.rows, scored.rollouts, scored.scores
         questions = questions_of(
-            [prompt_text(row["prompt"]) for row in rows], list(map(told_text, rows)), self._token_texts(rollouts),
-            scores, scored.candidates, scored.wishes, self._decode, args.num_kept,
+            [prompt_text(row["prompt"]) for row in rows], list(map(told_text, rows)), self._pieces(rollouts),
+            scores, scored.candidates, scored.wishes, args.num_kept,
         )  # fmt: skip
         written = rollouts.completion_mask.cpu()
         answer = judging.submit(self._kept, questions, written)
@@ -293,9 +294,6 @@ class RMSDTrainer(Trainer):
             logs = {**logs, **self.metrics.drain(self.accelerator, self.loss.nonfinite_rows)}
         super().log(logs, start_time)
 
-    def _decode(self, ids: list[int]) -> list[str]:
-        return self.processing_class.batch_decode([[i] for i in ids])
-
-    def _token_texts(self, rollouts: Rollouts) -> list[list[str]]:
+    def _pieces(self, rollouts: Rollouts) -> list[Pieces]:
         pairs = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
-        return [self._decode(ids[mask].tolist()) for ids, mask in pairs]
+        return [Pieces(self.processing_class, ids[mask].tolist()) for ids, mask in pairs]

@@ -2,7 +2,7 @@
 docs/learning.md's tables and figures.
 
     python -m benchmarks.learning.run             # the comparison: 40 to 90 minutes on two cores
-    python -m benchmarks.learning.run --ablations # what each choice of RMSD does: half of that after it
+    python -m benchmarks.learning.run --ablations # what each choice of RMSD does: two thirds of that after it
     python -m benchmarks.learning.run --ablations optimizer "rollout length"    # of these choices alone
     python -m benchmarks.learning.run --seeds 20  # a longer comparison with intervals half as wide
     python -m benchmarks.learning.run --quick     # minutes: one base, four methods, 60 steps, the same code; prints

@@ -5,6 +5,7 @@ for (const rollout of data.rollouts) rollout.unwritten = new Set(rollout.unwritt
 const MINUS = "\u2212";
 const signed = (v) => (v < 0 ? MINUS : "+") + Math.abs(v).toFixed(2);
 const nats = (v) => (v === null ? "not finite" : v.toFixed(2).replace("-", MINUS));
+const PART = "\u2026"; // a token that only begins a character, which a later one ends
 const NAMES = { "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", " ": "\u00b7" };
 // Blanks, control and format characters and lone surrogates have no look of their own; some reorder what is near.
 const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Z}]/u;
@@ -91,7 +92,7 @@ function showRollout() {
 const gapOf = (i) => (shown.teacher[i] === null || shown.student[i] === null ? null : shown.teacher[i] - shown.student[i]);
 
 function token(text, i, isCandidate, isKept) {
-  const gap = gapOf(i), node = element("span", "t", ...visible(text));
+  const gap = gapOf(i), node = element("span", "t", ...visible(text || PART));
   const isOthers = shown.unwritten.has(i);
   if (isOthers) node.classList.add("unwritten");
   else if (gap === null) node.classList.add("unknown");
@@ -106,7 +107,7 @@ function token(text, i, isCandidate, isKept) {
   node.tabIndex = -1;
   node.setAttribute("role", "option");
   node.setAttribute("aria-selected", "false");
-  const label = [text.trim() || "blank"];
+  const label = [text.trim() || (text ? "blank" : "part of a character")];
   label.push(isOthers ? "not the student\u2019s" : gap === null ? "gap not finite" : `gap ${signed(gap)} nats`);
   if (isCandidate) label.push("candidate");
   if (isKept) label.push("kept");
