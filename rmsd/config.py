@@ -123,6 +123,15 @@ class RMSDConfig(TrainingArguments):
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if (
+            self.save_strategy == "steps"
+            and min(self.save_steps, self.logging_steps) >= 1
+            and (self.save_steps % self.logging_steps)
+        ):
+            # A checkpoint holds whole entries: what a step counted since the last one would be lost to a resumed run.
+            raise ValueError(
+                f"save_steps must be a multiple of logging_steps {self.logging_steps:g}, not {self.save_steps:g}"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
         if any(step < 1 for step in self.continuation_steps):

@@ -31,6 +31,8 @@ class JudgeSection(_Section):
     max_concurrency: int = Field(8, ge=1)
     timeout: float = Field(60.0, gt=0)
     max_retries: int = Field(3, ge=0)
+    max_tokens: int | None = Field(512, ge=1)  # of an answer; null, as for temperature: for a model that takes none
+    temperature: float | None = Field(0.0, ge=0)
     on_error: Literal["raise", "magnitude", "skip"] = "raise"
     template: UserPath | None = None
     cache: UserPath | None = None  # a folder: answers are kept there

@@ -93,6 +93,9 @@ class RMSDTrainer(Trainer):
             threshold=args.threshold, divergence=args.divergence, beta=args.beta, vocab_topk=args.vocab_topk,
             tail=args.tail, temperature=args.temperature, backend=args.backend,
         ).to(args.device)  # fmt: skip
+        batch = args.per_device_train_batch_size * args.world_size
+        if args.dataloader_drop_last and len(train_dataset) < batch:
+            raise ValueError(f"dataloader_drop_last leaves nothing of {len(train_dataset)} rows in batches of {batch}")
         self.record = next((c for c in self.callback_handler.callbacks if isinstance(c, RunRecord)), None)
         self.metrics = StepMetrics()
         self.add_callback(TeacherSchedule(self))

@@ -113,7 +113,10 @@ def check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, 
         )
 
 
-def check_transform(logit_scale: float, softcap: float | None) -> None:
+def check_transform(logit_scale: float, softcap: float | None, workspace_mb: float | None) -> None:
+    check_number("workspace_mb", workspace_mb, optional=True)
+    if workspace_mb is not None and not 0.0 < workspace_mb < math.inf:
+        raise ValueError(f"workspace_mb must be a finite number above 0 or None, not {workspace_mb}")
     check_number("logit_scale", logit_scale)
     check_number("softcap", softcap, optional=True)
     if not 0.0 < logit_scale < math.inf:

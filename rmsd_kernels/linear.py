@@ -59,7 +59,7 @@ def linear_token_scores(
     A head that is the very same tensor for both models is read once a chunk for both.
     """
     check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
-    check_transform(logit_scale, softcap)
+    check_transform(logit_scale, softcap, workspace_mb)
     width = student_weight.shape[0]
     check_options(
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
@@ -137,7 +137,7 @@ def linear_token_logprobs(
     """One model's side of `linear_token_scores`: half its projections. With the log-probabilities that a sampler
     recorded it is all that the criterion "logprob_gap" needs; the divergence needs both models' rows."""
     check_head("", hidden, weight, bias)
-    check_transform(logit_scale, softcap)
+    check_transform(logit_scale, softcap, workspace_mb)
     width = weight.shape[0]
     check_options(
         divergence="reverse_kl", beta=0.5, temperature=temperature, teacher_temperature=None, vocab_size=vocab_size,
@@ -190,7 +190,7 @@ def linear_token_divergence(
         (R,) fp32 (fp64 for fp64 inputs), differentiable in `student_hidden`, `student_weight` and `student_bias`.
     """
     check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
-    check_transform(logit_scale, softcap)
+    check_transform(logit_scale, softcap, workspace_mb)
     width = student_weight.shape[0]
     check_options(
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,

@@ -86,7 +86,7 @@ def agree(
     error, last_id, shared = None, -1, {}
     try:
         check_heads(*(heads[i] for i in (0, 1, 3, 4, 2, 5)))
-        check_transform(options["logit_scale"], options["softcap"])
+        check_transform(options["logit_scale"], options["softcap"], workspace_mb)
         leading, device = heads.student_hidden.shape[:-1], heads.student_hidden.device
         if sampled_ids is not None:
             check_ids(sampled_ids, leading, device, torch.iinfo(torch.int64).max)

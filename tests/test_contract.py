@@ -167,6 +167,8 @@ WRONG = [
     (linear_token_scores, "teacher_weight", WEIGHT[:7], ValueError, "7", "vocabulary 8"),
     (linear_token_scores, "teacher_weight", WEIGHT.half(), TypeError, "torch.float16", "dtype torch.float32"),
     (linear_token_scores, "student_bias", WEIGHT[:7, 0], ValueError, "(7,)", "(8,)"),
+    (linear_token_scores, "workspace_mb", -1, ValueError, "-1", "above 0 or None"),
+    (linear_token_divergence, "workspace_mb", 0, ValueError, "0", "above 0 or None"),
     (linear_token_divergence, "logit_scale", 0.0, ValueError, "0.0", "above 0"),
     (linear_token_divergence, "softcap", -30.0, ValueError, "-30.0", "above 0 or None"),
     (linear_token_divergence, "rows", torch.tensor([7]), ValueError, "7", "[0, 6)"),

@@ -239,6 +239,28 @@ def test_requests_run_side_by_side_up_to_the_limit(server, judge):
     assert most == 3
 
 
+def test_what_a_model_refuses_can_be_left_out(server, judge):
+    judge(max_tokens=None, temperature=None)([question()])
+    assert not {"max_tokens", "temperature"} & set(server.requests[-1][0])
+    judge()([question()])
+    body = server.requests[-1][0]
+    assert (body["max_tokens"], body["temperature"]) == (512, 0.0)
+
+
+def refuses(handler):
+    handler.send_response(401)
+    handler.end_headers()
+
+
+def test_check_names_the_variable_of_a_key_that_is_refused(server, judge, monkeypatch):
+    server.http.RequestHandlerClass.do_GET = refuses
+    with pytest.raises(ConnectionError, match="refuses the key that the environment variable JUDGE_KEY holds"):
+        judge().check()
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(ConnectionError, match="JUDGE_KEY should hold"):
+        judge().check()
+
+
 def page(handler):
     handler.send_response(200)
     handler.send_header("Content-Type", "text/html")

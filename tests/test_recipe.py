@@ -125,6 +125,7 @@ def test_a_value_the_trainer_refuses_is_named(recipe, tmp_path):
         ("continuation_steps=[0, 300]", r"continuation_steps must be at least 1, not \[0, 300\]"),
         ("max_continuations=-1", "max_continuations must be at least 0, not -1"),
         ("recorded_rollouts=-1", "recorded_rollouts must be at least 0, not -1"),
+        ("logging_steps=7", "save_steps must be a multiple of logging_steps 7, not 500"),
         ("top_k=-1", "top_k must be at least 0, not -1"),
         ("top_p=7.0", r"top_p must lie in \(0, 1\], not 7.0"),
     ],

@@ -253,6 +253,7 @@ def test_rows_of_any_dataset_are_checked_and_named(tmp_path, wrong, message):
     [
         (dict(method="sft"), "method"),
         (dict(num_kept=0), "num_kept"),
+        (dict(save_steps=10, logging_steps=4), "save_steps must be a multiple of logging_steps 4, not 10"),
         (dict(criterion="gap"), "criterion"),
         (dict(divergence="kl"), "divergence"),
         (dict(sampling_temperature=-1.0), "sampling_temperature"),
@@ -266,6 +267,23 @@ def test_rows_of_any_dataset_are_checked_and_named(tmp_path, wrong, message):
 def test_bad_config_is_refused_by_name(tmp_path, options, named):
     with pytest.raises(ValueError, match=named):
         RMSDConfig(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(save_steps=10, logging_steps=5), dict(save_steps=0.1, logging_steps=1), dict(logging_steps=0.2),
+        dict(save_strategy="epoch", save_steps=10, logging_steps=4),
+    ],
+)  # fmt: skip
+def test_saving_where_the_log_is_whole_or_not_by_steps_is_fine(tmp_path, options):
+    RMSDConfig(output_dir=str(tmp_path), **options)
+
+
+def test_dropping_the_only_batch_is_refused_and_not_trained_on_for_no_steps(tmp_path):
+    rows = [*tiny.ROWS, *tiny.ROWS][:3]
+    with pytest.raises(ValueError, match="dataloader_drop_last leaves nothing of 3 rows in batches of 4"):
+        trainer(tmp_path, rows=rows, dataloader_drop_last=True)
 
 
 def test_a_process_trains_on_one_gpu_however_many_it_sees(tmp_path):

@@ -47,7 +47,8 @@ class LLMJudge:
         min_relevance: entries that the model finds less relevant are dropped.
         max_concurrency: requests under way at once.
         timeout, max_retries: seconds a request may take, and retries after 408, 409, 429, 5xx and broken connections;
-            the client waits as long as a Retry-After asks.
+            the client waits as long as a Retry-After asks, up to two minutes.
+        max_tokens, temperature: None leaves one out of the request, which some models refuse it in.
         on_error: what a request that fails for good means: "raise", "magnitude" (the largest gaps are kept) or "skip"
             (nothing of this rollout is).
         template: a jinja2 file in place of the built-in prompt.
@@ -68,8 +69,8 @@ class LLMJudge:
         max_concurrency: int = 8,
         timeout: float = 60.0,
         max_retries: int = 3,
-        max_tokens: int = 512,
-        temperature: float = 0.0,
+        max_tokens: int | None = 512,
+        temperature: float | None = 0.0,
         on_error: str = "raise",
         template: str | Path | None = None,
     ):
@@ -82,7 +83,7 @@ class LLMJudge:
         self.model, self.min_relevance, self.on_error = model, min_relevance, on_error
         self.max_tokens, self.temperature = max_tokens, temperature
         self.stats: Counter[str] = Counter()
-        self._openai = openai
+        self._openai, self._api_key_env = openai, api_key_env
         self._client = openai.OpenAI(
             # Local servers want no key, but the client wants a string.
             api_key=os.environ.get(api_key_env) or "none",
@@ -117,12 +118,18 @@ class LLMJudge:
         return [future.result() for future in asked]
 
     def check(self) -> None:
-        """Raises ConnectionError, in one line, when nothing answers at the endpoint, or a web page does. Any refusal
-        will do: not every server lists its models."""
+        """Raises ConnectionError, in one line, when nothing answers at the endpoint, or a web page does, or it refuses
+        the key. Any other refusal will do: not every server lists its models."""
         try:
             self._client.with_options(max_retries=0).models.list()
         except self._openai.APIConnectionError as error:
             raise ConnectionError(f"no judge answers at {self._client.base_url}: set judge.base_url") from error
+        except self._openai.AuthenticationError as error:
+            state = "holds" if os.environ.get(self._api_key_env) else "should hold"
+            message = (
+                f"{self._client.base_url} refuses the key that the environment variable {self._api_key_env} {state}"
+            )
+            raise ConnectionError(message) from error
         except self._openai.APIStatusError:
             pass
         except Exception as error:  # the client fails in its own ways on what is no JSON, a proxy's page for one
@@ -158,11 +165,11 @@ class LLMJudge:
         return kept
 
     def _complete(self, prompt: str, max_kept: int) -> str:
+        options = dict(max_tokens=self.max_tokens, temperature=self.temperature)
         request = dict(
             model=self.model,
             messages=[{"role": "user", "content": prompt}],
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
+            **{name: value for name, value in options.items() if value is not None},
         )
         if self._structured:
             schema = {"name": "kept", "schema": answer_schema(max_kept), "strict": True}
