@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import Dataset
 from jinja2 import TemplateError
 
 from .completions import check_completion, completion_ids
@@ -20,7 +19,7 @@ Prompt = str | list[dict[str, str]]
 TEACHER_TEMPLATE = "{privileged_context}\n\n{prompt}"
 
 
-def load_rows(path: str | Path, completions: bool = False) -> Dataset:
+def load_rows(path: str | Path, completions: bool = False) -> list[dict]:
     """Reads training rows from a JSONL file; with `completions`, each must bring one.
 
     Raises:
@@ -44,29 +43,23 @@ def load_rows(path: str | Path, completions: bool = False) -> Dataset:
                     raise ValueError(f"{path}, line {number}: has no 'completion'")
     if not rows:
         raise ValueError(f"{path} holds no rows")
-    return as_dataset(rows)
+    return checked_rows(rows)
 
 
-def as_dataset(rows: Iterable[dict]) -> Dataset:
-    """Rows as a Dataset; each is checked. A column has one type, so where one prompt is chat messages all become so,
-    and a message's parts of text one text; completions are all text, or all ids, or none is there."""
-    rows = [dict(row) for row in rows]
+def checked_rows(rows: Iterable[dict]) -> list[dict]:
+    """The rows, each checked and each with every column that one has. No table: in one, messages that call other tools
+    would be given each other's arguments.
+
+    Raises:
+        ValueError: naming the row and what is wrong with it.
+    """
+    rows = list(rows)
     for number, row in enumerate(rows):
         check_row(row, f"row {number}")
         if type(row.get("completion")) is not type(rows[0].get("completion")):
             raise ValueError(f"row {number}: completions are all text, or all token ids, or no row has one")
-        if row.get("completion_mask") is not None:
-            row["completion_mask"] = [bool(value) for value in row["completion_mask"]]
-    for column in ("prompt", "teacher_prompt"):
-        if any(isinstance(row.get(column), list) for row in rows):
-            for row in rows:
-                if isinstance(row.get(column), str):
-                    row[column] = [{"role": "user", "content": row[column]}]
-                elif row.get(column):
-                    row[column] = _of_text(row[column])
-    # from_list takes the first row's keys alone: a mask that only later rows bring would be lost.
     columns = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
-    return Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
+    return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def check_row(row: dict, where: str) -> None:

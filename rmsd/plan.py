@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
-from datasets import Dataset
-
 from .completions import completion_ids
 from .config import RMSDConfig
 from .costs import Lengths, Sizes, flops, judged_at_most, memory
@@ -34,7 +32,7 @@ class Plan:
 
     recipe: Recipe
     args: RMSDConfig
-    rows: Dataset
+    rows: list[dict]
     judge: Judge
     task: Task | None
     tokenizer: object | None
@@ -43,7 +41,7 @@ class Plan:
     lengths: Lengths
 
     @classmethod
-    def of(cls, recipe: Recipe, args: RMSDConfig, rows: Dataset, judge: Judge, task: Task | None) -> "Plan":
+    def of(cls, recipe: Recipe, args: RMSDConfig, rows: list[dict], judge: Judge, task: Task | None) -> "Plan":
         """
         Raises:
             FileNotFoundError, ValueError: what would stop the run itself once its weights are loaded, in one line.
@@ -65,7 +63,7 @@ class Plan:
     @property
     def generated(self) -> bool:
         """Whether the student writes answers; else the rows bring them."""
-        return "completion" not in self.rows.column_names
+        return self.rows[0].get("completion") is None
 
     @property
     def step_size(self) -> int:
@@ -205,7 +203,7 @@ class Plan:
         return len(self.tokenizer(text)["input_ids"]) if self.tokenizer else _estimate(text)
 
 
-def lengths_of(rows: Dataset, tokenizer, args: RMSDConfig) -> Lengths:
+def lengths_of(rows: list[dict], tokenizer, args: RMSDConfig) -> Lengths:
     """By the tokenizer, or estimated from the number of characters. Answers that are yet to be written are taken to be
     as long as they may get."""
 

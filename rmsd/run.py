@@ -12,7 +12,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .checkpoint import holds_optimizer, last_whole_checkpoint
 from .continuation import check_metric
-from .data import as_dataset, fix_template_variables, load_rows, prompt_text
+from .data import checked_rows, fix_template_variables, load_rows, prompt_text
 from .evaluate import Evaluator
 from .judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
 from .modeling import load_model
@@ -36,7 +36,7 @@ def train(recipe: Recipe) -> str:
     if recipe.rollouts:
         rows = load_rows(recipe.rollouts, completions=True)
     else:
-        rows = as_dataset(task.train) if task else load_rows(recipe.data)
+        rows = checked_rows(task.train) if task else load_rows(recipe.data)
     judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows], dry_run=recipe.dry_run)
     checkpoint = last_whole_checkpoint(out) if recipe.resume else None
     # Its checkpoint's step has been evaluated; a second entry, or one that is not due, would count towards a plateau.

@@ -15,7 +15,7 @@ from . import step
 from .completions import rollouts_of
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
-from .data import as_dataset, check_lengths, check_row, context_of, encode, prompt_text, teacher_prompt
+from .data import check_lengths, check_row, checked_rows, context_of, encode, prompt_text, teacher_prompt
 from .distributed import as_rank_zero, check_sharded_teacher, check_sharding, most_of_ranks, whole
 from .engine import TOP, engine_for
 from .faults import NonfiniteGradients, saving
@@ -40,8 +40,8 @@ class RMSDTrainer(Trainer):
     Args:
         model: a causal LM of transformers, or a PEFT model.
         args: RMSDConfig.
-        train_dataset: rows of `prompt` and `privileged_context` (rmsd.data); a Dataset or a list. Where they bring a
-            `completion`, nothing is generated: those are the rollouts.
+        train_dataset: rows of `prompt` and `privileged_context` (rmsd.data): a list, a datasets.Dataset, or a Dataset
+            of torch. Where they bring a `completion`, nothing is generated: those are the rollouts.
         processing_class: the tokenizer.
         judge: which candidates are relevant; by default a ContextJudge that knows the data's prompts. Not asked for
             method="opsd".
@@ -60,7 +60,7 @@ class RMSDTrainer(Trainer):
         **kwargs,
     ):
         if isinstance(train_dataset, list):
-            train_dataset = as_dataset(train_dataset)
+            train_dataset = checked_rows(train_dataset)
         else:
             for number, row in enumerate(train_dataset):
                 check_row(row, f"row {number}")

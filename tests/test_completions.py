@@ -11,7 +11,7 @@ from test_trainer import perturbed
 from tiny import same, trainer, weights
 
 from rmsd.completions import rollouts_of
-from rmsd.data import as_dataset, load_rows
+from rmsd.data import checked_rows, load_rows
 from rmsd.recipe import load_recipe
 from rmsd.record import RunRecord, read_lines
 from rmsd.run import train
@@ -65,7 +65,7 @@ def test_training_on_recorded_rollouts_equals_training_on_them_as_they_are_sampl
     sampled.train()
 
     no_generation(monkeypatch)
-    recorded = [{**row, "completion": kept[str(row["prompt"])]} for row in as_dataset(tiny.ROWS)]
+    recorded = [{**row, "completion": kept[str(row["prompt"])]} for row in checked_rows(tiny.ROWS)]
     given = trainer(tmp_path / "b", perturbed(), rows=recorded, **options)
     given.teacher.model.load_state_dict(tiny.model().state_dict())
     given.train()
@@ -196,17 +196,17 @@ def test_what_the_model_cannot_take_is_refused_before_training(tmp_path, change,
 
 def test_what_only_a_later_row_brings_is_there():
     later = {**tiny.ROWS[0], **multi_turn(), "teacher_prompt": "Told."}
-    first, second = as_dataset([{**tiny.ROWS[0], "completion": [5, 6]}, later])
+    first, second = checked_rows([{**tiny.ROWS[0], "completion": [5, 6]}, later])
     assert second["completion_mask"] == multi_turn()["completion_mask"] and second["teacher_prompt"] == "Told."
     assert first["completion_mask"] is None and first["teacher_prompt"] is None
     made = rollouts_of([first, second], [[1], [2]], tiny.tokenizer(), 0, "cpu")
     assert made.completion_mask.sum(1).tolist() == [2, sum(multi_turn()["completion_mask"])]
-    assert "completion" not in as_dataset([{**tiny.ROWS[0], "completion": None}]).column_names, "nobody brings one"
+    assert "completion" not in checked_rows([{**tiny.ROWS[0], "completion": None}])[0], "nobody brings one"
 
 
 def test_text_and_ids_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match="row 1: completions are all text"):
-        as_dataset([{**tiny.ROWS[0], "completion": "a"}, {**tiny.ROWS[0], "completion": [1]}])
+        checked_rows([{**tiny.ROWS[0], "completion": "a"}, {**tiny.ROWS[0], "completion": [1]}])
 
 
 def test_a_recipe_trains_on_a_file_of_rollouts(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rmsd.skeleton
-from rmsd.data import as_dataset, encode, fix_template_variables, prompt_text
+from rmsd.data import checked_rows, encode, fix_template_variables, prompt_text
 from rmsd.judge import LLMJudge
 from rmsd.modeling import WHEELS
 from rmsd.plan import Plan
@@ -59,7 +59,7 @@ def recipe(tmp_path, folder):
 def planned(path, *overrides) -> Plan:
     recipe = load_recipe(path, ["dry_run=true", *overrides])
     task = load_task(recipe.task) if recipe.task else None
-    rows = as_dataset(task.train) if task else as_dataset(map(json.loads, recipe.data.open()))
+    rows = checked_rows(task.train) if task else checked_rows(map(json.loads, recipe.data.open()))
     judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows], dry_run=True)
     return Plan.of(recipe, trainer_config(recipe, recipe.output_dir), rows, judge, task)
 

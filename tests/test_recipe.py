@@ -10,7 +10,7 @@ import yaml
 from datasets import Dataset
 
 from rmsd.cli import main
-from rmsd.data import as_dataset, encode, load_rows, prompt_text, teacher_prompt
+from rmsd.data import checked_rows, encode, load_rows, prompt_text, teacher_prompt
 from rmsd.recipe import load_recipe, trainer_config
 from rmsd.tasks import load_task, names
 
@@ -212,26 +212,43 @@ def test_missing_and_empty_data(tmp_path):
 def test_strings_and_messages_may_stand_in_one_file(tmp_path):
     chat = json.dumps({"prompt": [{"role": "user", "content": "Hi"}], "privileged_context": ""})
     rows = load_rows(write(tmp_path / "rows.jsonl", ROW, chat))
-    assert rows[0]["prompt"] == rows[1]["prompt"] == [{"role": "user", "content": "Hi"}]
-    assert prompt_text(rows[0]["prompt"]) == "Hi"
+    assert [row["prompt"] for row in rows] == ["Hi", [{"role": "user", "content": "Hi"}]]
+    assert {prompt_text(row["prompt"]) for row in rows} == {"Hi"}
+    tokenizer = tiny.tokenizer()
+    assert encode(tokenizer, rows[0]["prompt"]) == encode(tokenizer, rows[1]["prompt"])
+
+
+def test_a_prompt_s_calls_of_tools_get_no_other_row_s_arguments(tmp_path):
+    """As a table's column of one type would give them, as null; and what nobody reads may be of any type."""
+    rows = []
+    for arguments in ({"city": "Oslo"}, {"query": "zorblat", "top": 3}):
+        call = {"type": "function", "function": {"name": "look_up", "arguments": arguments}}
+        called = {"role": "assistant", "content": None, "tool_calls": [call]}
+        rows.append(
+            {"prompt": [called, {"role": "user", "content": "And?"}], "privileged_context": "", "id": len(rows)}
+        )
+    rows[1]["id"] = "two"
+    read = load_rows(write(tmp_path / "rows.jsonl", *map(json.dumps, rows)))
+    assert read == rows
 
 
 def test_parts_of_text_become_one_text(tmp_path):
-    """A list in a template is its Python repr, and a column cannot hold both it and a string."""
+    """A list in a template is its Python repr."""
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
     of_parts, of_text = ([{"role": "user", "content": content}] for content in (parts, "Hi?"))
     row = {"prompt": of_parts, "teacher_prompt": of_parts, "privileged_context": "C"}
     rows = load_rows(write(tmp_path / "rows.jsonl", json.dumps(row), json.dumps({**row, "prompt": "Hi"})))
-    assert rows[0]["prompt"] == rows[0]["teacher_prompt"] == of_text
+    tokenizer = tiny.tokenizer()
+    assert encode(tokenizer, rows[0]["prompt"]) == encode(tokenizer, of_text)
+    assert teacher_prompt(rows[0]) == of_text
     assert teacher_prompt({**rows[0], "teacher_prompt": None})[0]["content"] == "C\n\nHi?"
-    assert row["prompt"] == of_parts, "the row is not changed"
     called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "search"}}]}
-    (made,) = as_dataset([{"prompt": [called, *of_parts], "privileged_context": ""}])
+    (made,) = checked_rows([{"prompt": [called, *of_parts], "privileged_context": ""}])
     assert prompt_text(made["prompt"]) == "assistant: \nuser: Hi?"
 
 
 def test_a_dataset_with_parts_of_text_reads_as_one_with_text():
-    """RMSDTrainer takes a datasets.Dataset as it is: as_dataset has not joined its parts."""
+    """RMSDTrainer takes a datasets.Dataset as it is."""
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
     of_parts, of_text = ([{"role": "user", "content": content}] for content in (parts, "Hi?"))
     rows = [{"prompt": prompt, "privileged_context": "C"} for prompt in (of_parts, of_text)]
@@ -280,7 +297,7 @@ def test_without_a_template_strings_pass_and_messages_are_refused(monkeypatch):
 @pytest.mark.parametrize("name", names())
 def test_tasks_hold_out_what_they_evaluate_and_grade_right(name):
     task = load_task(name)
-    trained = {prompt_text(row["prompt"]) for row in as_dataset(task.train)}
+    trained = {prompt_text(row["prompt"]) for row in checked_rows(task.train)}
     assert not trained & {*task.target_prompts, *task.unrelated_prompts}
     assert any(row["privileged_context"] for row in task.train), "something to teach"
     assert any(not row["privileged_context"] for row in task.train), "anchors"
