@@ -65,11 +65,14 @@ def check_sharding(accelerator, args) -> bool:
     return True
 
 
-def check_sharded_teacher(has_adapter: bool, args) -> None:
+def check_sharded_teacher(has_adapter: bool, args, trained_before: bool = False) -> None:
     """Raises ValueError where the teacher would be an adapter beside the student's: one added after the sharding has
     no shards, and neither is saved whole."""
-    if has_adapter and (args.teacher == "ema" or args.continuation_steps or args.continuation_metric):
-        raise ValueError("fsdp cannot keep a second adapter for the teacher: use DDP, or no ema and no continuation")
+    moves = args.teacher == "ema" or args.continuation_steps or args.continuation_metric
+    if has_adapter and (moves or trained_before):
+        raise ValueError(
+            "fsdp cannot keep a second adapter for the teacher: use DDP, or no ema, no continuation and a new adapter"
+        )
 
 
 def as_rank_zero(values: dict) -> dict:

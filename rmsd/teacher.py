@@ -23,9 +23,9 @@ class Teacher:
 
     Args:
         model: the student.
-        kind: "initial", the weights that training starts from: under PEFT the adapter switched off, at no memory,
-            otherwise a frozen copy. "adapter_off" is the same but refuses a model without an adapter. "live" is the
-            student as it is. "ema" is a copy that follows the student by `average`.
+        kind: "initial", the weights that training starts from: a frozen copy; under PEFT the adapter switched off, at
+            no memory, or a copy of an adapter that has been trained before. "adapter_off" switches it off whatever it
+            has learnt. "live" is the student as it is. "ema" is a copy that follows the student by `average`.
         autocast: makes the context that the student's forward runs in under mixed precision. accelerate puts it around
             the student alone; a copy without it would differ from the student by rounding where they agree.
 
@@ -41,10 +41,10 @@ class Teacher:
             raise ValueError("teacher='adapter_off' needs a PEFT model; 'initial' keeps a copy of any other")
         self.kind, self.student, self._autocast = kind, model, autocast
         self.changed = False  # from the initial weights
-        self._has_snapshot = False  # an adapter of its own
+        self.has_snapshot = False  # an adapter of its own
         self._averages: dict[str, Tensor] = {}  # fp32, of the weights below that
         self.is_copy = kind == "ema" or (kind == "initial" and not self.has_adapter)
-        if kind == "ema" and self.has_adapter:
+        if self.has_adapter and (kind == "ema" or (kind == "initial" and _changes_the_model(model))):
             self.is_copy = False
             self._add_adapter()
         self.model = frozen_copy(model) if self.is_copy else model
@@ -111,7 +111,7 @@ class Teacher:
         """The student's weights become the teacher's. Raises ValueError for a live teacher, which always has them."""
         if self.kind == "live":
             raise ValueError("a live teacher is the student already: continuation needs teacher=initial or ema")
-        if not self.is_copy and not self._has_snapshot:
+        if not self.is_copy and not self.has_snapshot:
             self._add_adapter()
         with torch.no_grad(), whole(self.student):
             for _, mine, theirs in self._pairs():
@@ -131,7 +131,7 @@ class Teacher:
         path = Path(directory) / FILE
         if not path.exists():
             return
-        if not self.is_copy and not self._has_snapshot:
+        if not self.is_copy and not self.has_snapshot:
             self._add_adapter()
         saved = load_file(path)
         with torch.no_grad():
@@ -146,7 +146,7 @@ class Teacher:
     def _adapter(self):
         if self.is_copy or not self.has_adapter or self.kind == "live":
             return contextlib.nullcontext()
-        return self._own_adapter() if self._has_snapshot else self.model.disable_adapter()
+        return self._own_adapter() if self.has_snapshot else self.model.disable_adapter()
 
     @contextlib.contextmanager
     def _own_adapter(self):
@@ -163,7 +163,7 @@ class Teacher:
         if _ADAPTER not in self.student.peft_config:  # Trainer has already made it when it loads a checkpoint
             self.student.add_adapter(_ADAPTER, self.student.peft_config[student])
         self.student.set_adapter(student)
-        self._has_snapshot = True
+        self.has_snapshot = True
         with torch.no_grad():
             for _, mine, theirs in self._pairs():
                 mine.copy_(theirs)
@@ -185,6 +185,15 @@ class Teacher:
         if self.is_copy:
             return parameters
         return {name: value for name, value in parameters.items() if _is_own(name)}
+
+
+def _changes_the_model(model) -> bool:
+    """Whether a LoRA adapter does something, which a new one's B of zeros does not: it has been trained, or (PiSSA,
+    OLoRA) began as a part of the base weights."""
+    return any(
+        ("lora_B" in name or "lora_embedding_B" in name) and bool(value.any())
+        for name, value in model.named_parameters()
+    )
 
 
 def _is_own(name: str) -> bool:

@@ -84,7 +84,7 @@ class RMSDTrainer(Trainer):
             self._move_model_to_device(self.model, args.device)
         self.teacher = Teacher(self.model, args.teacher, self.accelerator.autocast)
         if self.is_fsdp_enabled:
-            check_sharded_teacher(self.teacher.has_adapter, args)
+            check_sharded_teacher(self.teacher.has_adapter, args, self.teacher.has_snapshot)
         self.head_transform = OutputHead.of(self.model).transform
         self.eos_ids = eos_ids_of(self.model, processing_class)
         self.pad_id = pad_id_of(processing_class, self.eos_ids)

@@ -197,7 +197,8 @@ MUTATIONS = {
         ("raw_scale=logit_scale / temperature", "raw_scale=logit_scale"),
         ("1.0 - student * student, 0.0", "1.0, 0.0"),
         ("if end > whole:", "if end > size:"),
-        ("| (tl.load(stats_ptr + 6) == 0.0)", ""),
+        ("| (is_finite == 0)", ""),
+        ("tl.where(is_finite, grad, 0.0)", "grad"),
     ],
     "rmsd_kernels/cpu/scan.h": [
         ("s.total *= student_factor;", ""),

@@ -216,3 +216,5 @@ def test_a_second_adapter_is_refused_under_shards(tmp_path):
         check_sharded_teacher(False, args)
         with pytest.raises(ValueError, match="fsdp cannot keep a second adapter"):
             check_sharded_teacher(True, args)
+    with pytest.raises(ValueError, match="and a new adapter"):
+        check_sharded_teacher(True, plain, trained_before=True)

@@ -42,6 +42,27 @@ def peft_model():
     return get_peft_model(tiny.model(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
+@pytest.mark.parametrize("kind", ["initial", "adapter_off"])
+def test_an_adapter_trained_before_is_a_part_of_what_training_starts_from(tmp_path, kind):
+    """Of a second stage. A teacher without it would pull the student back to before the first."""
+    student = peft_model()
+    generator = torch.Generator().manual_seed(0)
+    for name, value in student.named_parameters():
+        if "lora_B" in name:
+            value.data = 0.3 * torch.randn(value.shape, generator=generator)
+    start = logits(student.eval())
+    with student.disable_adapter():
+        base = logits(student)
+    assert (start - base).abs().max() > 1e-2
+    made = trainer(tmp_path, student, teacher=kind, max_steps=3, save_strategy="steps", save_steps=2)
+    trained = {name for name, value in made.model.named_parameters() if value.requires_grad}
+    assert trained and not any(".teacher." in name for name in trained)
+    made.train()
+    assert (logits(made.model.eval()) - start).abs().max() > 1e-4, "training moved the student"
+    expected = start if kind == "initial" else base
+    torch.testing.assert_close(teacher_logits(made), expected, rtol=0, atol=1e-5)
+
+
 def logits(model):
     with torch.no_grad():
         return model(torch.tensor([[5, 6, 7]])).logits
