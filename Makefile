@@ -23,7 +23,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench_divergence --write docs/benchmarks
 	$(BIN)/python -m benchmarks.bench_linear --write docs/benchmarks
 	$(BIN)/python -m benchmarks.bench_scale --repeats 3 --write docs/benchmarks
-	$(BIN)/python -m benchmarks.bench_train_step --write docs/benchmarks
+	$(BIN)/python -m benchmarks.bench_train_step --repeats 5 --write docs/benchmarks
 	$(BIN)/python -m benchmarks.plot docs/benchmarks
 	$(BIN)/python -m benchmarks.gpu_static
 

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -131,7 +131,10 @@ class RMSDTrainer(Trainer):
             for scored in self.scored(self, self._written(batches)):
                 asked.append(self._asked(scored, judging, recorded))
                 recorded = max(0, recorded - len(scored.rows))
-            prepared = [answer() for answer in asked]
+                for answer, _ in asked:
+                    if answer.done():
+                        answer.result()  # a judge that has failed ends the step before more is written
+            prepared = [judged() for _, judged in asked]
         most = most_of_ranks([len(batch["parts"]) for batch in prepared], self.accelerator)
         for batch, count in zip(prepared, most, strict=True):
             batch["parts"] += [step.NO_PART] * (count - len(batch["parts"]))
@@ -148,8 +151,8 @@ class RMSDTrainer(Trainer):
             prompt_ids = [encode(tokenizer, row["prompt"]) for row in rows]
             yield Written(rows, teacher_ids, self._answers(rows, prompt_ids, micro_batch))
 
-    def _asked(self, scored: Scored, judging: Executor, recorded: int = 0) -> Callable[[], dict]:
-        """One micro-batch: the judge is asked; what is returned waits for its answer, and records so many rollouts."""
+    def _asked(self, scored: Scored, judging: Executor, recorded: int = 0) -> tuple[Future, Callable[[], dict]]:
+        """One micro-batch: the judge is asked. The second waits for its answer, and records so many rollouts."""
         args, rows, rollouts, scores = self.args, scored.rows, scored.rollouts, scored.scores
         questions = questions_of(
             [prompt_text(row["prompt"]) for row in rows], list(map(told_text, rows)), self._pieces(rollouts),
@@ -181,7 +184,7 @@ class RMSDTrainer(Trainer):
                 ),
             }
 
-        return judged
+        return answer, judged
 
     def _kept(self, questions: list[Question], written: torch.Tensor) -> tuple[list[list[int]], float]:
         """Kept positions of each rollout, and the seconds that it took to be told."""

@@ -38,7 +38,7 @@ def prepared(made, rows):
     """What the trainer makes of one micro-batch."""
     with ThreadPoolExecutor(1) as judging:
         (scored,) = made.scored(made, made._written([rows]))
-        return made._asked(scored, judging)()
+        return made._asked(scored, judging)[1]()
 
 
 def no_generation(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 import tiny
@@ -54,6 +55,32 @@ def test_the_judge_reads_one_micro_batch_while_the_next_is_written(tmp_path):
     made._answers = noticed
     made.train()
     assert second_begun.is_set()
+
+
+def test_a_judge_that_has_failed_ends_the_step_before_more_is_written(tmp_path):
+    failed, written = threading.Event(), []
+
+    def judge(questions):
+        failed.set()
+        raise ConnectionError("no judge")
+
+    made = trainer(
+        tmp_path, perturbed(), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4, judge=judge,
+        rows=[*tiny.ROWS, *tiny.ROWS],
+    )  # fmt: skip
+    answers = made._answers
+
+    def noticed(rows, prompt_ids, micro_batch):
+        if micro_batch == 1:
+            assert failed.wait(20)
+            time.sleep(0.1)  # until the future has the exception
+        written.append(micro_batch)
+        return answers(rows, prompt_ids, micro_batch)
+
+    made._answers = noticed
+    with pytest.raises(ConnectionError, match="no judge"):
+        made.train()
+    assert written in ([0], [0, 1]), "of four"
 
 
 @pytest.mark.parametrize("pass_tokens", [0, 1000], ids=["a forward a sequence", "one forward"])
