@@ -19,11 +19,11 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]' --no-build-isolation
 	$(BIN)/python -m pytest benchmarks/bench_kernels.py --benchmark-enable --benchmark-max-time 0.3
-	$(BIN)/python -m benchmarks.bench_scores --write docs/benchmarks
-	$(BIN)/python -m benchmarks.bench_divergence --write docs/benchmarks
-	$(BIN)/python -m benchmarks.bench_linear --write docs/benchmarks
+	$(BIN)/python -m benchmarks.bench_scores --repeats 9 --write docs/benchmarks
+	$(BIN)/python -m benchmarks.bench_divergence --repeats 9 --write docs/benchmarks
+	$(BIN)/python -m benchmarks.bench_linear --repeats 9 --write docs/benchmarks
 	$(BIN)/python -m benchmarks.bench_scale --repeats 3 --write docs/benchmarks
-	$(BIN)/python -m benchmarks.bench_train_step --repeats 5 --write docs/benchmarks
+	$(BIN)/python -m benchmarks.bench_train_step --repeats 3 --write docs/benchmarks
 	$(BIN)/python -m benchmarks.plot docs/benchmarks
 	$(BIN)/python -m benchmarks.gpu_static
 

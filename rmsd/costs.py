@@ -86,22 +86,25 @@ def _number(weights) -> int:
     return sum(weight.numel() for weight in weights)
 
 
-def _workspace_mb(args: RMSDConfig) -> float:
-    """Of the device that the run is for. Without a GPU only a plan for one may ask for 16 bits (rmsd.recipe)."""
-    planned_elsewhere = (args.bf16 or args.fp16) and not args.use_cpu
-    return default_workspace_mb("gpu" if planned_elsewhere else args.device.type)
-
-
 # ---- bytes ---------------------------------------------------------------------------------------------------------
 
 
-def memory(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, processes: int = 1, generated: bool = True) -> dict:
+def memory(
+    sizes: Sizes,
+    args: RMSDConfig,
+    lengths: Lengths,
+    *,
+    processes: int = 1,
+    generated: bool = True,
+    on_gpu: bool = False,
+) -> dict:
     """Bytes on one device, {phase: {part: bytes}}. "throughout" is held beside each of the other two phases.
 
     With `args.fsdp` weights, gradients and optimizer states are divided by `processes`; a copied teacher is whole on
     each, and so are the weights while rollouts are made (rmsd.distributed.whole).
     """
     shards = processes if args.fsdp else 1
+    workspace = _workspace_mb(on_gpu) * 2**20
     rows, low = args.per_device_train_batch_size, args.bf16 or args.fp16
     element = 2 if low else sizes.element
     read = lengths.longest_prompt + lengths.longest_answer
@@ -118,7 +121,7 @@ def memory(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, processes: int =
         rollouts = {"vllm's logits of an answer it reads": 2 * 4 * sizes.vocab * told}
     else:
         rollouts = {
-            "scores' logits, a chunk at a time": _workspace_mb(args) * 2**20,
+            "scores' logits, a chunk at a time": workspace,
             "candidates' logits": _wishes_bytes(sizes, args),
         }
     if generated and args.engine == "vllm":
@@ -130,7 +133,7 @@ def memory(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, processes: int =
         "gradients": sizes.trained_bytes / shards,
         "activations": activation_bytes(sizes, args, rows * read, element),
         # The workspace, and beside it a third of it at most (rmsd_kernels.linear).
-        "loss: logits of the kept rows": _workspace_mb(args) * 2**20 * 4 / 3,
+        "loss: logits of the kept rows": workspace * 4 / 3,
         "loss: gradient of the head, fp32": 4 * sizes.vocab * sizes.hidden * sizes.head_trained,
     }
     if args.fsdp:
@@ -189,7 +192,9 @@ def _wishes_bytes(sizes: Sizes, args: RMSDConfig) -> int:
 # ---- FLOPs ---------------------------------------------------------------------------------------------------------
 
 
-def flops(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, generated: bool = True) -> dict[str, float]:
+def flops(
+    sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, generated: bool = True, on_gpu: bool = False
+) -> dict[str, float]:
     """FLOPs of one sequence, by part. Every sequence is taken to keep its `num_kept` tokens, the last at its end: those
     that keep nothing, and what follows the last kept token, take no part in training and cost less."""
     prompt, told, answer = lengths.prompt, lengths.teacher_prompt, lengths.answer
@@ -224,16 +229,20 @@ def flops(sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, generated: bool =
     return parts | {
         "student's training forward": recomputed * _forward(sizes, prompt + answer) + row,
         "student's training backward": backward,
-        "head: loss of the kept tokens": row * kept * _loss_products(sizes, args, kept),
+        "head: loss of the kept tokens": row * kept * _loss_products(sizes, args, kept, on_gpu),
     }
 
 
-def _loss_products(sizes: Sizes, args: RMSDConfig, kept: float) -> int:
+def _loss_products(sizes: Sizes, args: RMSDConfig, kept: float, on_gpu: bool) -> int:
     """Both models' logits, once more in the backward where the forward cannot keep them, and the gradients of hidden
     states and weight (rmsd_kernels.linear)."""
     rows = max(1, round(kept * args.per_device_train_batch_size))
-    keeps = len(row_chunks(rows, 3 * 3 * sizes.vocab, _workspace_mb(args))) == 1
+    keeps = len(row_chunks(rows, 3 * 3 * sizes.vocab, _workspace_mb(on_gpu))) == 1
     return (2 if keeps else 4) + 1 + sizes.head_trained
+
+
+def _workspace_mb(on_gpu: bool) -> float:
+    return default_workspace_mb("gpu" if on_gpu else "cpu")
 
 
 def _forward(sizes: Sizes, tokens: float) -> float:

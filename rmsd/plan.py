@@ -66,6 +66,12 @@ class Plan:
         return self.rows[0].get("completion") is None
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the run is for one. 16 bits without use_cpu are for one that need not be here."""
+        low = self.args.bf16 or self.args.fp16 or self.recipe.dtype != "float32"
+        return (low and not self.recipe.train.get("use_cpu")) or self.args.device.type != "cpu"
+
+    @property
     def step_size(self) -> int:
         """Rollouts a step, of all processes together."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -140,7 +146,8 @@ class Plan:
         """A column for each number of processes that weights may be sharded over."""
         args = self.args
         processes = [args.world_size] if args.world_size > 1 or not args.fsdp else [2, 4, 8]
-        columns = [memory(self.sizes, args, self.lengths, processes=n, generated=self.generated) for n in processes]
+        shared = dict(generated=self.generated, on_gpu=self.on_gpu)
+        columns = [memory(self.sizes, args, self.lengths, processes=n, **shared) for n in processes]
         lines = [("memory a device, GiB", *(f"{n} processes" if args.fsdp else "" for n in processes))]
         for phase, parts in columns[0].items():
             lines.append((f"  {phase}", *("" for _ in columns)))
@@ -158,7 +165,7 @@ class Plan:
         return "\n".join([_table(lines, str.rjust), *(f"  {note}" for note in notes)])
 
     def _flops(self) -> str:
-        of_one = flops(self.sizes, self.args, self.lengths, generated=self.generated)
+        of_one = flops(self.sizes, self.args, self.lengths, generated=self.generated, on_gpu=self.on_gpu)
         parts = {name: value * self.step_size / 1e12 for name, value in of_one.items()}
         total = sum(parts.values())
         lines = [

@@ -92,20 +92,6 @@ def test_shards_divide_what_is_the_students_and_not_the_teachers(tmp_path):
     assert four["while rollouts are made"]["weights gathered whole"] == sizes.weight_bytes
 
 
-@pytest.mark.parametrize(
-    ("options", "megabytes"), [({}, 48), ({"bf16": True}, 1024), ({"bf16": True, "use_cpu": True}, 48)]
-)
-def test_the_workspace_is_that_of_the_device_the_run_is_for(tmp_path, options, megabytes):
-    """16 bits without use_cpu are asked for where there is no GPU only by a plan for one."""
-    trainer = tiny.trainer(tmp_path, rows=ROWS)
-    trainer.args.bf16, trainer.args.use_cpu = options.get("bf16", False), options.get("use_cpu", False)
-    found = memory(Sizes.of(trainer.model), trainer.args, lengths_of(trainer))
-    device = trainer.args.device.type
-    expected = 1024 if device != "cpu" else megabytes
-    assert found["while rollouts are made"]["scores' logits, a chunk at a time"] == expected * 2**20
-    assert found["while the student trains"]["loss: logits of the kept rows"] == expected * 2**20 * 4 / 3
-
-
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])
 def test_kv_cache(kind):
     """gpt_neox names neither kv heads nor the size of a head."""

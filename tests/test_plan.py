@@ -185,6 +185,22 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(recipe, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("use_cpu", "bf16", "on_gpu"), [(True, False, False), (True, True, False), (False, True, True)]
+)
+def test_the_workspace_is_that_of_the_device_the_run_is_for(recipe, monkeypatch, use_cpu, bf16, on_gpu):
+    """Where there is no GPU, 16 bits without use_cpu are asked for by a plan for one alone."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    values = yaml.safe_load(recipe.read_text())
+    if not use_cpu:
+        del values["train"]["use_cpu"]
+    recipe.write_text(yaml.safe_dump(values))
+    plan = planned(recipe, f"train.bf16={str(bf16).lower()}")
+    assert plan.on_gpu == on_gpu
+    (line,) = (line for line in plan._memory().splitlines() if "chunk at a time" in line)
+    assert line.split()[-1] == ("1.00" if on_gpu else "0.05")
+
+
 def test_bf16_is_planned_where_it_cannot_be_run(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     values = yaml.safe_load(recipe.read_text())
