@@ -1,4 +1,4 @@
-"""The command line: `rmsd train | eval | report | env`."""
+"""The command line: `rmsd train | eval | report | keys | env`."""
 
 import os
 import sys
@@ -71,6 +71,22 @@ def report(
     from .report import write_report
 
     print(write_report(runs, output))
+
+
+@app.command()
+def keys(
+    part: Annotated[str, typer.Argument(metavar="[TEXT]", help="Only keys and descriptions that hold it.")] = "",
+    debug: Debug = False,
+) -> None:
+    """List what a recipe may hold: each key, its default and what it is."""
+    from .recipe import keys as known
+
+    shown = [row for row in known() if part.casefold() in " ".join(row).casefold()]
+    if not shown:
+        raise ValueError(f"no key and no description holds {part!r}")
+    name, default = (max(len(row[column]) for row in shown) for column in (0, 1))
+    for row in shown:
+        print(f"{row[0]:{name}}  {row[1]:{default}}  {row[2]}")
 
 
 @app.command()

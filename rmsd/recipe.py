@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import re
 import typing
 from pathlib import Path
@@ -21,62 +22,77 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _key(default: Any, description: str, **limits):
+    return Field(default, description=description, **limits)
+
+
 class JudgeSection(_Section):
-    kind: Literal["context", "magnitude", "llm"] = "context"
-    on_topic: bool = False  # kind: context; keep nothing where neither prompt nor answer has a word of the context
-    model: str | None = None  # of the endpoint, for kind: llm
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    min_relevance: float = 0.0
-    max_concurrency: int = Field(8, ge=1)
-    timeout: float = Field(60.0, gt=0)
-    max_retries: int = Field(3, ge=0)
-    max_tokens: int | None = Field(512, ge=1)  # of an answer; null, as for temperature: for a model that takes none
-    temperature: float | None = Field(0.0, ge=0)
-    on_error: Literal["raise", "magnitude", "skip"] = "raise"
-    template: UserPath | None = None
-    cache: UserPath | None = None  # a folder: answers are kept there
-    replay: bool = False  # answer from the cache alone
+    kind: Literal["context", "magnitude", "llm"] = _key(
+        "context", "context, magnitude or llm: who says which candidates are relevant."
+    )
+    on_topic: bool = _key(False, "context: keep nothing where neither prompt nor answer has a word of the context.")
+    model: str | None = _key(None, "llm: the model's name at the endpoint.")
+    base_url: str | None = _key(None, "llm: an OpenAI-compatible endpoint; null is OpenAI's.")
+    api_key_env: str = _key("OPENAI_API_KEY", "llm: the environment variable that holds the key.")
+    min_relevance: float = _key(0.0, "llm: what it finds less relevant is dropped.")
+    max_concurrency: int = _key(8, "llm: requests under way at once.", ge=1)
+    timeout: float = _key(60.0, "llm: seconds a request may take.", gt=0)
+    max_retries: int = _key(3, "llm: after a request that failed for a time.", ge=0)
+    max_tokens: int | None = _key(512, "llm: of an answer; null for a model that takes none.", ge=1)
+    temperature: float | None = _key(0.0, "llm: null for a model that takes none.", ge=0)
+    on_error: Literal["raise", "magnitude", "skip"] = _key(
+        "raise", "llm: raise, magnitude or skip, where a request fails for good."
+    )
+    template: UserPath | None = _key(None, "llm: a jinja2 file in place of the built-in prompt.")
+    cache: UserPath | None = _key(None, "A folder in which answers are kept.")
+    replay: bool = _key(False, "Answer from the cache alone.")
 
 
 class EvaluateSection(_Section):
-    every: int | None = Field(None, ge=1)  # steps; always before and after training
-    samples: int = Field(4, ge=0)  # sampled answers a target prompt
-    temperature: float = Field(0.5, gt=0)
-    max_new_tokens: int = Field(24, ge=1)
+    every: int | None = _key(None, "Steps; always before and after training.", ge=1)
+    samples: int = _key(4, "Sampled answers a target prompt, beside a greedy one.", ge=0)
+    temperature: float = _key(0.5, "Of the sampled answers.", gt=0)
+    max_new_tokens: int = _key(24, "Of an answer.", ge=1)
 
 
 class LoraSection(_Section):
-    r: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
+    r: int = _key(16, "Rank.", ge=1)
+    alpha: int = _key(32, "The adapter is scaled by alpha / r.", ge=1)
+    dropout: float = _key(0.0, "Of the adapter's input.", ge=0, lt=1)
+    target_modules: str | list[str] = _key("all-linear", "Modules by the end of their name.")
 
 
 class Recipe(_Section):
     """One run. `train` holds RMSDConfig's arguments, transformers' own among them."""
 
-    model: str
-    task: str | None = None  # a module of rmsd.tasks, or
-    data: UserPath | None = None  # JSONL rows of prompt and privileged_context (then there is no evaluation)
-    rollouts: UserPath | None = None  # JSONL rows with their completion: nothing is generated; beside a task or alone
-    method: Literal["rmsd", "opsd"] = "rmsd"
-    engine: Literal["transformers", "vllm"] = "transformers"  # who writes the rollouts
-    seed: int = 0
-    output_dir: UserPath = Path("runs/rmsd")
-    resume: bool = False
-    dry_run: bool = False  # check everything and print what the run would take; load no weights, ask and write nothing
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attn_implementation: str = "auto"
-    trust_remote_code: bool = False
-    # Fixed variables of the tokenizer's chat template, for instance enable_thinking: false.
-    chat_template_kwargs: dict[str, bool | int | float | str] = {}
-    # Of the model's config.json, for a dry run where that cannot be read: model_type and dimensions.
-    architecture: dict[str, Any] | None = None
-    lora: LoraSection | None = None
+    model: str = Field(description="A folder, a hub id, or SmolLM2-135M-Instruct, which comes in a wheel.")
+    task: str | None = _key(None, "A module of rmsd.tasks, or a Python file that defines TASK.")
+    data: UserPath | None = _key(
+        None, "In place of a task: JSONL rows of prompt and privileged_context; no evaluation."
+    )
+    rollouts: UserPath | None = _key(
+        None, "JSONL rows with their completion: nothing is generated; with a task or alone."
+    )
+    method: Literal["rmsd", "opsd"] = _key(
+        "rmsd", "rmsd keeps what the judge finds relevant; opsd trains on every token."
+    )
+    engine: Literal["transformers", "vllm"] = _key("transformers", "transformers or vllm: who writes the rollouts.")
+    seed: int = _key(0, "Of sampling, order and adapters.")
+    output_dir: UserPath = _key(Path("runs/rmsd"), "The run's folder: checkpoints, records, model, report.")
+    resume: bool = _key(False, "Go on from the folder's last checkpoint.")
+    dry_run: bool = _key(False, "Check everything and print what the run would take; load, ask and write nothing.")
+    dtype: Literal["float32", "bfloat16", "float16"] = _key(
+        "float32", "float32, bfloat16 or float16: of the weights as loaded."
+    )
+    attn_implementation: str = _key("auto", "As transformers names them; auto takes flash-attn where it serves.")
+    trust_remote_code: bool = _key(False, "Run code that comes with the model.")
+    chat_template_kwargs: dict[str, bool | int | float | str] = _key({}, "Fixed variables of the chat template.")
+    # For a dry run where the model's config.json cannot be read: model_type and dimensions.
+    architecture: dict[str, Any] | None = _key(None, "Of the model's config.json, for a dry run without it.")
+    lora: LoraSection | None = _key(None, "Train a LoRA adapter; null trains all weights.")
     judge: JudgeSection = JudgeSection()
     evaluate: EvaluateSection = EvaluateSection()
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = _key({}, "The trainer's arguments: below, and all of transformers.TrainingArguments.")
 
 
 # These follow from the recipe's own keys; given twice they could disagree.
@@ -84,6 +100,30 @@ _DERIVED = {"output_dir", "seed", "method", "engine", "data_seed", "eval_strateg
 _TRAIN_KEYS = {field.name for field in dataclasses.fields(RMSDConfig) if field.init} - _DERIVED
 
 _TRAIN_TYPES = typing.get_type_hints(RMSDConfig)
+
+
+_SECTIONS = {"judge": JudgeSection, "evaluate": EvaluateSection, "lora": LoraSection}
+
+
+def keys() -> list[tuple[str, str, str]]:
+    """(key, default, what it is) of every key of a recipe; of `train` those that RMSDConfig adds or changes."""
+    found = []
+    for prefix, section in (("", Recipe), *((f"{name}.", of) for name, of in _SECTIONS.items())):
+        for name, key in section.model_fields.items():
+            if prefix or name not in ("judge", "evaluate"):
+                default = "needed" if key.is_required() else _shown(key.default)
+                found.append((prefix + name, default, key.description))
+    own = {name for name in RMSDConfig.__annotations__ if name in _TRAIN_KEYS}
+    for key in dataclasses.fields(RMSDConfig):
+        if key.name in own:
+            made = key.default_factory is not dataclasses.MISSING
+            default = _shown(key.default_factory() if made else key.default)
+            found.append((f"train.{key.name}", default, key.metadata["help"]))
+    return found
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -191,7 +231,7 @@ def _first_problem(error: Exception) -> str:
 
 def _unknown(key: str) -> str:
     known = [*Recipe.model_fields, *(f"train.{name}" for name in sorted(_TRAIN_KEYS))]
-    for name, section in (("judge", JudgeSection), ("evaluate", EvaluateSection), ("lora", LoraSection)):
+    for name, section in _SECTIONS.items():
         known += [f"{name}.{field}" for field in section.model_fields]
     # A key right but for its section is nearer than one that is spelled alike.
     last = key.rpartition(".")[2]

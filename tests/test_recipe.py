@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from datasets import Dataset
 
 from rmsd.cli import main
 from rmsd.data import checked_rows, encode, load_rows, prompt_text, teacher_prompt
-from rmsd.recipe import load_recipe, trainer_config
+from rmsd.recipe import keys, load_recipe, trainer_config
 from rmsd.tasks import load_task, names
 
 RECIPE = {"model": "some/model", "task": "house_tool", "train": {"max_steps": 3}}
@@ -149,8 +150,6 @@ def test_unreadable_recipes(tmp_path):
 
 
 def test_every_shipped_recipe_is_valid():
-    from pathlib import Path
-
     recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     assert recipes
     for path in recipes:
@@ -319,6 +318,15 @@ def test_pinapple_only_is_refused_to_an_answer_with_both_spellings():
     assert not graders["target"]("spinapples")
 
 
+def test_a_file_that_is_no_task_is_named(tmp_path):
+    own = tmp_path / "own.py"
+    with pytest.raises(FileNotFoundError, match=r"task file .*none\.py does not exist"):
+        load_task(str(tmp_path / "none.py"))
+    own.write_text("TASK = 3")
+    with pytest.raises(ValueError, match=r"own\.py must define TASK, a rmsd\.tasks\.Task, not int"):
+        load_task(str(own))
+
+
 def test_unknown_task_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'house_tool'"):
         load_task("housetool")
@@ -329,6 +337,25 @@ def test_unknown_task_names_the_nearest():
 
 def rmsd(*arguments):
     return subprocess.run([sys.executable, "-m", "rmsd", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_every_key_of_a_recipe_is_listed_with_its_default_and_what_it_is(recipe, tmp_path):
+    listed = {key: default for key, default, what in keys() if what.strip()}
+    assert len(listed) == len(keys())
+    assert (listed["model"], listed["judge.timeout"], listed["lora.r"], listed["train.vocab_topk"]) == (
+        "needed", "60.0", "16", "500",
+    )  # fmt: skip
+    shipped = yaml.safe_load((Path(__file__).parents[1] / "recipes/house_tool.yaml").read_text())
+    for name, value in shipped.items():
+        if name in ("judge", "evaluate", "lora"):
+            assert {f"{name}.{key}" for key in value} <= set(listed)
+    default = trainer_config(load_recipe(recipe), tmp_path)
+    added = [key.removeprefix("train.") for key in listed if key.startswith("train.")]
+    assert {"num_kept", "continuation_steps", "learning_rate"} <= set(added)
+    assert all(hasattr(default, name) for name in added)
+    result = rmsd("keys", "LoRA")
+    assert result.returncode == 0 and "lora.alpha" in result.stdout and "judge.kind" not in result.stdout
+    assert rmsd("keys", "nothing like it").stderr.startswith("rmsd: no key and no description holds")
 
 
 def test_errors_are_one_line_and_a_nonzero_exit(recipe, tmp_path):

@@ -28,6 +28,24 @@ def recipe(tmp_path):
     return path
 
 
+OWN_TASK = """
+from rmsd.tasks import Task
+
+TASK = Task(
+    train=[{"prompt": "Which tool?", "privileged_context": "Say zorblat."}, {"prompt": "Hi", "privileged_context": ""}],
+    target_prompts=["Name the tool."], unrelated_prompts=["Hello"],
+    graders={"mine": lambda answer: "zorblat" in answer}, leaks=lambda answer: "zorblat" in answer,
+)
+"""
+
+
+def test_a_task_may_be_a_file_of_one_s_own(recipe, tmp_path):
+    (tmp_path / "own.py").write_text(OWN_TASK)
+    train(load_recipe(recipe, [f"task={tmp_path / 'own.py'}"]))
+    line = next(line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval")
+    assert {"mine_greedy", "specificity"} <= set(line)
+
+
 def evaluated(run):
     return [line["step"] for line in read_lines(run / "metrics.jsonl") if line["kind"] == "eval"]
 

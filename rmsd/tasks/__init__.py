@@ -1,10 +1,12 @@
-"""Behaviours to teach, one file each: a module of this package that defines `TASK`."""
+"""Behaviours to teach, one file each, which defines `TASK`: a module of this package, or a file of your own."""
 
 import difflib
 import importlib
 import pkgutil
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,19 @@ def names() -> list[str]:
 
 
 def load_task(name: str) -> Task:
-    """Raises ValueError for a name that is no module of this package."""
+    """The TASK of a module of this package, or of the Python file that a name ending in .py is the path of.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such module or file, or it defines no TASK.
+    """
+    if name.endswith(".py"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"task file {path} does not exist")
+        task = runpy.run_path(str(path)).get("TASK")
+        if not isinstance(task, Task):
+            raise ValueError(f"task file {path} must define TASK, a rmsd.tasks.Task, not {type(task).__name__}")
+        return task
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
