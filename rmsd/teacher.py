@@ -191,7 +191,7 @@ def _changes_the_model(model) -> bool:
     """Whether a LoRA adapter does something, which a new one's B of zeros does not: it has been trained, or (PiSSA,
     OLoRA) began as a part of the base weights."""
     return any(
-        ("lora_B" in name or "lora_embedding_B" in name) and bool(value.any())
+        ("lora_B" in name or "lora_embedding_B" in name) and not value.is_meta and bool(value.any())
         for name, value in model.named_parameters()
     )
 
