@@ -33,6 +33,14 @@ def test_magnitude_keeps_the_first_of_the_ranked():
     assert MagnitudeJudge()([asked]) == [[2, 0]]
 
 
+def test_a_context_without_spaces_is_said_to_be_none_for_it_once(caplog):
+    judge = ContextJudge()
+    for context in (CONTEXT, "\u5de5\u5177\u53eb zorblat", "\u5de5\u5177\u53eb zorblat"):
+        kept(["It"], {0: (" x", 1.0)}, context=context, judge=judge)
+    (record,) = caplog.records
+    assert "tells words by their spaces" in record.getMessage() and "\u5de5\u5177\u53eb" in record.getMessage()
+
+
 def test_context_keeps_every_token_of_the_brought_word_whatever_its_case():
     tokens = ["It", " is", " Z", "or", "bl", "at", "."]
     wishes = {2: (" Z", 1.0), 3: ("or", 1.0), 4: ("bl", 1.0), 5: ("at", 1.0)}

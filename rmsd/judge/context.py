@@ -2,10 +2,13 @@
 
 import difflib
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 
 from .base import Candidate, Question
+
+log = logging.getLogger(__name__)
 
 # Words that any context brings and that say nothing of what it is about.
 FUNCTION_WORDS = (
@@ -17,6 +20,8 @@ FUNCTION_WORDS = (
 )
 
 _WORD = re.compile(r"\w+")
+# Scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+_WITHOUT_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 _TRAILING_WORD = re.compile(r"\w*$")
 
 
@@ -41,6 +46,7 @@ class ContextJudge:
     def __init__(self, known: Iterable[str] = (), *, on_topic: bool = False):
         self.known = _FUNCTION_WORDS.union(*map(_words, known))
         self.on_topic = on_topic
+        self._warned = False
 
     @property
     def fingerprint(self) -> str:
@@ -52,6 +58,12 @@ class ContextJudge:
 
     def _judge(self, question: Question) -> list[int]:
         context, prompt = _words(question.privileged_context), _words(question.prompt)
+        if not self._warned and _WITHOUT_SPACES.search(question.privileged_context):
+            self._warned = True
+            log.warning(
+                "the context judge tells words by their spaces, and keeps little of %.40r: use kind llm",
+                question.privileged_context,
+            )
         if self.on_topic and not _speaks_of(context, prompt | _words("".join(question.tokens))):
             return []
         brought = context - prompt - self.known
