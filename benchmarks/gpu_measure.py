@@ -6,12 +6,13 @@ The tensors are many times the last-level cache, so every run reads memory. What
 tensor, and when it only sums one up, is measured in the same run.
 """
 
+import argparse
 import functools
 import statistics
 
 import torch
 
-from benchmarks.common import DTYPES, command_line, elapsed, machine
+from benchmarks.common import DTYPES, elapsed, machine
 from benchmarks.gpu_compile import variants
 from benchmarks.gpu_static import TOKENS, VOCABULARY
 from rmsd_kernels import triton as kernels
@@ -60,8 +61,12 @@ def ceilings(device: torch.device, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    arguments = command_line(__doc__.splitlines()[0], [(TOKENS, VOCABULARY)], dtypes=())
-    (rows, vocab), *_ = arguments.sizes
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=TOKENS)
+    parser.add_argument("--vocab", type=int, default=VOCABULARY)
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    rows, vocab = arguments.rows, arguments.vocab
     if not torch.cuda.is_available():
         raise SystemExit("gpu_measure times a GPU, and there is none; `python -m benchmarks.gpu_static` needs none")
     device = torch.device("cuda")
