@@ -127,7 +127,10 @@ class Teacher:
             save_file({name: value.contiguous() for name, value in state.items()}, Path(directory) / FILE)
 
     def load(self, directory: str | Path) -> None:
-        """Takes the teacher that a checkpoint holds, if it holds one."""
+        """Takes the teacher that a checkpoint holds, if it holds one. The student's adapter comes with it: beside a
+        second adapter's folder Trainer forgets the one at the checkpoint's root, before transformers 5.23."""
+        if self.has_adapter and (Path(directory) / "adapter_model.safetensors").exists():
+            self.student.load_adapter(directory, "default", is_trainable=True)
         path = Path(directory) / FILE
         if not path.exists():
             return

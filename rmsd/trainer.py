@@ -5,7 +5,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
@@ -154,8 +153,10 @@ class RMSDTrainer(Trainer):
     def _asked(self, scored: Scored, judging: Executor, recorded: int = 0) -> tuple[Future, Callable[[], dict]]:
         """One micro-batch: the judge is asked. The second waits for its answer, and records so many rollouts."""
         args, rows, rollouts, scores = self.args, scored.rows, scored.rollouts, scored.scores
+        answers = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
         questions = questions_of(
-            [prompt_text(row["prompt"]) for row in rows], list(map(told_text, rows)), self._pieces(rollouts),
+            [prompt_text(row["prompt"]) for row in rows], list(map(told_text, rows)),
+            [Pieces(self.processing_class, ids[mask].tolist()) for ids, mask in answers],
             scores, scored.candidates, scored.wishes, args.num_kept,
         )  # fmt: skip
         written = rollouts.completion_mask.cpu()
@@ -278,9 +279,6 @@ class RMSDTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.teacher.has_adapter and (Path(resume_from_checkpoint) / "adapter_model.safetensors").exists():
-            # Beside a second adapter's folder Trainer forgets the one at the root, before transformers 5.23.
-            self.student.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         self.teacher.load(resume_from_checkpoint)
 
     # ---- evaluation and logs ---------------------------------------------------------------------------------------
@@ -299,7 +297,3 @@ class RMSDTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self.metrics.drain(self.accelerator, self.loss.nonfinite_rows)}
         super().log(logs, start_time)
-
-    def _pieces(self, rollouts: Rollouts) -> list[Pieces]:
-        pairs = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
-        return [Pieces(self.processing_class, ids[mask].tolist()) for ids, mask in pairs]

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from tiny import same, trainer, weights
+from transformers import Trainer
 
 from rmsd.continuation import has_plateaued
 from rmsd.costs import Sizes, teacher_bytes
@@ -107,6 +108,21 @@ def test_continuation_makes_the_student_the_teacher_and_survives_a_resume(tmp_pa
     torch.testing.assert_close(teacher_logits(resumed), teacher_logits(whole), rtol=0, atol=0)
     assert same(weights(whole.model), weights(resumed.model))
     assert sum("continuation" in entry for entry in resumed.state.log_history) == 1
+
+
+def test_a_resumed_student_has_its_adapter_where_trainer_forgets_it(tmp_path, monkeypatch):
+    """As before transformers 5.23: beside a second adapter's folder it loads that alone."""
+    options = dict(max_steps=4, continuation_steps=[2], save_strategy="steps", save_steps=3)
+    whole = trainer(tmp_path, peft_model(), **options)
+    whole.train()
+
+    def forgetful(self, folder, model=None):
+        self.model.load_adapter(f"{folder}/teacher", "teacher", is_trainable=False)
+
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", forgetful)
+    resumed = trainer(tmp_path, peft_model(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(weights(whole.model), weights(resumed.model))
 
 
 def test_an_adapters_snapshot_is_an_adapter_not_a_copy_of_the_model(tmp_path):
