@@ -35,7 +35,7 @@ class RMSDConfig(TrainingArguments):
     divergence: str = field(default="reverse_kl", metadata={"help": "reverse_kl, forward_kl or jsd."})
     beta: float = field(default=0.5, metadata={"help": "The teacher's weight in the jsd's mixture."})
     vocab_topk: int | None = field(default=500, metadata={"help": "K: student's top logits in the loss; null: all."})
-    tail: str = field(default="drop", metadata={"help": "drop, bucket or renorm: the mass outside the top k."})
+    tail: str = field(default="bucket", metadata={"help": "bucket, renorm or drop: the mass outside the top k."})
     temperature: float = field(default=1.0, metadata={"help": "Of both distributions in scores and loss."})
     backend: str = field(default="auto", metadata={"help": "auto, triton, cpu or torch."})
     max_completion_length: int = field(default=256, metadata={"help": "Tokens a rollout, at most."})

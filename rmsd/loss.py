@@ -1,5 +1,8 @@
 """The drop-in losses: logits, or hidden states and head weights, in; a scalar out."""
 
+import functools
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,16 @@ from rmsd_kernels import (
     token_divergence,
 )
 from rmsd_kernels.checks import check_ids, check_mask, check_options, check_selection
+
+log = logging.getLogger("rmsd")
+
+
+@functools.cache
+def _warn_of_dropped_mass() -> None:
+    log.warning(
+        "tail='drop' with reverse_kl over the vocab_topk largest logits is no divergence: where student and teacher "
+        "agree its gradient still moves mass out of those entries, and nothing moves it back. Take tail='bucket'."
+    )
 
 
 class RMSDLoss(nn.Module):
@@ -42,7 +55,7 @@ class RMSDLoss(nn.Module):
         divergence: str = "reverse_kl",
         beta: float = 0.5,
         vocab_topk: int | None = 500,
-        tail: str = "drop",
+        tail: str = "bucket",
         temperature: float = 1.0,
         backend: str = "auto",
     ):
@@ -51,6 +64,8 @@ class RMSDLoss(nn.Module):
         check_selection(num_tokens=num_kept, threshold=threshold, name="num_kept")
         options = dict(divergence=divergence, beta=beta, temperature=temperature)
         check_options(**options, teacher_temperature=None, vocab_size=None, width=1, vocab_topk=vocab_topk, tail=tail)
+        if tail == "drop" and vocab_topk is not None:
+            _warn_of_dropped_mass()
         self.num_candidates, self.num_kept = num_candidates, min(num_kept, num_candidates)
         self.criterion, self.threshold = criterion, threshold
         self.score_options = dict(**options, backend=backend)

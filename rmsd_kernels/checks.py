@@ -12,7 +12,7 @@ LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_options(
-    *, divergence, beta, temperature, teacher_temperature, vocab_size, width, vocab_topk=None, tail="drop"
+    *, divergence, beta, temperature, teacher_temperature, vocab_size, width, vocab_topk=None, tail="bucket"
 ) -> None:
     """Raises ValueError for an option that no divergence can be computed with, TypeError for one of another kind."""
     for name, value in (("beta", beta), ("temperature", temperature), ("teacher_temperature", teacher_temperature)):

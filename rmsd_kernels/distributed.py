@@ -96,7 +96,7 @@ def vocab_parallel_linear_token_divergence(
     divergence: str = "reverse_kl",
     beta: float = 0.5,
     vocab_topk: int | None = None,
-    tail: str = "drop",
+    tail: str = "bucket",
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     vocab_size: int | None = None,

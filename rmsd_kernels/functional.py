@@ -173,7 +173,7 @@ def token_divergence(
     divergence: str = "reverse_kl",
     beta: float = 0.5,
     vocab_topk: int | None = None,
-    tail: str = "drop",
+    tail: str = "bucket",
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     vocab_size: int | None = None,
@@ -185,8 +185,9 @@ def token_divergence(
         rows: only these rows of the flattened leading axis, -1 standing for none; each row at most once. The others'
             logits get exactly zero gradient and are never read.
         vocab_topk: sum over the student's this many largest logits only (ties to the lower id); None for all.
-        tail: what happens to the rest of the mass: "drop" (the published form: not a KL, may be negative), "bucket"
-            (one more entry holds it) or "renorm" (both renormalised over the k).
+        tail: what happens to the rest of the mass: "bucket" (one more entry holds it: never negative, 0 only where the
+            coarsened distributions agree), "renorm" (both renormalised over the k) or "drop" (left out: not a
+            divergence; its reverse KL may be negative, and descent on it moves mass out of the k).
         The rest as in `token_scores`.
 
     Returns:

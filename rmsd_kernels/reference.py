@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-TAILS = ("drop", "bucket", "renorm")
+TAILS = ("bucket", "renorm", "drop")
 CRITERIA = ("logprob_gap", "divergence", "entropy_gap")
 
 _INF = math.inf
@@ -155,7 +155,7 @@ def token_divergence(
     divergence: str = "reverse_kl",
     beta: float = 0.5,
     vocab_topk: int | None = None,
-    tail: str = "drop",
+    tail: str = "bucket",
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     vocab_size: int | None = None,
@@ -165,8 +165,10 @@ def token_divergence(
     """(N,) D(p, q), differentiable in `student_logits`, over the whole vocabulary or over the student's
     `vocab_topk` largest logits:
 
-    drop    the k terms of the true log-probabilities, no others (the published form; may be negative)
-    bucket  those, and one entry that holds the rest of each distribution's mass
+    bucket  the k terms of the true log-probabilities, and one entry that holds the rest of each distribution's mass: a
+            KL of coarsened distributions, at least 0, and 0 only where they agree
+    drop    the k terms and no others: no KL. It may be negative, and it is not stationary where p = q: its gradient
+            there, p_i ([i in the support] - P), P the student's mass in the support, moves mass out of it
     renorm  both distributions renormalised over the k
 
     A row that is no distribution gives NaN; one whose divergence is not finite has zero gradient.

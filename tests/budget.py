@@ -81,7 +81,7 @@ def _divergence(backend, student, teacher, rows, *, logit_scale=1.0, softcap=Non
         options.setdefault("vocab_size", student.shape[-1])
         options.setdefault("teacher_temperature", options.get("temperature", 1.0))
         options = dict(
-            dict(divergence="reverse_kl", beta=0.5, vocab_topk=None, tail="drop", temperature=1.0), **options
+            dict(divergence="reverse_kl", beta=0.5, vocab_topk=None, tail="bucket", temperature=1.0), **options
         )
         result = functional.divergence_of_rows(
             student, teacher, rows, backend=backend, logit_scale=logit_scale, softcap=softcap, **options

@@ -53,7 +53,7 @@ def support(logits, k):
 
 
 def divergence(
-    student, teacher, *, divergence="reverse_kl", beta=0.5, vocab_topk=None, tail="drop", temperature=1.0,
+    student, teacher, *, divergence="reverse_kl", beta=0.5, vocab_topk=None, tail="bucket", temperature=1.0,
     teacher_temperature=None, vocab_size=None, logit_scale=1.0, softcap=None,
 ):  # fmt: skip
     raw, teacher = student[:vocab_size], teacher[:vocab_size]

@@ -26,11 +26,11 @@ NEEDED = inspect.Parameter.empty
 OPTIONS = dict(
     divergence="reverse_kl", beta=0.5, temperature=1.0, teacher_temperature=None, vocab_size=None, backend="auto"
 )
-TOPK = dict(vocab_topk=None, tail="drop")
+TOPK = dict(vocab_topk=None, tail="bucket")
 HEAD = dict(student_bias=None, teacher_bias=None, logit_scale=1.0, softcap=None, workspace_mb=None)
 LOSS = dict(
     num_candidates=20, num_kept=5, criterion="logprob_gap", threshold=0.0, divergence="reverse_kl", beta=0.5,
-    vocab_topk=500, tail="drop", temperature=1.0, backend="auto",
+    vocab_topk=500, tail="bucket", temperature=1.0, backend="auto",
 )  # fmt: skip
 HEADS = "student_hidden student_weight teacher_hidden teacher_weight"
 PAIR = "student_logits teacher_logits"
