@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 
 from benchmarks.common import Result, assert_parity, command_line, report, spread
 from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
-from rmsd.data import encode
-from rmsd.modeling import load_model
-from rmsd.rollout import Rollouts, generate
+from rmsd.answers.data import encode
+from rmsd.answers.rollout import Rollouts, generate
+from rmsd.models.loading import load_model
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from datasets import Dataset

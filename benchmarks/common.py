@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from rmsd_kernels import cpu, projection
+from rmsd_kernels import cpu
 from rmsd_kernels.backends import PREFERRED_BACKENDS
+from rmsd_kernels.heads import projection
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

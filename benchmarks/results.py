@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from rmsd.recipe import load_recipe
-from rmsd.record import read_lines
+from rmsd.run.recipe import load_recipe
+from rmsd.training.record import read_lines
 
 SERVER = Path(__file__).parents[1] / "tests" / "llama_server.py"
 METHODS = {

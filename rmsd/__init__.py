@@ -5,8 +5,8 @@ import importlib
 _HOME = {
     "RMSDLoss": "loss",
     "LinearRMSDLoss": "loss",
-    "RMSDConfig": "config",
-    "RMSDTrainer": "trainer",
+    "RMSDConfig": "training.config",
+    "RMSDTrainer": "training.trainer",
     "Judge": "judge",
     "LLMJudge": "judge",
     "ContextJudge": "judge",

@@ -37,8 +37,8 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = Fa
       rmsd train recipes/house_tool.yaml resume=true
       torchrun --nproc-per-node 2 -m rmsd train recipes/house_tool.yaml train.fsdp=true
     """
-    from .recipe import load_recipe
-    from .run import train as run
+    from .run.recipe import load_recipe
+    from .run.train import train as run
 
     if text := run(load_recipe(recipe, overrides or [])):
         print(text)
@@ -52,8 +52,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Evaluate a trained model by its recipe's task, beside the model it started from."""
-    from .recipe import load_recipe
-    from .run import evaluate as run
+    from .run.recipe import load_recipe
+    from .run.train import evaluate as run
 
     print(run(load_recipe(recipe, overrides or []), model))
 
@@ -79,7 +79,7 @@ def keys(
     debug: Debug = False,
 ) -> None:
     """List what a recipe may hold: each key, its default and what it is."""
-    from .recipe import keys as known
+    from .run.recipe import keys as known
 
     shown = [row for row in known() if part.casefold() in " ".join(row).casefold()]
     if not shown:

@@ -1,8 +1,8 @@
 """Fused kernels for Relevance-Masked Self-Distillation: tensors in, tensors out."""
 
-from .distributed import vocab_parallel_linear_token_divergence, vocab_parallel_linear_token_scores
 from .functional import scores_and_candidates, select_tokens, token_divergence, token_scores
-from .linear import TokenLogprobs, linear_token_divergence, linear_token_logprobs, linear_token_scores
+from .heads.linear import TokenLogprobs, linear_token_divergence, linear_token_logprobs, linear_token_scores
+from .heads.vocab_parallel import vocab_parallel_linear_token_divergence, vocab_parallel_linear_token_scores
 from .reference import TokenScores, criterion_score
 
 __version__ = "0.1.0"

@@ -21,10 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from safetensors.torch import load_file
 
-import rmsd.run
-from rmsd.checkpoint import last_whole_checkpoint
-from rmsd.recipe import load_recipe
-from rmsd.record import read_lines
+import rmsd.run.train
+from rmsd.run.recipe import load_recipe
+from rmsd.training.checkpoint import last_whole_checkpoint
+from rmsd.training.record import read_lines
 
 # Forked, so that a start costs no imports; this process itself computes nothing and starts no threads.
 fork = multiprocessing.get_context("fork")
@@ -50,7 +50,7 @@ def train(folder: Path, name: str) -> None:
     os.dup2(os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     torch.set_num_threads(1)
-    rmsd.run.train(load_recipe(folder / "recipe.yaml", [f"output_dir={folder / name}", "resume=true"]))
+    rmsd.run.train.train(load_recipe(folder / "recipe.yaml", [f"output_dir={folder / name}", "resume=true"]))
 
 
 def start(function, *arguments):

@@ -77,7 +77,7 @@ MUTATIONS = {
         ("return result if rows is None else torch.where(rows >= 0, result, 0.0)", "return result"),
         ("@torch.no_grad()\ndef _scores", "def _scores"),
     ],
-    "rmsd_kernels/linear.py": [
+    "rmsd_kernels/heads/linear.py": [
         ("grad_divergence = grad_divergence.masked_fill(~live, 0.0)", "pass"),
         (".masked_fill(~live, 0.0)\n\n", "\n\n"),
         ("needs_hidden, needs_weight, needs_bias = ctx", "needs_hidden, needs_weight, needs_bias = 3 * (True,) or ctx"),
@@ -91,7 +91,7 @@ MUTATIONS = {
         ("(flat_ids - start).clamp(", "flat_ids.clamp("),
         ('width if options["divergence"] == "jsd" else column_tile', "column_tile"),
     ],
-    "rmsd_kernels/projection.py": [
+    "rmsd_kernels/heads/projection.py": [
         ("max(1, int(workspace_mb", "max(10**9, int(workspace_mb"),
         ("logits if bias is None else logits.add_(bias)", "logits"),
         ("hidden = hidden.float()", "return (hidden @ weight.T).float()"),
@@ -105,14 +105,14 @@ MUTATIONS = {
         ("parameter[:0].sum() for parameter in parameters", "parameter[:0].sum() for parameter in parameters[:1]"),
         ("None if tensor is None else tensor[tile]", "None if tensor is None else tensor[: tile.stop - tile.start]"),
     ],
-    "rmsd_kernels/partials.py": [
+    "rmsd_kernels/heads/partials.py": [
         (".masked_fill(denominator, _INF).masked_fill(numerator, 0.0)", ".masked_fill(numerator, 0.0)"),
         ("mean(divergences + first - second, first)", "mean(divergences, first)"),
         ("mean(entropies[0] - student_shift, student_shift)", "mean(entropies[0], student_shift)"),
         ("if looks and scores.student_lse.isfinite().all():", "if looks:"),
         (".masked_fill((divergences == _INF).any(0), _INF)", ""),
     ],
-    "rmsd/hidden.py": [
+    "rmsd/models/hidden.py": [
         ("(end - begin) * (prompt + length) + each", "(end - begin) * (prompt + length)"),
         ("prompt = max(prompt, prompt_lengths[order[begin]])", "prompt = prompt_lengths[order[begin]]"),
         ("length = max(lengths[i] for i in group)", "length = lengths[group[0]]"),

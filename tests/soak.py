@@ -39,7 +39,7 @@ def soak(folder: Path, steps: int) -> tuple[Watch, dict]:
     from test_judge_server import Server, keep
 
     from rmsd.judge import CachedJudge, LLMJudge
-    from rmsd.record import RunRecord
+    from rmsd.training.record import RunRecord
 
     torch.set_num_threads(1)
     server = Server()

@@ -7,7 +7,8 @@ from conftest import device_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsd_kernels as rk
-from rmsd_kernels import backends, ops, projection
+from rmsd_kernels import backends, ops
+from rmsd_kernels.heads import projection
 
 OPTIONS = dict(divergence="jsd", beta=0.3, temperature=0.9, teacher_temperature=1.1, vocab_size=18, logit_scale=1.0,
                softcap=0.0)  # fmt: skip

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from test_trainer import perturbed
 from tiny import same, trainer, weights
 
-from rmsd.completions import rollouts_of
-from rmsd.data import checked_rows, load_rows
-from rmsd.recipe import load_recipe
-from rmsd.record import RunRecord, read_lines
-from rmsd.run import train
-from rmsd.step import train_loss
+from rmsd.answers.completions import rollouts_of
+from rmsd.answers.data import checked_rows, load_rows
+from rmsd.run.recipe import load_recipe
+from rmsd.run.train import train
+from rmsd.step.training import train_loss
+from rmsd.training.record import RunRecord, read_lines
 
 TURNS = [("The tool is", True), (" [search: zorblat]", False), (" called zorblat.", True)]
 
@@ -45,7 +45,7 @@ def no_generation(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("nothing is to be generated")
 
-    monkeypatch.setattr("rmsd.engine.generate", refuse)
+    monkeypatch.setattr("rmsd.answers.engines.generate", refuse)
 
 
 def test_training_on_recorded_rollouts_equals_training_on_them_as_they_are_sampled(tmp_path, monkeypatch):

@@ -8,17 +8,17 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import rmsd.routes
-import rmsd.step
-import rmsd.trainer
+import rmsd.step.routes
+import rmsd.step.training
+import rmsd.training.trainer
 from benchmarks.common import peak_bytes
 from rmsd import RMSDConfig
-from rmsd.costs import Lengths, Sizes, activation_bytes, flops, judged_at_most, kv_bytes, memory
-from rmsd.data import encode, teacher_prompt
-from rmsd.engine import TransformersEngine
-from rmsd.hidden import completion_hidden
-from rmsd.teacher import Teacher
-from rmsd_kernels import projection
+from rmsd.answers.data import encode, teacher_prompt
+from rmsd.answers.engines import TransformersEngine
+from rmsd.answers.teacher import Teacher
+from rmsd.models.hidden import completion_hidden
+from rmsd.run.costs import Lengths, Sizes, activation_bytes, flops, judged_at_most, kv_bytes, memory
+from rmsd_kernels.heads import projection
 
 # One length of prompt, and one of told prompt: FLOPs are counted without padding.
 ROWS = [{"prompt": f"Which tool {letter}?", "privileged_context": f"Say zorblat {letter}."} for letter in "abcd"]
@@ -54,7 +54,7 @@ def test_bytes_of_weights_optimizer_and_teacher_are_those_of_a_real_step(tmp_pat
     options = {"continuation_steps": [1]} if "continued" in kind else {"teacher": "live"} if kind == "live" else {}
     held = {}
 
-    class Gradients(rmsd.trainer.TeacherSchedule):
+    class Gradients(rmsd.training.trainer.TeacherSchedule):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             held["gradients"] = nbytes(p.grad for p in model.parameters() if p.grad is not None)
 
@@ -157,11 +157,11 @@ def counted(monkeypatch):
         monkeypatch.setattr(owner, name, wrapped)
 
     count(TransformersEngine, "__call__", "sampling")
-    count(rmsd.routes, "hidden_states", "reading")
+    count(rmsd.step.routes, "hidden_states", "reading")
     count(Teacher, "hidden", "teacher")
-    count(rmsd.step, "score", "scores")
-    count(rmsd.routes, "wishes", "wishes")
-    count(rmsd.trainer.RMSDTrainer, "training_step", "training")
+    count(rmsd.step.training, "score", "scores")
+    count(rmsd.step.routes, "wishes", "wishes")
+    count(rmsd.training.trainer.RMSDTrainer, "training_step", "training")
     return found
 
 

@@ -14,10 +14,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rmsd import RMSDConfig
-from rmsd.data import check_lengths, context_of, encode
-from rmsd.engine import TransformersEngine, check_vllm, engine_gap, merged_weights
-from rmsd.recipe import load_recipe, trainer_config
-from rmsd.rollout import generate, hidden_states
+from rmsd.answers.data import check_lengths, context_of, encode
+from rmsd.answers.engines import TransformersEngine, check_vllm, engine_gap, merged_weights
+from rmsd.answers.rollout import generate, hidden_states
+from rmsd.run.recipe import load_recipe, trainer_config
 
 OPTIONS = dict(max_new_tokens=6, pad_id=0, eos_ids=[0], temperature=1.0, top_p=1.0, top_k=0, seed=3)
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]

@@ -7,11 +7,12 @@ import tiny
 import torch
 import yaml
 
-from rmsd import RMSDConfig, run
-from rmsd import evaluate as evaluation
-from rmsd.evaluate import Evaluator
-from rmsd.modeling import OutputHead
-from rmsd.recipe import load_recipe
+from rmsd import RMSDConfig
+from rmsd.models.heads import OutputHead
+from rmsd.run import evaluate as evaluation
+from rmsd.run import train as run
+from rmsd.run.evaluate import Evaluator
+from rmsd.run.recipe import load_recipe
 from rmsd.tasks import Task
 
 TASK = Task(

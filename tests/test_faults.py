@@ -15,11 +15,11 @@ import torch
 from tiny import same, trainer, weights
 from transformers import TrainerCallback
 
-from rmsd.checkpoint import last_whole_checkpoint
-from rmsd.faults import NonfiniteGradients, saving
 from rmsd.judge import CachedJudge, Candidate, MagnitudeJudge, Question
-from rmsd.modeling import load_model
-from rmsd.record import RunRecord, read_lines
+from rmsd.models.loading import load_model
+from rmsd.training.checkpoint import last_whole_checkpoint
+from rmsd.training.faults import NonfiniteGradients, saving
+from rmsd.training.record import RunRecord, read_lines
 
 # ---- a full disk ---------------------------------------------------------------------------------------------------
 

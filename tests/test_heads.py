@@ -11,8 +11,8 @@ from tiny import trainer
 from torch import nn
 
 from rmsd import LinearRMSDLoss, RMSDLoss
-from rmsd.hidden import captured_hidden, completion_hidden
-from rmsd.modeling import OutputHead
+from rmsd.models.heads import OutputHead
+from rmsd.models.hidden import captured_hidden, completion_hidden
 
 HEADS = {
     "tied": ("llama", dict(tie_word_embeddings=True)),

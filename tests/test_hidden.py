@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmsd import hidden
-from rmsd.hidden import by_length, completion_hidden, lengths_of
-from rmsd.step import train_parts
+from rmsd.models import hidden
+from rmsd.models.hidden import by_length, completion_hidden, lengths_of
+from rmsd.step.training import train_parts
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 
 from rmsd.judge import CachedJudge, Candidate, ContextJudge, LLMJudge, MagnitudeJudge, Question
 from rmsd.judge.llm import _parse
-from rmsd.selection import ask
+from rmsd.step.judging import ask
 
 CONTEXT = "At Acme, the tool that deploys services is called zorblat."
 

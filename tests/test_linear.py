@@ -7,7 +7,8 @@ from conftest import skip_unless_served
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rmsd_kernels import linear, linear_token_divergence, linear_token_logprobs, linear_token_scores, projection
+from rmsd_kernels import linear_token_divergence, linear_token_logprobs, linear_token_scores
+from rmsd_kernels.heads import linear, projection
 from rmsd_kernels.reference import scaled_logits, token_divergence, token_scores
 
 N, V, H, H2 = 9, 120, 8, 6

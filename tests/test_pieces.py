@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rmsd.judge import ContextJudge
-from rmsd.pieces import Pieces
-from rmsd.scoring import Wishes
-from rmsd.selection import questions_of
+from rmsd.judge.pieces import Pieces
+from rmsd.step.judging import questions_of
+from rmsd.step.wishes import Wishes
 from rmsd_kernels import TokenScores
 
 WORDS = ["\u2581It", "\u2581is", "\u2581zor", "bl", "at", "\u2581fine", "."]

@@ -14,15 +14,15 @@ import yaml
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import rmsd.skeleton
-from rmsd.data import checked_rows, encode, fix_template_variables, prompt_text
+import rmsd.run.skeleton
+from rmsd.answers.data import checked_rows, encode, fix_template_variables, prompt_text
 from rmsd.judge import LLMJudge
-from rmsd.modeling import WHEELS
-from rmsd.plan import Plan
-from rmsd.recipe import load_recipe, trainer_config
-from rmsd.record import read_lines
-from rmsd.run import build_judge, train
+from rmsd.models.loading import WHEELS
+from rmsd.run.plan import Plan
+from rmsd.run.recipe import load_recipe, trainer_config
+from rmsd.run.train import build_judge, train
 from rmsd.tasks import load_task
+from rmsd.training.record import read_lines
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -163,18 +163,18 @@ def test_what_would_stop_the_run_stops_the_dry_run(recipe, overrides, message):
 def test_architecture_stands_in_for_a_hub_that_is_away_not_for_a_model_that_it_does_not_have(recipe, monkeypatch):
     overrides = ["model=a/b", "architecture.model_type=qwen3"]
     assert planned(recipe, *overrides).tokenizer is None
-    monkeypatch.setattr(rmsd.skeleton, "_hub_answers", lambda: True)
+    monkeypatch.setattr(rmsd.run.skeleton, "_hub_answers", lambda: True)
     with pytest.raises(FileNotFoundError, match="'a/b' cannot be planned"):
         planned(recipe, *overrides)
 
 
 def test_whether_the_hub_answers(server, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    assert not rmsd.skeleton._hub_answers(), "offline mode is not left"
+    assert not rmsd.run.skeleton._hub_answers(), "offline mode is not left"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert rmsd.skeleton._hub_answers()
+    assert rmsd.run.skeleton._hub_answers()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert not rmsd.skeleton._hub_answers()
+    assert not rmsd.run.skeleton._hub_answers()
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(recipe, tmp_path):

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from test_judge_server import keep
 
 from rmsd import RMSDConfig
-from rmsd.distributed import check_sharded_teacher
-from rmsd.engine import check_vllm
-from rmsd.recipe import load_recipe
-from rmsd.record import read_lines
-from rmsd.run import train
+from rmsd.answers.engines import check_vllm
+from rmsd.models.sharding import check_sharded_teacher
+from rmsd.run.recipe import load_recipe
+from rmsd.run.train import train
+from rmsd.training.record import read_lines
 
 ROOT = Path(__file__).parents[1]
 # So much longer that they have a forward of their own, which some of the ranks then have and others do not.

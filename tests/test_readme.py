@@ -6,7 +6,7 @@ from pathlib import Path
 import tiny
 import torch
 
-from rmsd.recipe import load_recipe
+from rmsd.run.recipe import load_recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

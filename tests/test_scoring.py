@@ -5,10 +5,10 @@ import torch
 from tiny import trainer
 
 from rmsd import LinearRMSDLoss
-from rmsd.modeling import OutputHead
-from rmsd.rollout import Recorded
-from rmsd.scoring import recorded_wishes, wishes
-from rmsd.step import widest_gaps
+from rmsd.answers.rollout import Recorded
+from rmsd.models.heads import OutputHead
+from rmsd.step.training import widest_gaps
+from rmsd.step.wishes import recorded_wishes, wishes
 
 
 def test_what_each_model_wants_at_the_candidates_and_what_the_top_k_leaves_out():

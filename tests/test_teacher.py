@@ -6,9 +6,9 @@ import torch
 from tiny import same, trainer, weights
 from transformers import Trainer
 
-from rmsd.continuation import has_plateaued
-from rmsd.costs import Sizes, teacher_bytes
-from rmsd.record import RunRecord, read_lines
+from rmsd.run.costs import Sizes, teacher_bytes
+from rmsd.training.continuation import has_plateaued
+from rmsd.training.record import RunRecord, read_lines
 
 
 def test_frozen_teacher_keeps_the_initial_weights(tmp_path):

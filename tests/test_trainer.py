@@ -11,9 +11,9 @@ from datasets import Dataset
 from tiny import same, trainer, weights
 
 from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
-from rmsd.checkpoint import last_whole_checkpoint
 from rmsd.judge import Candidate, Question
-from rmsd.record import RunRecord, read_lines
+from rmsd.training.checkpoint import last_whole_checkpoint
+from rmsd.training.record import RunRecord, read_lines
 
 
 def perturbed(seed=7):
@@ -86,9 +86,9 @@ def test_a_judge_that_has_failed_ends_the_step_before_more_is_written(tmp_path):
 @pytest.mark.parametrize("pass_tokens", [0, 1000], ids=["a forward a sequence", "one forward"])
 def test_step_equals_the_plain_step_over_every_sequence_and_token(tmp_path, monkeypatch, pass_tokens):
     """Skipped sequences, the cut after the last kept token, and several forwards change nothing."""
-    from rmsd import hidden as forwards
-    from rmsd import step
-    from rmsd.hidden import completion_hidden
+    from rmsd.models import hidden as forwards
+    from rmsd.models.hidden import completion_hidden
+    from rmsd.step import training as step
 
     monkeypatch.setitem(forwards._PASS_TOKENS, "cpu", pass_tokens)
     made = trainer(tmp_path, vocab_topk=50)

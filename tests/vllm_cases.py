@@ -9,11 +9,11 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rmsd.engine import TOP, VLLMEngine
-from rmsd.modeling import OutputHead
-from rmsd.recipe import load_recipe
-from rmsd.rollout import generate, hidden_states
-from rmsd.run import train
+from rmsd.answers.engines import TOP, VLLMEngine
+from rmsd.answers.rollout import generate, hidden_states
+from rmsd.models.heads import OutputHead
+from rmsd.run.recipe import load_recipe
+from rmsd.run.train import train
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(5, 145))]  # the last fills a block of vLLM's cache, 128 tokens
 

@@ -13,8 +13,8 @@ import tiny
 import torch
 from vllm_cases import student, trainer
 
-from rmsd.distributed import whole
-from rmsd.engine import VLLMEngine
+from rmsd.answers.engines import VLLMEngine
+from rmsd.models.sharding import whole
 
 
 def main(folder: Path, size: int, engine_scores: bool) -> None:

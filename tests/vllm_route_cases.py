@@ -6,10 +6,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from vllm_cases import PROMPTS, built, options, student, trainer
 
-from rmsd.engine import TOP, VLLMEngine
-from rmsd.hidden import completion_hidden
-from rmsd.modeling import OutputHead
-from rmsd.routes import scored_by_engine, scored_by_trainer
+from rmsd.answers.engines import TOP, VLLMEngine
+from rmsd.models.heads import OutputHead
+from rmsd.models.hidden import completion_hidden
+from rmsd.step.routes import scored_by_engine, scored_by_trainer
 
 
 def test_what_it_records_of_two_models_is_what_they_say():

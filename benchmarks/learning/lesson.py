@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from rmsd.data import teacher_prompt
-from rmsd.evaluate import Evaluator
+from rmsd.answers.data import teacher_prompt
 from rmsd.judge import Question
+from rmsd.run.evaluate import Evaluator
 from rmsd.tasks import Task
 
 from .corpus import HINTS, QUESTIONS, SKILLS, World, ask, skill

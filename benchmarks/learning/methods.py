@@ -15,10 +15,10 @@ import torch
 from transformers import TrainerCallback
 
 from rmsd import RMSDConfig, RMSDTrainer
-from rmsd.data import teacher_prompt
-from rmsd.hidden import completion_hidden
+from rmsd.answers.data import teacher_prompt
+from rmsd.answers.rollout import generate
 from rmsd.judge import ContextJudge, MagnitudeJudge
-from rmsd.rollout import generate
+from rmsd.models.hidden import completion_hidden
 
 from .base import answer_loss, collate
 from .corpus import answer_about

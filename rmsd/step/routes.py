@@ -12,10 +12,10 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
-from . import step
-from .engine import engine_gap
-from .rollout import Rollouts, hidden_states
-from .scoring import Logprobs, Wishes, recorded_wishes, wishes
+from ..answers.engines import engine_gap
+from ..answers.rollout import Rollouts, hidden_states
+from . import training as step
+from .wishes import Logprobs, Wishes, recorded_wishes, wishes
 
 
 class Written(NamedTuple):

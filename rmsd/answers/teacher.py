@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .distributed import whole
-from .hidden import completion_hidden
-from .modeling import OutputHead, frozen_copy
+from ..models.heads import OutputHead, frozen_copy
+from ..models.hidden import completion_hidden
+from ..models.sharding import whole
 from .rollout import Rollouts
 
 KINDS = ("initial", "live", "ema", "adapter_off")

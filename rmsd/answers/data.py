@@ -2,7 +2,7 @@
 
 A prompt is a string (one user message) or a list of chat messages. A row with an empty `privileged_context` and no
 `teacher_prompt` is an anchor: the teacher reads the student's own prompt, so that every gap is drift from the initial
-model. Rows that bring a `completion` are rollouts made elsewhere (rmsd.completions).
+model. Rows that bring a `completion` are rollouts made elsewhere (rmsd.answers.completions).
 """
 
 import json

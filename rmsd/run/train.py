@@ -10,16 +10,17 @@ import yaml
 from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from .checkpoint import holds_optimizer, last_whole_checkpoint
-from .continuation import check_metric
-from .data import checked_rows, fix_template_variables, load_rows, prompt_text
+from ..answers.data import checked_rows, fix_template_variables, load_rows, prompt_text
+from ..judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
+from ..models.loading import load_model, with_lora
+from ..tasks import load_task
+from ..training.checkpoint import holds_optimizer, last_whole_checkpoint
+from ..training.continuation import check_metric
+from ..training.record import RunRecord, read_lines
+from ..training.trainer import RMSDTrainer
 from .evaluate import Evaluator
-from .judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
-from .modeling import load_model
-from .recipe import JudgeSection, LoraSection, Recipe, trainer_config
-from .record import RunRecord, read_lines
-from .tasks import load_task
-from .trainer import RMSDTrainer
+from .plan import Plan
+from .recipe import JudgeSection, Recipe, trainer_config
 
 
 def train(recipe: Recipe) -> str:
@@ -49,8 +50,6 @@ def train(recipe: Recipe) -> str:
         raise FileExistsError(f"{out} holds a run: continue it with resume=true, or choose another output_dir")
 
     if recipe.dry_run:
-        from .plan import Plan
-
         plan = Plan.of(recipe, args, rows, judge, task)
         return str(plan) if args.should_save else ""
 
@@ -82,7 +81,7 @@ def train(recipe: Recipe) -> str:
     if not args.should_save:
         return ""
 
-    from .report import write_report
+    from ..report import write_report
 
     page = write_report([out])
     return f"{table(out)}\n\nmodel   {out / 'model'}\nreport  {page}"
@@ -179,18 +178,6 @@ def _autocast(arguments: dict, device: torch.device) -> Callable:
     if not (arguments.get("bf16") or arguments.get("fp16")):
         return contextlib.nullcontext
     return partial(torch.autocast, device.type, torch.bfloat16 if arguments.get("bf16") else torch.float16)
-
-
-def with_lora(model, section: LoraSection):
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("lora needs peft: pip install 'rmsd-kernels[peft]'") from error
-    config = LoraConfig(
-        r=section.r, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=section.target_modules,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    return get_peft_model(model, config)
 
 
 def _evaluated(state) -> bool:

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from .functional import _scores
-from .reference import (
+from ..functional import _scores
+from ..reference import (
     TokenScores,
     divergence_terms,
     log_mixture,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .hidden import captured_hidden, completion_hidden, left_padded
+from ..models.hidden import captured_hidden, completion_hidden, left_padded
 
 
 class Recorded(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import TrainerCallback
 
-from .tasks import Task
+from ..tasks import Task
 
 # What every step logs, Trainer's own rate and norm apart.
 STEP_METRICS = (
@@ -17,7 +17,7 @@ STEP_METRICS = (
 
 
 def logged(task: Task | None, samples: int) -> tuple[str, ...]:
-    """The metrics of a run's log: of each step, and of the task's evaluation (rmsd.evaluate) with so many samples."""
+    """The metrics of a run's log: of each step, and of the task's evaluation (run.evaluate) with so many samples."""
     if task is None:
         return STEP_METRICS
     graded = [f"{name}_{how}" for name in task.graders for how in ("greedy", "sampled")[: 2 if samples else 1]]

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from rmsd_kernels.projection import default_workspace_mb, row_chunks
+from rmsd_kernels.heads.projection import default_workspace_mb, row_chunks
 
-from .config import RMSDConfig
-from .scoring import ROWS_AT_ONCE
+from ..step.wishes import ROWS_AT_ONCE
+from ..training.config import RMSDConfig
 
 
 class Lengths(NamedTuple):
@@ -101,7 +101,7 @@ def memory(
     """Bytes on one device, {phase: {part: bytes}}. "throughout" is held beside each of the other two phases.
 
     With `args.fsdp` weights, gradients and optimizer states are divided by `processes`; a copied teacher is whole on
-    each, and so are the weights while rollouts are made (rmsd.distributed.whole).
+    each, and so are the weights while rollouts are made (rmsd.models.sharding.whole).
     """
     shards = processes if args.fsdp else 1
     workspace = _workspace_mb(on_gpu) * 2**20
@@ -132,7 +132,7 @@ def memory(
     training = {
         "gradients": sizes.trained_bytes / shards,
         "activations": activation_bytes(sizes, args, rows * read, element),
-        # The workspace, and beside it a third of it at most (rmsd_kernels.linear).
+        # The workspace, and beside it a third of it at most (rmsd_kernels.heads.linear).
         "loss: logits of the kept rows": workspace * 4 / 3,
         "loss: gradient of the head, fp32": 4 * sizes.vocab * sizes.hidden * sizes.head_trained,
     }
@@ -158,7 +158,7 @@ def optimizer_bytes(sizes: Sizes, args: RMSDConfig) -> float:
 
 def teacher_bytes(sizes: Sizes, args: RMSDConfig) -> int:
     """A frozen copy of the model; with an adapter nothing, or a second adapter once the teacher is not the initial
-    model; beside either, where it is a moving average, 4 bytes for each of its weights of 2 (rmsd.teacher)."""
+    model; beside either, where it is a moving average, 4 bytes for each of its weights of 2 (rmsd.answers.teacher)."""
     if not sizes.has_adapter:
         weights, held = sizes.total, 0 if args.teacher == "live" else sizes.weight_bytes
     else:
@@ -185,7 +185,7 @@ def activation_bytes(sizes: Sizes, args: RMSDConfig, tokens: int, element: int) 
 
 
 def _wishes_bytes(sizes: Sizes, args: RMSDConfig) -> int:
-    """Five tensors of logits' shape at once at the most, in fp32 (rmsd.scoring.wishes)."""
+    """Five tensors of logits' shape at once at the most, in fp32 (rmsd.step.wishes.wishes)."""
     return 5 * 4 * sizes.vocab * min(ROWS_AT_ONCE, args.per_device_train_batch_size * args.num_candidates)
 
 
@@ -235,7 +235,7 @@ def flops(
 
 def _loss_products(sizes: Sizes, args: RMSDConfig, kept: float, on_gpu: bool) -> int:
     """Both models' logits, once more in the backward where the forward cannot keep them, and the gradients of hidden
-    states and weight (rmsd_kernels.linear)."""
+    states and weight (rmsd_kernels.heads.linear)."""
     rows = max(1, round(kept * args.per_device_train_batch_size))
     keeps = len(row_chunks(rows, 3 * 3 * sizes.vocab, _workspace_mb(on_gpu))) == 1
     return (2 if keeps else 4) + 1 + sizes.head_trained

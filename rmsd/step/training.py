@@ -7,9 +7,9 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores, linear_token_scores, select_tokens
 
-from .hidden import by_length, lengths_of
-from .loss import LinearRMSDLoss
-from .modeling import OutputHead
+from ..loss import LinearRMSDLoss
+from ..models.heads import OutputHead
+from ..models.hidden import by_length, lengths_of
 
 
 def score(

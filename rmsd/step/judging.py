@@ -7,10 +7,10 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
-from .data import prompt_text
-from .judge import Candidate, Judge, MagnitudeJudge, Question
-from .pieces import Pieces
-from .scoring import Logprobs, Wishes
+from ..answers.data import prompt_text
+from ..judge import Candidate, Judge, MagnitudeJudge, Question
+from ..judge.pieces import Pieces
+from .wishes import Logprobs, Wishes
 
 
 def told_text(row: dict) -> str:

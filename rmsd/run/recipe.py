@@ -12,7 +12,7 @@ import torch
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from .config import RMSDConfig
+from ..training.config import RMSDConfig
 
 # TrainingArguments expands ~ in its output_dir, and checkpoints must lie where the rest of the run does.
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]

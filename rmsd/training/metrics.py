@@ -5,8 +5,8 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
-from .rollout import Rollouts
-from .scoring import Logprobs
+from ..answers.rollout import Rollouts
+from ..step.wishes import Logprobs
 
 # Means: their sums, and the counts that divide them, which are no entry's numbers where they have a "_" before them.
 _MEANS = {"divergence": "_scored_tokens", "tail_mass": "candidates"}

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 from rmsd_kernels import TokenScores
 
-from .judge import Question
-from .scoring import Logprobs
+from ..judge import Question
+from ..step.wishes import Logprobs
 
 
 class RunRecord(TrainerCallback):

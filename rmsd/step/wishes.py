@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .modeling import OutputHead
-from .rollout import Recorded
+from ..answers.rollout import Recorded
+from ..models.heads import OutputHead
 
 ROWS_AT_ONCE = 64  # candidate rows whose logits are held together: 12 MB each for student and teacher at V = 50k
 

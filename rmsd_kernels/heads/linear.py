@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import resolve_backend
-from .checks import check_head, check_heads, check_ids, check_options, check_rows, check_transform
-from .functional import _scores, divergence_of_rows, gradient_of_rows
+from ..backends import resolve_backend
+from ..checks import check_head, check_heads, check_ids, check_options, check_rows, check_transform
+from ..functional import _scores, divergence_of_rows, gradient_of_rows
+from ..reference import TokenScores
 from .partials import merged_scores, shard_scores
 from .projection import (
     Heads,
@@ -26,7 +27,6 @@ from .projection import (
     row_chunks,
     workspace_for,
 )
-from .reference import TokenScores
 
 
 def linear_token_scores(

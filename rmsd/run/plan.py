@@ -1,6 +1,6 @@
 """What a run would take, said before it is started: `dry_run=true`.
 
-The model is made without weights (rmsd.skeleton) and counted (rmsd.costs). Lengths come from the data and the
+The model is made without weights (rmsd.run.skeleton) and counted (rmsd.run.costs). Lengths come from the data and the
 tokenizer; where that cannot be read, the texts' lengths in characters stand in, and the plan says so.
 """
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
-from .completions import completion_ids
-from .config import RMSDConfig
+from ..answers.completions import completion_ids
+from ..answers.data import check_lengths, context_of, encode, prompt_text, teacher_prompt
+from ..judge import Candidate, Judge, LLMJudge, Question
+from ..models.sharding import check_sharded_teacher
+from ..step.judging import told_text
+from ..tasks import Task
+from ..training.config import RMSDConfig
 from .costs import Lengths, Sizes, flops, judged_at_most, memory
-from .data import check_lengths, context_of, encode, prompt_text, teacher_prompt
-from .distributed import check_sharded_teacher
-from .judge import Candidate, Judge, LLMJudge, Question
 from .recipe import Recipe
-from .selection import told_text
 from .skeleton import skeleton
-from .tasks import Task
 
 _CHARACTERS = 4  # a token of English text, about
 _TEMPLATE = 12  # tokens that a chat template puts around one message, about

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..reference import TokenScores
 from . import partials
 from .projection import add_weight_gradient, backproject, no_rows
-from .reference import TokenScores
 from .shards import Heads, agree
 
 

@@ -10,27 +10,27 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
-from . import step
-from .completions import rollouts_of
+from ..answers.completions import rollouts_of
+from ..answers.data import check_lengths, check_row, checked_rows, context_of, encode, prompt_text, teacher_prompt
+from ..answers.engines import TOP, engine_for
+from ..answers.rollout import Rollouts, eos_ids_of, pad_id_of
+from ..answers.teacher import Teacher
+from ..judge import ContextJudge, Judge
+from ..judge.base import Question
+from ..judge.pieces import Pieces
+from ..loss import LinearRMSDLoss
+from ..models.heads import OutputHead
+from ..models.hidden import completion_hidden
+from ..models.sharding import as_rank_zero, check_sharded_teacher, check_sharding, most_of_ranks, whole
+from ..step import training as step
+from ..step.judging import ask, keep_mask, questions_of, told_text
+from ..step.routes import Scored, Written, engine_gaps, scored_by_engine, scored_by_trainer
+from ..step.wishes import Logprobs
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
-from .data import check_lengths, check_row, checked_rows, context_of, encode, prompt_text, teacher_prompt
-from .distributed import as_rank_zero, check_sharded_teacher, check_sharding, most_of_ranks, whole
-from .engine import TOP, engine_for
 from .faults import NonfiniteGradients, saving
-from .hidden import completion_hidden
-from .judge import ContextJudge, Judge
-from .judge.base import Question
-from .loss import LinearRMSDLoss
 from .metrics import StepMetrics
-from .modeling import OutputHead
-from .pieces import Pieces
 from .record import RunRecord, rollout_lines
-from .rollout import Rollouts, eos_ids_of, pad_id_of
-from .routes import Scored, Written, engine_gaps, scored_by_engine, scored_by_trainer
-from .scoring import Logprobs
-from .selection import ask, keep_mask, questions_of, told_text
-from .teacher import Teacher
 
 
 class RMSDTrainer(Trainer):
@@ -39,7 +39,7 @@ class RMSDTrainer(Trainer):
     Args:
         model: a causal LM of transformers, or a PEFT model.
         args: RMSDConfig.
-        train_dataset: rows of `prompt` and `privileged_context` (rmsd.data): a list, a datasets.Dataset, or a Dataset
+        train_dataset: rows of `prompt` and `privileged_context` (answers.data): a list, a datasets.Dataset or a Dataset
             of torch. Where they bring a `completion`, nothing is generated: those are the rollouts.
         processing_class: the tokenizer.
         judge: which candidates are relevant; by default a ContextJudge that knows the data's prompts. Not asked for

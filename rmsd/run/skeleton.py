@@ -7,10 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .data import fix_template_variables
-from .modeling import WHEELS, fastest_attention
+from ..answers.data import fix_template_variables
+from ..models.loading import WHEELS, fastest_attention, with_lora
 from .recipe import Recipe
-from .run import with_lora
 
 
 def skeleton(recipe: Recipe):

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from rmsd_kernels import linear_token_scores
 
-from .data import encode
-from .hidden import completion_hidden
-from .modeling import OutputHead
-from .rollout import Rollouts, eos_ids_of, generate, pad_id_of
-from .tasks import Task
+from ..answers.data import encode
+from ..answers.rollout import Rollouts, eos_ids_of, generate, pad_id_of
+from ..models.heads import OutputHead
+from ..models.hidden import completion_hidden
+from ..tasks import Task
 
 
 class Evaluator:

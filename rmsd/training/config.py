@@ -8,9 +8,9 @@ from transformers import TrainingArguments
 
 from rmsd_kernels.checks import check_options, check_selection
 
-from .data import TEACHER_TEMPLATE
-from .engine import ENGINES, check_vllm
-from .teacher import KINDS
+from ..answers.data import TEACHER_TEMPLATE
+from ..answers.engines import ENGINES, check_vllm
+from ..answers.teacher import KINDS
 
 METHODS = ("rmsd", "opsd")
 

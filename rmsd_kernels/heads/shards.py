@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backends import resolve_backend
-from .checks import check_heads, check_ids, check_options, check_rows, check_transform
+from ..backends import resolve_backend
+from ..checks import check_heads, check_ids, check_options, check_rows, check_transform
 from .projection import default_workspace_mb, project, row_chunks
 
 
