@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-TAILS = ("bucket", "renorm", "drop")
+TAILS = ("drop", "bucket", "renorm")  # in the order of C++'s Tail
 CRITERIA = ("logprob_gap", "divergence", "entropy_gap")
 
 _INF = math.inf

@@ -152,7 +152,7 @@ WRONG = [
     (scores_and_candidates, "num_candidates", 0, ValueError, "0", "at least 1"),
     (scores_and_candidates, "criterion", "gap", ValueError, "'gap'", "logprob_gap, divergence, entropy_gap"),
     (scores_and_candidates, "mask", None, TypeError, "NoneType", "bool"),
-    (token_divergence, "tail", "keep", ValueError, "'keep'", "bucket, renorm, drop"),
+    (token_divergence, "tail", "keep", ValueError, "'keep'", "drop, bucket, renorm"),
     (token_divergence, "vocab_topk", 0, ValueError, "0", "at least 1 or None"),
     (token_divergence, "rows", torch.tensor([6]), ValueError, "6", "[0, 6)"),
     (token_divergence, "rows", torch.tensor([-2]), ValueError, "-2", "[0, 6)"),
