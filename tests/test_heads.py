@@ -1,5 +1,6 @@
 """Output heads as users have them: each trains what the model's own logits would, or is refused with what to do."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny import trainer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmsd import LinearRMSDLoss, RMSDLoss
+from rmsd.answers.rollout import Rollouts, generate, hidden_states
+from rmsd.answers.teacher import Teacher
 from rmsd.models.heads import OutputHead
-from rmsd.models.hidden import captured_hidden, completion_hidden
+from rmsd.models.hidden import completion_hidden
+from rmsd.models.parts import captured_hidden, causal_lm, no_head
 
 HEADS = {
     "tied": ("llama", dict(tie_word_embeddings=True)),
@@ -144,6 +150,75 @@ def test_lora_on_the_head_is_refused():
     assert "\n" not in str(error.value)
 
 
+# ---- forwards without a head ---------------------------------------------------------------------------------------
+
+
+class VocabularyWide(TorchDispatchMode):
+    """Counts the products that read or write a tensor as wide as the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.linear):
+            shapes = [tensor.shape for tensor in (*args, result) if isinstance(tensor, torch.Tensor)]
+            self.count += any(VOCAB in shape for shape in shapes)
+        return result
+
+
+VOCAB = len(tiny.tokenizer())
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        *(pytest.param(partial(model_with, name), id=name) for name in ("tied", "bias", "gemma2", "cohere")),
+        pytest.param(lambda: peft_model(target_modules=["q_proj"]), id="lora"),
+        pytest.param(lambda: peft_model(target_modules=["q_proj"], modules_to_save=["lm_head"]), id="modules_to_save"),
+    ],
+)
+def test_scoring_teacher_and_training_forwards_run_no_product_as_wide_as_the_vocabulary(make_model):
+    model = make_model()
+    rollouts = Rollouts([[7, 8], [9, 10, 11]], IDS, MASK)
+    teacher = Teacher(model)
+    with VocabularyWide() as spied:
+        model(input_ids=IDS)
+    assert spied.count == 1, "the spy sees a head"
+    with VocabularyWide() as spied:
+        scoring = hidden_states(model, rollouts, 0)
+        of_teacher = teacher.hidden(rollouts.prompt_ids, rollouts, 0)
+        training = completion_hidden(model, rollouts.prompt_ids, IDS, MASK, 0, one_forward=True)
+        training.sum().backward()
+    assert spied.count == 0
+    with VocabularyWide() as spied:
+        generate(model, rollouts.prompt_ids, max_new_tokens=3, pad_id=0, eos_ids=[])
+    assert spied.count == 3, "one a token, and the head is as it was"
+    with torch.no_grad():
+        sequences = [[*prompt, *ids] for prompt, ids in zip(rollouts.prompt_ids, IDS.tolist(), strict=True)]
+        whole = [model(input_ids=torch.tensor([ids])).logits[0, -len(IDS[0]) - 1 : -1] for ids in sequences]
+    head = OutputHead.of(model)
+    for hidden in (scoring, of_teacher, training):
+        torch.testing.assert_close(head(hidden), torch.stack(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_the_prefill_projects_the_last_position_alone_from_contiguous_memory():
+    model, seen = tiny.model(), []
+    model.lm_head.register_forward_hook(lambda head, inputs, output: seen.append(inputs[0]))
+    generate(model, [[7, 8], [9, 10, 11]], max_new_tokens=2, pad_id=0, eos_ids=[])
+    assert [tuple(hidden.shape) for hidden in seen] == [(2, 1, 32)] * 2
+    assert all(hidden.is_contiguous() for hidden in seen)
+
+
+def test_a_forward_put_on_the_head_by_others_is_put_back():
+    model = tiny.model()
+    model.lm_head.forward = own = model.lm_head.forward
+    with no_head(model):
+        assert not model(input_ids=IDS).logits.any()
+    assert model.lm_head.forward is own
+
+
 # ---- sharded heads -------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +245,7 @@ def _loss_of_rank(model, rank: int):
     """As the trainer takes it: the student's forward, then its head, against a fixed teacher."""
     student_hidden = completion_hidden(model, [[7, 8], [9]], IDS + 12 * rank, MASK, pad_id=0)
     teacher_hidden = torch.randn(student_hidden.shape, generator=torch.Generator().manual_seed(rank))
-    student = OutputHead.current(model, dict(logit_scale=1.0, softcap=None))
+    student = OutputHead.current(causal_lm(model), dict(logit_scale=1.0, softcap=None))
     return linear_loss(student_hidden, student, teacher_hidden, OutputHead.of(model_with("bias", seed=1)))
 
 
@@ -187,15 +262,23 @@ def _fully_sharded(rank: int, directory: str) -> None:
             fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh)
         seen[wrapped, "head"] = OutputHead.of(model).weight.detach()
+        with VocabularyWide() as spied, torch.no_grad():
+            completion_hidden(model, [[7, 8], [9]], IDS, MASK, pad_id=0)
+        assert spied.count == 0
         _loss_of_rank(model, rank).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad.placements == parameter.placements, f"{name}, {wrapped}"
             seen[wrapped, name] = parameter.grad.full_tensor()
+    # As transformers' Trainer wraps a model: whatever the outputs do not lead to would count as unused.
+    model = model_with("bias")
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    _loss_of_rank(wrapped, rank).backward()
+    seen |= {("copies", name): parameter.grad for name, parameter in model.named_parameters()}
     torch.save(seen, Path(directory) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_a_head_under_fsdp2_is_gathered_and_its_gradient_comes_back_sharded(tmp_path):
+def test_a_head_under_fsdp2_is_gathered_and_its_gradient_comes_back_sharded_and_under_ddp_averaged(tmp_path):
     mp.spawn(_fully_sharded, (str(tmp_path),), nprocs=2)
     whole = model_with("bias")
     for rank in range(2):
@@ -204,5 +287,6 @@ def test_a_head_under_fsdp2_is_gathered_and_its_gradient_comes_back_sharded(tmp_
         seen = torch.load(tmp_path / f"{rank}.pt")
         for wrapped in ("head and root", "root"):
             assert torch.equal(seen[wrapped, "head"], whole.lm_head.weight.detach())
+        for wrapped in ("head and root", "root", "copies"):
             for name, parameter in whole.named_parameters():
                 torch.testing.assert_close(seen[wrapped, name], parameter.grad, rtol=1e-4, atol=1e-6)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..models.parts import causal_lm
 from .rollout import Recorded, Rollouts, generate
 
 ENGINES = ("transformers", "vllm")
@@ -91,7 +92,7 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         # A former engine takes the process group with it when it is collected: now, not while this one is built.
         gc.collect()
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = causal_lm(model)
         parameter = next(base.parameters())
         self._device = parameter.device
         # With several processes each has an engine of its own, in the process group that they train by.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..models.hidden import captured_hidden, completion_hidden, left_padded
+from ..models.hidden import completion_hidden, left_padded
+from ..models.parts import captured_hidden, causal_lm, last_position_head
 
 
 class Recorded(NamedTuple):
@@ -71,6 +72,7 @@ def generate(
     with (
         torch.random.fork_rng(devices, enabled=seed is not None),
         captured_hidden(model) as captured,
+        last_position_head(model),
         _generation_config(model, config),
     ):
         if seed is not None:
@@ -78,7 +80,7 @@ def generate(
         sequences = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            synced_gpus=False,  # sharded weights are whole here (distributed.whole): no rank waits for another
+            synced_gpus=False,  # sharded weights are whole here (sharding.whole): no rank waits for another
         )
     model.train(was_training)
     completion_ids = sequences[:, width:]
@@ -96,8 +98,7 @@ def generate(
 def _generation_config(model, config: GenerationConfig):
     """`config` in the place of the model's own, from which transformers fills all that a config passed to its generate
     leaves open. A PEFT model may hold one beside its base model's."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    owners = {id(owner): owner for owner in (model, base) if "generation_config" in vars(owner)}.values()
+    owners = {id(owner): owner for owner in (model, causal_lm(model)) if "generation_config" in vars(owner)}.values()
     own = [owner.generation_config for owner in owners]
     for owner in owners:
         owner.generation_config = config

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from .hidden import captured_hidden
+from .parts import captured_hidden, head_module
 
 # Config names under which architectures keep a factor on their logits. Some multiply by it and some divide, so each
 # proposes both and `OutputHead.of` keeps what reproduces the model's own logits.
@@ -74,9 +74,7 @@ def head_parameters(model: nn.Module) -> tuple[Tensor, Tensor | None]:
             (DeepSpeed ZeRO-3); with what to do about it.
     """
     name = type(model).__name__
-    module = model.get_output_embeddings()
-    if module is None or getattr(module, "weight", None) is None:
-        raise ValueError(f"{name} exposes no output head (get_output_embeddings() has no weight)")
+    module = head_module(model)
     if hasattr(module, "base_layer"):
         raise ValueError(
             f"{name} has an adapter layer ({type(module).__name__}) for its output head, whose logits are not its "

@@ -1,34 +1,15 @@
 """Hidden states of answers: one forward over prompts and answers, or several over sequences of like length."""
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+
+from .parts import captured_hidden, no_head
 
 # What a forward of its own costs, in tokens: it reads every weight once more and, where it trains, adds up a
 # gradient of every weight. From the ratio of arithmetic to memory bandwidth: tens on a CPU, hundreds on a GPU.
 _PASS_TOKENS = {"cpu": 48}
 _PASS_TOKENS_ELSEWHERE = 512
-
-
-@contextlib.contextmanager
-def captured_hidden(model: nn.Module):
-    """Collects what the decoder hands to the output head, whichever way the model is called (so that DDP, FSDP and
-    PEFT wrappers keep their hooks). Yields the list that each forward appends to."""
-    unwrapped = model
-    while hasattr(unwrapped, "module"):
-        unwrapped = unwrapped.module
-    if hasattr(unwrapped, "get_base_model"):
-        unwrapped = unwrapped.get_base_model()
-    captured: list[Tensor] = []
-    handle = unwrapped.get_decoder().register_forward_hook(
-        lambda module, inputs, output: captured.append(output.last_hidden_state)
-    )
-    try:
-        yield captured
-    finally:
-        handle.remove()
 
 
 def left_padded(prompt_ids: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
@@ -86,10 +67,8 @@ def completion_hidden(
     hidden = None
     for group in groups:
         length = max(lengths[i] for i in group)
-        part = _one_forward(
-            model, [prompt_ids[i] for i in group], completion_ids[group, :length], completion_mask[group, :length],
-            pad_id,
-        )  # fmt: skip
+        prompts, mask = [prompt_ids[i] for i in group], completion_mask[group, :length]
+        part = _one_forward(model, prompts, completion_ids[group, :length], mask, pad_id)
         if hidden is None:
             hidden = part.new_zeros(*completion_ids.shape, part.shape[-1])
         hidden[group, :length] = part
@@ -100,7 +79,7 @@ def _one_forward(model, prompt_ids, completion_ids, completion_mask, pad_id) -> 
     prompts, prompt_mask = left_padded(prompt_ids, pad_id, completion_ids.device)
     width = prompts.shape[1]
     attention_mask = torch.cat([prompt_mask, completion_mask.long()], 1)
-    with captured_hidden(model) as captured:
+    with captured_hidden(model) as captured, no_head(model):
         output = model(
             input_ids=torch.cat([prompts, completion_ids], 1),
             attention_mask=attention_mask,
@@ -116,14 +95,14 @@ def _one_forward(model, prompt_ids, completion_ids, completion_mask, pad_id) -> 
 
 class _Joined(torch.autograd.Function):
     """The hidden states, with the model's output in their graph at gradient 0. FSDP2 begins and ends its backward by
-    hooks on the output: without it there, gradients of the root's own parameters would stay unsharded and this rank's.
-    Costs the head a backward of one row a sequence."""
+    hooks on the output: without it there, gradients of the root's own parameters would stay this rank's, unsharded."""
 
     @staticmethod
     def forward(ctx, hidden, logits):
-        ctx.save_for_backward(logits)
+        ctx.logits = logits.shape, logits.dtype, logits.device
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx, grad_hidden):
-        return grad_hidden, torch.zeros_like(ctx.saved_tensors[0])
+        shape, dtype, device = ctx.logits
+        return grad_hidden, torch.zeros((), dtype=dtype, device=device).expand(shape)

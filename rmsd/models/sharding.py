@@ -13,6 +13,8 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from .parts import head_module
+
 
 @contextlib.contextmanager
 def whole(model: nn.Module):
@@ -26,7 +28,7 @@ def whole(model: nn.Module):
     try:
         yield
     finally:
-        head = model.get_output_embeddings().weight if units else None
+        head = head_module(model).weight if units else None
         owners = [unit for unit in units if any(parameter is head for parameter in unit.parameters())]
         # The loss reads the head's weight after the forward, so what owns it stays whole until the backward. A unit of
         # several modules counts as one of the head's owners if any of them is: the last setting stands.

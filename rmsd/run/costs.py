@@ -15,6 +15,7 @@ from torch import nn
 
 from rmsd_kernels.heads.projection import default_workspace_mb, row_chunks
 
+from ..models.parts import head_module
 from ..step.wishes import ROWS_AT_ONCE
 from ..training.config import RMSDConfig
 
@@ -53,7 +54,7 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> "Sizes":
         """Of a causal LM of transformers or a PEFT model. Of a mixture every expert is counted."""
-        head = model.get_output_embeddings().weight
+        head = head_module(model).weight
         embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
         weights = list(model.parameters())
         trained = [weight for weight in weights if weight.requires_grad]
