@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.parts import causal_lm
+from .past import Past, continued
 from .rollout import Recorded, Rollouts, generate
 
 ENGINES = ("transformers", "vllm")
@@ -44,6 +45,9 @@ class Engine(Protocol):
     ) -> Rollouts:
         """One answer a prompt, a function of the weights and these arguments alone."""
 
+    def turns(self) -> contextlib.AbstractContextManager:
+        """Calls inside are turns of the same rollouts: an engine may keep what it has read of them."""
+
 
 class TransformersEngine:
     """The model's own `generate`: nothing to copy, and hidden states are recorded as it samples, in the `autocast` that
@@ -52,13 +56,25 @@ class TransformersEngine:
 
     def __init__(self, autocast: Callable = contextlib.nullcontext):
         self._autocast = autocast
+        self._in_turns, self._past = False, None
 
     def sync(self, model: nn.Module) -> None:
         self._model = model
 
+    @contextlib.contextmanager
+    def turns(self):
+        """Keys and values are kept from turn to turn, where the model's cache can be; and dropped at the end."""
+        self._in_turns = True
+        try:
+            yield
+        finally:
+            self._in_turns, self._past = False, None
+
     def __call__(self, prompt_ids: list[list[int]], **options) -> Rollouts:
+        if self._in_turns and not (self._past and continued(self._past, prompt_ids)):
+            self._past = Past.empty(self._model, self._model.device)
         with self._autocast():
-            return generate(self._model, prompt_ids, **options)
+            return generate(self._model, prompt_ids, past=self._past, **options)
 
 
 def check_vllm() -> None:
@@ -163,6 +179,10 @@ class VLLMEngine:
             completion_mask=_right_padded([[True] * len(answer) for answer in answers], width, False).to(self._device),
             recorded=self._recorded(answers, [output.outputs[0].logprobs for output in outputs], width),
         )
+
+    def turns(self):
+        """Each turn's prompt is read anew: prefix caching is off, for its keys would outlive the weights."""
+        return contextlib.nullcontext()
 
     def read(self, prompt_ids: list[list[int]], rollouts: Rollouts) -> Recorded:
         """What the weights it holds say of finished answers after these prompts. vLLM projects every token that it

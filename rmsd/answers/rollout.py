@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from ..models.hidden import completion_hidden, left_padded
 from ..models.parts import captured_hidden, causal_lm, last_position_head
+from .past import CACHE_ARGUMENT, Past
 
 
 class Recorded(NamedTuple):
@@ -52,12 +53,26 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int | None = None,
+    past: Past | None = None,
 ) -> Rollouts:
     """One answer a prompt, drawn from the model's own distribution under these options and no others: what its
     generation_config would change (repetition_penalty, suppress_tokens, ...) is left out, for what is scored and
     trained on knows none of it. `temperature=0` is greedy. With `seed`, the answers follow from it alone: the global
-    random state is neither read nor moved, so a resumed run writes what the interrupted one would have."""
-    input_ids, attention_mask = left_padded(prompt_ids, pad_id, model.device)
+    random state is neither read nor moved, so a resumed run writes what the interrupted one would have.
+
+    What `past` holds of the prompts is not read again; without one that is the beginning that they share. A given one
+    holds the answers afterwards too."""
+    was_training = model.training
+    model.eval()
+    started = past or Past.empty(model, model.device)
+    if started is not None and not started.lengths:
+        started.read_shared(model, prompt_ids)
+    read = started.lengths if started else [0] * len(prompt_ids)
+    rest = [ids[length:] for ids, length in zip(prompt_ids, read, strict=True)]
+    input_ids, attention_mask = left_padded(rest, pad_id, model.device)
+    if started is not None:
+        input_ids = torch.cat([started.ids, input_ids], 1)
+        attention_mask = torch.cat([started.mask, attention_mask], 1)
     width = input_ids.shape[1]
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     config = GenerationConfig(
@@ -66,8 +81,6 @@ def generate(
         eos_token_id=eos_ids,
         **(sampling if temperature else dict(do_sample=False)),
     )
-    was_training = model.training
-    model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices, enabled=seed is not None),
@@ -80,16 +93,21 @@ def generate(
         sequences = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            **({CACHE_ARGUMENT: started.cache} if started is not None else {}),
             synced_gpus=False,  # sharded weights are whole here (sharding.whole): no rank waits for another
         )
     model.train(was_training)
     completion_ids = sequences[:, width:]
     ended = torch.isin(completion_ids, torch.tensor(eos_ids, device=completion_ids.device)).cumsum(1)
     just_ended = torch.isin(completion_ids, torch.tensor(eos_ids, device=completion_ids.device)) & (ended == 1)
+    completion_mask = (ended == 0) | just_ended
+    if past is not None:
+        past.ids, past.mask = sequences, torch.cat([attention_mask, completion_mask.long()], 1)
+        past.lengths = past.mask.sum(1).tolist()
     return Rollouts(
         prompt_ids=prompt_ids,
         completion_ids=completion_ids,
-        completion_mask=(ended == 0) | just_ended,
+        completion_mask=completion_mask,
         student_hidden=torch.stack([hidden[:, -1] for hidden in captured], 1),
     )
 

@@ -29,6 +29,7 @@ class ToolLimits:
     """Of one call."""
 
     seconds: float = 10.0
+    start_seconds: float = 60.0  # for an environment to be made and reset
     characters: int = 2_000  # of its output; the rest is left out, and the output says so
 
 

@@ -1,0 +1,180 @@
+"""Environments: of each rollout its own, with a state that the model's calls change and its feedback is about."""
+
+import asyncio
+import inspect
+import runpy
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .tools import Tool, ToolLimits, text_of, toolbox
+
+Factory = Callable[[], Any]
+
+
+@dataclass
+class Episode:
+    """One rollout: its row, its environment, and what has happened in it."""
+
+    row: dict  # `prompt` as the student reads it, with what the environment's reset said
+    tools: Mapping[str, Tool]
+    environment: Any = None
+    died: str | None = None  # what the environment died of: the rollout is dropped
+    transcript: list[dict[str, str]] = field(default_factory=list)  # messages: assistant, tool, assistant, ...
+    counts: Counter = field(default_factory=Counter)  # turns, calls, and what became of calls (tools.Results)
+    reward: float | None = None  # the environment's own
+    solved: bool | None = None  # its reward is at least 1
+    feedback: str = ""  # the environment's, about this rollout
+
+    @property
+    def schemas(self) -> list[dict]:
+        return [tool.schema for tool in self.tools.values()]
+
+
+class Environments:
+    """Makes episodes of rows.
+
+    Args:
+        tools: functions that every rollout may call.
+        factory: a callable that makes an environment; or several by name, of which a row's `environment` names one. A
+            rollout has one of its own, made for it: nothing of another rollout is left in it.
+        limits: of each call, and of making and resetting an environment.
+
+    Raises:
+        ValueError: a tool has no schema, or an environment no `reset`.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Callable] = (),
+        factory: Factory | Mapping[str, Factory] | None = None,
+        limits: ToolLimits | None = None,
+    ):
+        self._functions, self._factory = list(tools), factory
+        self.limits = limits or ToolLimits()
+        named = factory if isinstance(factory, Mapping) else {None: factory}
+        self._schemas = {name: self._probed(each) for name, each in named.items()}
+
+    def _probed(self, factory: Factory | None) -> list[dict]:
+        """The schemas, from an environment that is made to be looked at."""
+        environment = factory() if factory else None
+        if factory and not callable(getattr(environment, "reset", None)):
+            raise ValueError(f"environment {type(environment).__name__} must define reset(**row)")
+        tools = toolbox(self._functions, environment)
+        if not tools:
+            raise ValueError("neither tools nor an environment with public methods: there is nothing to call")
+        return [tool.schema for tool in tools.values()]
+
+    @property
+    def all_schemas(self) -> list[list[dict]]:
+        """Of each environment, once."""
+        return list(self._schemas.values())
+
+    def schemas(self, row: dict) -> list[dict]:
+        """What a row's prompt shows of tools. Raises ValueError where it names an environment that is not there."""
+        return self._schemas[self._name(row)]
+
+    def _name(self, row: dict) -> str | None:
+        if not isinstance(self._factory, Mapping):
+            return None
+        name = row.get("environment")
+        if name not in self._factory:
+            raise ValueError(f"a row's environment must be one of {', '.join(self._factory)}, not {name!r}")
+        return name
+
+    def start(self, rows: Sequence[dict]) -> list[Episode]:
+        """An episode a row, its environment made and reset, several at once. One that raises or hangs has died."""
+        if self._factory is None:
+            tools = toolbox(self._functions)
+            return [Episode(dict(row), tools) for row in rows]
+        started = run_each([lambda row=row: self._start(row) for row in rows], self.limits.start_seconds)
+        return [
+            Episode(dict(row), {}, died=f"reset: {outcome}") if isinstance(outcome, BaseException) else outcome
+            for row, outcome in zip(rows, started, strict=True)
+        ]
+
+    def _start(self, row: dict) -> Episode:
+        name = self._name(row)
+        environment = self._factory[name]() if name is not None else self._factory()
+        said = environment.reset(**{key: value for key, value in row.items() if name is None or key != "environment"})
+        row = dict(row)
+        if said is not None:
+            row["prompt"] = _appended(row["prompt"], text_of(said, self.limits.characters))
+        return Episode(row, toolbox(self._functions, environment), environment)
+
+    def finish(self, episodes: Sequence[Episode]) -> None:
+        """Asks each environment that lives for its reward and its feedback, where it has them to give."""
+        living = [episode for episode in episodes if episode.environment is not None and not episode.died]
+        outcomes = run_each([lambda e=e: self._outcome(e.environment) for e in living], self.limits.seconds)
+        for episode, outcome in zip(living, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                episode.died = f"its end: {outcome}"
+            else:
+                episode.reward, episode.feedback = outcome
+                episode.solved = None if episode.reward is None else episode.reward >= 1.0
+
+    def _outcome(self, environment: Any) -> tuple[float | None, str]:
+        reward = _called(environment, "get_reward")
+        feedback = _called(environment, "feedback")
+        text = "" if feedback is None else text_of(feedback, self.limits.characters)[: self.limits.characters]
+        return None if reward is None else float(reward), text
+
+
+def run_each(functions: Sequence[Callable[[], Any]], seconds: float) -> list[Any]:
+    """What each function returned or raised, each in a thread; a TimeoutError for one that has not returned."""
+    outcomes: list[Any] = [TimeoutError(f"no answer within {seconds:g} seconds")] * len(functions)
+    done = [threading.Event() for _ in functions]
+
+    def run(i: int) -> None:
+        try:
+            outcome = functions[i]()
+        except BaseException as error:  # SystemExit too: an environment ends no run
+            outcome = error if str(error) else RuntimeError(type(error).__name__)
+        outcomes[i] = outcome
+        done[i].set()
+
+    for i in range(len(functions)):
+        threading.Thread(target=run, args=(i,), daemon=True).start()
+    deadline = time.monotonic() + seconds
+    for event in done:
+        event.wait(max(0.0, deadline - time.monotonic()))
+    return list(outcomes)  # one that is late writes to the other list
+
+
+def _called(environment: Any, name: str) -> Any:
+    method = getattr(environment, name, None)
+    result = method() if callable(method) else None
+    return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+
+def _appended(prompt, said: str):
+    """Behind the last message, which is the user's, as TRL has it."""
+    if isinstance(prompt, str):
+        return prompt + said
+    *others, last = prompt
+    content = last["content"]
+    content = [*content, {"type": "text", "text": said}] if isinstance(content, list) else f"{content or ''}{said}"
+    return [*others, {**last, "content": content}]
+
+
+def load_environment(path: str | Path) -> tuple[list[Callable], Any]:
+    """(tools, factory) of a Python file: its ENVIRONMENT, a class or factory or several by name, and its TOOLS, a list
+    of functions; it may have only one of them.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it defines neither.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"environment file {path} does not exist")
+    defined = runpy.run_path(str(path))
+    tools, factory = defined.get("TOOLS", []), defined.get("ENVIRONMENT")
+    if not tools and factory is None:
+        raise ValueError(
+            f"environment file {path} must define ENVIRONMENT, a class with reset(**row), or TOOLS, a list"
+        )
+    return list(tools), factory

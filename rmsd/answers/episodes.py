@@ -1,0 +1,140 @@
+"""Rollouts of several turns: the model writes, its calls are made, it reads what they came to and writes on."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .calls import calls_of
+from .environments import Environments, Episode
+from .rollout import Rollouts
+from .tools import run_turns
+from .turns import TurnSuffix
+
+Write = Callable[..., Rollouts]  # an engine: prompt_ids, max_new_tokens=, seed= -> an answer each
+
+
+@dataclass
+class _Tokens:
+    """A rollout's tokens after its prompt, as they are put together."""
+
+    prompt: list[int]
+    ids: list[int] = field(default_factory=list)
+    turn: list[int] = field(default_factory=list)  # of each token: which of the model's turns, from 1; 0 for a tool's
+    hidden: list[Tensor] = field(default_factory=list)  # (tokens, H) of each of `ids`, where the engine records it
+
+    def add(self, ids: list[int], turn: int, hidden: Tensor | None) -> None:
+        self.ids += ids
+        self.turn += [turn] * len(ids)
+        if hidden is not None:
+            self.hidden.append(hidden)
+
+
+class Episodes:
+    """Plays episodes with whatever engine writes the model's turns.
+
+    Args:
+        tokenizer: its chat template says how a tool's turn is written.
+        environments: what can be called.
+        max_turns: of the model, a rollout; calls of the last turn are not made.
+
+    A rollout ends when a turn has no call, is cut by `max_new_tokens`, or was the last; or when its tools' messages
+    would leave the model nothing to write.
+    """
+
+    def __init__(self, tokenizer, environments: Environments, *, max_turns: int = 4):
+        self.tokenizer, self.environments, self.max_turns = tokenizer, environments, max_turns
+        suffixes = [TurnSuffix(tokenizer, schemas) for schemas in environments.all_schemas]
+        self.suffix = suffixes[0]  # what stands between two turns is the same whatever tools a prompt shows
+
+    def play(
+        self, write: Write, episodes: Sequence[Episode], prompt_ids: list[list[int]], *,
+        max_new_tokens: int, pad_id: int, eos_ids: Sequence[int], seed: int, device,
+    ) -> Rollouts:  # fmt: skip
+        """The episodes' rollouts, up to `max_new_tokens` each, what their tools said included. The episodes' own
+        transcripts, counts, rewards and feedback are written into them.
+
+        A rollout whose environment died has no token that the model wrote: nothing of it is scored or trained on.
+        """
+        tokens = [_Tokens(ids) for ids in prompt_ids]
+        active = [i for i, episode in enumerate(episodes) if not episode.died]
+        for turn in range(1, self.max_turns + 1):
+            if not active:
+                break
+            room = [max_new_tokens - len(tokens[i].ids) for i in active]
+            written = write(
+                [tokens[i].prompt + tokens[i].ids for i in active],
+                max_new_tokens=max(room),
+                pad_id=pad_id,
+                eos_ids=list(eos_ids),
+                seed=_seed(seed, turn),
+            )
+            calls = {}
+            for row, (i, most) in enumerate(zip(active, room, strict=True)):
+                ids = written.completion_ids[row][written.completion_mask[row]].tolist()[:most]
+                hidden = written.student_hidden
+                tokens[i].add(ids, turn, None if hidden is None else hidden[row, : len(ids)])
+                calls[i] = self._read(episodes[i], ids, turn, ended=bool(ids) and ids[-1] in eos_ids)
+            active = self._answered(episodes, tokens, {i: made for i, made in calls.items() if made}, max_new_tokens)
+        self.environments.finish(episodes)
+        return _rollouts(tokens, [bool(episode.died) for episode in episodes], pad_id, device)
+
+    def _read(self, episode: Episode, ids: list[int], turn: int, ended: bool) -> list:
+        """The calls of a turn that are to be made: none ends the episode."""
+        text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
+        episode.transcript.append({"role": "assistant", "content": text})
+        episode.counts["turns"] += 1
+        if not ended:
+            episode.counts["cut"] += 1
+            return []
+        calls = calls_of(text, episode.tools.keys())
+        if calls and turn == self.max_turns:
+            episode.counts["out_of_turns"] += 1
+            return []
+        return calls
+
+    def _answered(self, episodes, tokens: list[_Tokens], calls: dict[int, list], most: int) -> list[int]:
+        """Makes the calls; which rollouts go on, with the tools' messages in their tokens."""
+        limits = self.environments.limits
+        results = run_turns([(episodes[i].tools, made) for i, made in calls.items()], limits)
+        going_on = []
+        for i, result in zip(calls, results, strict=True):
+            episode = episodes[i]
+            episode.counts.update(result.counts)
+            episode.transcript += result.messages
+            if result.hung and episode.environment is not None:
+                episode.died = "a call that did not return"
+                continue
+            said = self.suffix(result.messages)
+            if len(tokens[i].ids) + len(said) >= most:
+                episode.counts["cut"] += 1
+                continue
+            hidden = tokens[i].hidden
+            tokens[i].add(said, 0, hidden[-1].new_zeros(len(said), hidden[-1].shape[-1]) if hidden else None)
+            going_on.append(i)
+        return going_on
+
+
+def _seed(seed: int, turn: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr((seed, turn)).encode()).digest()[:8]) >> 1
+
+
+def _rollouts(tokens: list[_Tokens], dropped: list[bool], pad_id: int, device) -> Rollouts:
+    width = max(1, *(len(each.ids) for each in tokens))
+    ids = torch.full((len(tokens), width), pad_id, dtype=torch.int64)
+    turn = torch.zeros(len(tokens), width, dtype=torch.int64)
+    present = torch.zeros(len(tokens), width, dtype=torch.bool)
+    recorded = next((each.hidden[0] for each in tokens if each.hidden), None)
+    hidden = None if recorded is None else recorded.new_zeros(len(tokens), width, recorded.shape[-1])
+    for b, (each, drop) in enumerate(zip(tokens, dropped, strict=True)):
+        length = len(each.ids)
+        ids[b, :length] = torch.tensor(each.ids, dtype=torch.int64)
+        turn[b, :length] = 0 if drop else torch.tensor(each.turn, dtype=torch.int64)
+        present[b, :length] = True
+        if each.hidden:
+            hidden[b, :length] = torch.cat(each.hidden)
+    return Rollouts(
+        [each.prompt for each in tokens], ids.to(device), (turn > 0).to(device), hidden, None, present.to(device)
+    )
