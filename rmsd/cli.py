@@ -65,12 +65,18 @@ def report(
         Path | None,
         typer.Option(help="Where to write; by default RUN_DIR/report.html, or report.html beside several runs."),
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="In place of the page, an SVG of one answer of the first run.")
+    ] = None,
+    theme: Annotated[str, typer.Option(help="Of the picture: light or dark.")] = "light",
+    step: Annotated[int | None, typer.Option(help="Of the picture's answer; by default whichever tells most.")] = None,
     debug: Debug = False,
 ) -> None:
     """Write a page that shows what a run learned, and from which tokens."""
     from .report import write_report
+    from .report.picture import write_picture
 
-    print(write_report(runs, output))
+    print(write_picture(runs[0], picture, theme=theme, step=step) if picture else write_report(runs, output))
 
 
 @app.command()

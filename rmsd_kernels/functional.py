@@ -132,7 +132,8 @@ def scores_and_candidates(
     Args:
         criterion: "logprob_gap" |log q(y) - log p(y)|, "divergence", or "entropy_gap" |H(q) - H(p)|.
         mask: true on tokens the student wrote; ids at other positions are not checked.
-        The rest as in `token_scores`.
+
+    The other options are those of `token_scores`.
 
     Returns:
         TokenScores of (B, L), and index (B, num_candidates) int64 as `select_tokens` gives it. A row whose divergence
@@ -188,7 +189,8 @@ def token_divergence(
         tail: what happens to the rest of the mass: "bucket" (one more entry holds it: never negative, 0 only where the
             coarsened distributions agree), "renorm" (both renormalised over the k) or "drop" (left out: not a
             divergence; its reverse KL may be negative, and descent on it moves mass out of the k).
-        The rest as in `token_scores`.
+
+    The other options are those of `token_scores`.
 
     Returns:
         fp32 of the leading shape, or (R,) with `rows`, 0 where the row is -1; fp64 for fp64 logits. NaN for a row

@@ -86,7 +86,7 @@ def log_mixture(student_logprobs: Tensor, teacher_logprobs: Tensor, beta: float)
 
 
 def divergence_terms(student_logprobs: Tensor, teacher_logprobs: Tensor, divergence: str, beta: float = 0.5) -> Tensor:
-    """The summands of D(p, q), entry by entry. design.md, "Divergence":
+    """The summands of D(p, q), entry by entry; docs/method.md, "Divergence":
 
     reverse_kl  sum p log(p / q)
     forward_kl  sum q log(q / p)

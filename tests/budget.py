@@ -1,4 +1,4 @@
-"""The error budget of docs/design.md, "Accuracy", and what the kernels' tests measure with it.
+"""The error budget of docs/kernels.md, "Accuracy", and what the kernels' tests measure with it.
 
 Truth is `reference.py` in fp64 on the fp64 upcast of the very inputs that the kernel gets, so rounding the inputs is
 nobody's error. Plain torch in the same dtype is `reference.py` on those inputs: log_softmax in fp32 of the upcast

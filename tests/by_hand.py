@@ -1,4 +1,4 @@
-"""Every formula of docs/design.md for one row, in Python floats: what `reference.py` itself is held to."""
+"""Every formula for one row, in Python floats (docs/method.md, docs/kernels.md): what `reference.py` is held to."""
 
 import math
 

@@ -239,8 +239,19 @@ def test_pairs_are_of_one_seed_and_rmsd_less_opsd():
     assert "| +0.10 |" in rows["context judge, anchors"], "no interval: the seeds agree, though they lie 0.4 apart"
     assert "| -0.200 |" in rows["context judge, anchors"]
     assert "| +0.00 |" in rows["context judge"]
-    table = report.published_table(paired)
-    assert "| 0.740 | 0.480 | 0.60 [0.30, 0.90] |" in table
+
+
+def test_what_was_published_stands_beside_each_method_before_and_after_continuation():
+    marks = dict(step=10, target=0.75, specificity=1.0, skills=0.9, drift=0.2)
+    labels = [name + more for name in report.BESIDE_PUBLISHED for more in ("", "+")]
+    results = [
+        dict(label=label, marks=[{**marks, "target_only": 0.5 + 0.25 * label.endswith("+")}]) for label in labels
+    ]
+    rows = report.published_table(results).splitlines()
+    assert "| published: RMSD | 0.970 | 0.470 | 1.000 | 0.940 |  |" in rows
+    once, after = (rows.index(f"| here: OPSD{more} | 0.75 | {t} | 1.000 | 0.900 | 0.200 |")
+                   for more, t in (("", "0.50"), (", continued", "0.75")))  # fmt: skip
+    assert once < rows.index("| published: RMSD, continued | 1.000 | 0.740 | 0.935 | 0.940 |  |") < after
 
 
 def test_the_ablations_name_options_and_rivals():

@@ -1,18 +1,24 @@
-"""The README's snippets, run as they stand."""
+"""The snippets of the README and of docs/usage.md, run as they stand, and what the README claims."""
 
 import re
-from pathlib import Path
 
+import pages
+import pytest
 import tiny
 import torch
 
 from rmsd.run.recipe import load_recipe
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README, USAGE = pages.page("README.md"), pages.page("docs/usage.md")
 
 
 def snippet(name):
-    return re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    return pages.snippet("docs/usage.md", name)
+
+
+@pytest.mark.parametrize("name", ["after", "judge"])
+def test_the_readme_s_snippets_are_those_of_the_usage_page(name):
+    assert pages.snippet("README.md", name) == snippet(name)
 
 
 def test_before_and_after_run_in_one_loop_and_after_trains_fewer_tokens():
@@ -49,25 +55,29 @@ def test_before_and_after_run_in_one_loop_and_after_trains_fewer_tokens():
 
 
 def test_readme_names_the_test_command_that_ci_runs():
-    ci = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8")
-    assert "make test" in README and re.search(r"^make test$", ci, re.MULTILINE)
+    assert "make test" in README and re.search(r"^make test$", pages.page(".ci/run"), re.MULTILINE)
 
 
 def test_the_run_that_is_resumed_is_the_demos():
-    root = Path(__file__).parents[1]
-    demo = re.search(r"rmsd train (\S+) (.*)", (root / "Makefile").read_text(encoding="utf-8").replace("$(SEED)", "1"))
-    resumed = re.search(r"^rmsd train (\S+) (.*?) *# after an interruption", README, re.MULTILINE)
-    of_demo, of_readme = (load_recipe(root / match[1], match[2].split()) for match in (demo, resumed))
-    assert of_readme == of_demo and of_demo.resume
+    demo = re.search(r"rmsd train (\S+) (.*)", pages.page("Makefile").replace("$(SEED)", "1"))
+    resumed = re.search(r"^rmsd train (\S+) (.*?) *# after an interruption", USAGE, re.MULTILINE)
+    of_demo, of_page = (load_recipe(pages.ROOT / match[1], match[2].split()) for match in (demo, resumed))
+    assert of_page == of_demo and of_demo.resume
 
 
 def test_every_number_that_the_readme_claims_is_in_the_page_it_names():
-    table = README.partition("## What it gives")[2].partition("\n## ")[0]
-    rows = [line.split("|")[2:4] for line in table.splitlines() if line.startswith("|") and "](docs/" in line]
-    assert len(rows) >= 5
-    for measured, where in rows:
-        page = (Path(__file__).parents[1] / re.search(r"\((docs/\w+\.md)\)", where).group(1)).read_text(
-            encoding="utf-8"
-        )
-        for number in re.findall(r"\d[\d,]*\.?\d*", measured):
+    rows = [line.strip("| ").split(" | ") for line in README.splitlines() if re.search(r"\| \[\w+\]\(docs/", line)]
+    assert len(rows) >= 3
+    for what, measured, where in rows:
+        page = pages.page(re.search(r"\((docs/\w+\.md)\)", where)[1])
+        for number in re.findall(r"\d[\d,]*\.?\d*", re.sub(r"SmolLM\d", "", what) + " " + measured):
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d]|\.\d)", page), f"{number} is not in {where}"
+
+
+def test_the_readme_s_tree_has_a_line_for_every_room():
+    tree = README.partition("## The tree")[2].partition("```\n")[2].partition("```")[0]
+    for package in ("rmsd_kernels", "rmsd"):
+        listed = tree.partition(f"{package}/ ")[2]
+        listed = re.findall(r"^  (\w+)/ ", re.split(r"^\S", listed, maxsplit=1, flags=re.MULTILINE)[0], re.MULTILINE)
+        rooms = [path.parent.name for path in (pages.ROOT / package).glob("*/__init__.py")]
+        assert sorted(listed) == sorted(rooms)

@@ -25,7 +25,7 @@ GROUPS = {
     "threshold": {"0 nats": {}, "0.5 nats": dict(threshold=0.5), "2 nats": dict(threshold=2.0)},
     "divergence": {"reverse KL": {}, "forward KL": dict(divergence="forward_kl"), "JSD": JSD},
     "vocabulary top-k": {
-        "K 500, drop": {},
+        "K 500, the whole vocabulary": {},
         "K 20, drop": dict(vocab_topk=20, tail="drop"),
         "K 3, drop": dict(vocab_topk=3, tail="drop"),
         "K 3, bucket": dict(vocab_topk=3, tail="bucket"),

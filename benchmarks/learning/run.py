@@ -1,5 +1,5 @@
 """The learning suite: pre-trains base models, runs every method on every seed at each learning rate, and writes
-docs/learning.md's tables and figures.
+docs/learning_tables.md's tables and figures.
 
     python -m benchmarks.learning.run             # the comparison: 40 to 90 minutes on two cores
     python -m benchmarks.learning.run --ablations # what each choice of RMSD does: two thirds of that after it

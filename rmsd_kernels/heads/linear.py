@@ -54,7 +54,8 @@ def linear_token_scores(
         logit_scale: factor on the projected logits (Cohere; 1 / logits_scaling for Granite).
         softcap: Gemma's final cap, applied after the scale; None for none.
         workspace_mb: room for one chunk's logits; None for 48 on a CPU and 1024 on a GPU.
-        The rest as in `token_scores`.
+
+    The other options are those of `token_scores`.
 
     A head that is the very same tensor for both models is read once a chunk for both.
     """
@@ -184,7 +185,8 @@ def linear_token_divergence(
 
     Args:
         rows: int64 into the flattened leading axis, None for all; -1 gives 0. Rows not named get exactly zero gradient.
-        The rest as in `token_divergence` and `linear_token_scores`.
+
+    The other options are those of `token_divergence` and `linear_token_scores`.
 
     Returns:
         (R,) fp32 (fp64 for fp64 inputs), differentiable in `student_hidden`, `student_weight` and `student_bias`.

@@ -52,7 +52,8 @@ def vocab_parallel_linear_token_scores(
     Args:
         group: None for the default group; its ranks' order is the shards' order.
         vocab_size: real columns of the whole vocabulary; the padding may span several shards.
-        The rest as in `linear_token_scores`.
+
+    The other options are those of `linear_token_scores`.
 
     Raises:
         TypeError, ValueError: naming the argument, on every rank (the rank it came from raises its own error, the
@@ -107,7 +108,8 @@ def vocab_parallel_linear_token_divergence(
 
     Args:
         vocab_topk: the student's largest logits of the whole vocabulary, ties to the lower id.
-        The rest as in `linear_token_divergence` and `vocab_parallel_linear_token_scores`.
+
+    The other options are those of `linear_token_divergence` and `vocab_parallel_linear_token_scores`.
 
     Returns:
         (R,) fp32 (fp64 for fp64 inputs), the same on every rank. `student_hidden` gets its whole gradient on every rank
