@@ -1,6 +1,8 @@
 """The learning suite's parts that decide what its tables say. The suite itself is `make learn`."""
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotl
 
 from benchmarks.learning import marks as marks_of
 from benchmarks.learning import methods, report, run
+from benchmarks.learning.ablations import GROUPS
 from benchmarks.learning.corpus import SKILLS, World, skill
 from benchmarks.learning.lesson import Lesson, OracleJudge
 from benchmarks.learning.muon import Muon
@@ -252,6 +255,13 @@ def test_what_was_published_stands_beside_each_method_before_and_after_continuat
     once, after = (rows.index(f"| here: OPSD{more} | 0.75 | {t} | 1.000 | 0.900 | 0.200 |")
                    for more, t in (("", "0.50"), (", continued", "0.75")))  # fmt: skip
     assert once < rows.index("| published: RMSD, continued | 1.000 | 0.740 | 0.935 | 0.940 |  |") < after
+
+
+def test_every_table_and_figure_has_a_place_on_the_page():
+    sections = ["told", "rates", "end", "early", "figure", "level", "continued", "figure continued", "paired"]
+    page = (Path(__file__).parents[1] / report.PAGE).read_text(encoding="utf-8")
+    for name in [*sections, "one rate", "published", *GROUPS]:
+        assert re.search(f"<!-- {name} -->\n.+\n<!-- /{name} -->", page, re.DOTALL), name
 
 
 def test_the_ablations_name_options_and_rivals():
