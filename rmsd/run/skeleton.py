@@ -1,6 +1,5 @@
 """A model without its weights: on the meta device, made from its config, or from the recipe where there is none."""
 
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -8,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..answers.data import fix_template_variables
-from ..models.loading import WHEELS, fastest_attention, with_lora
+from ..models.loading import adapted, with_attention, with_lora
+from ..models.wheels import is_gguf, readable
 from .recipe import Recipe
 
 
@@ -20,10 +20,14 @@ def skeleton(recipe: Recipe):
             recipe has no `architecture`.
         ValueError: the recipe's `architecture` is not the model's.
     """
-    place, options, offline = recipe.model, {"trust_remote_code": recipe.trust_remote_code}, False
-    if recipe.model.lower() in WHEELS:
-        package, options["gguf_file"] = WHEELS[recipe.model.lower()]
-        place = _folder_of(package)
+    place, options, offline = (
+        adapted(recipe.model) or recipe.model,
+        {"trust_remote_code": recipe.trust_remote_code},
+        False,
+    )
+    if is_gguf(place):
+        place, gguf = readable(place)
+        options |= gguf
     elif not Path(place).is_dir() and not _hub_answers():
         options["local_files_only"] = offline = True  # what was fetched before; asking would mean 20 s of retries
     try:
@@ -40,22 +44,21 @@ def skeleton(recipe: Recipe):
         _check_same(recipe.architecture or {}, config, recipe.model)
         fix_template_variables(tokenizer, recipe.chat_template_kwargs)
         source = "by the model's own config"
-    attention = recipe.attn_implementation
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=getattr(torch, recipe.dtype),
-            attn_implementation=fastest_attention(recipe.dtype) if attention == "auto" else attention,
-            trust_remote_code=recipe.trust_remote_code,
+        model = with_attention(
+            lambda **attention: AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, recipe.dtype), trust_remote_code=recipe.trust_remote_code, **attention
+            ),
+            recipe.attn_implementation,
+            recipe.dtype,
         )
+        if adapted(recipe.model):
+            from peft import PeftConfig, get_peft_model
+
+            adapter = PeftConfig.from_pretrained(recipe.model)
+            adapter.inference_mode = False
+            model = get_peft_model(model, adapter)
         return with_lora(model, recipe.lora) if recipe.lora else model, tokenizer, source
-
-
-def _folder_of(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise FileNotFoundError(f"the model is inside the wheel {package.replace('_', '-')}, which is not installed")
-    return Path(spec.origin).parent
 
 
 def _check_same(architecture: dict, config, name: str) -> None:

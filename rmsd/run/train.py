@@ -102,7 +102,8 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
     if (Path(folder) / "adapter_config.json").exists():
         from peft import PeftModel
 
-        trained = PeftModel.from_pretrained(base, folder)
+        # Without the adapter that the run began with, if it began with one: the folder's holds what that had learnt.
+        trained = PeftModel.from_pretrained(base.unload() if hasattr(base, "unload") else base, folder)
     else:
         trained, _ = load_model(
             folder,
