@@ -28,12 +28,21 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def namesakes() -> list[str]:
+    """Other distributions, by name and version, that bring an import package or a script named `rmsd`, as one of
+    chemistry does (root-mean-square deviation)."""
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="rmsd")
+    found = {script.dist.name for script in scripts if script.dist}
+    found.update(importlib.metadata.packages_distributions().get("rmsd", ()))
+    return [f"{name} {version(name)}" for name in sorted(found) if name.replace("_", "-") != "rmsd-kernels"]
+
+
 def devices() -> dict[str, str]:
     """Device type -> what it is, or why there is none."""
     try:
         kernels = f"C++ kernels of {cpu.capability()}"
         cpu.library()
-    except (ImportError, OSError) as error:
+    except ImportError as error:
         kernels = str(error)
     found = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads; {kernels}"}
     if torch.cuda.is_available():
@@ -57,6 +66,11 @@ def choice(device: str, dtype: torch.dtype) -> tuple[str, str]:
 def report() -> str:
     lines = [f"rmsd_kernels {__version__}, Python {platform.python_version()}"]
     lines += [f"  {package:<13} {version(package)}" for package in PACKAGES]
+    lines += [
+        f"  {other} has the import name or the script `rmsd` too: whichever of the two was installed last has replaced the "
+        "other's files. Keep them in environments of their own, and install rmsd-kernels again in its."
+        for other in namesakes()
+    ]
     lines += ["", "devices"]
     lines += [f"  {device:<13} {what}" for device, what in devices().items()]
     for device, what in devices().items():

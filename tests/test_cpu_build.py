@@ -86,7 +86,30 @@ def test_environment_chooses_only_among_what_the_processor_runs(use_build):
 def test_without_a_library_it_says_how_to_build(monkeypatch, use_build):
     use_build("default")
     monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
-    assert "pip install --no-build-isolation" in cpu.why_not(torch.empty(0))
+    assert "(default) are not built: install a C++20 compiler" in cpu.why_not(torch.empty(0))
+
+
+def test_a_wheel_of_one_instruction_set_serves_processors_that_have_more(monkeypatch, use_build):
+    if runnable()[0] == "default":
+        pytest.skip("this processor has no more")
+    use_build("")
+    assert cpu.capability() == runnable()[0]
+    find = cpu.importlib.util.find_spec
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: find(name) if "default" in name else None)
+    assert cpu.capability() == "default"
+    assert cpu.why_not(torch.empty(0)) is None and "_default." in cpu.library()._name
+
+
+def test_a_library_that_does_not_load_beside_this_torch_says_so(tmp_path, monkeypatch, use_build):
+    """As one built with a torch that has a function which this one lacks."""
+    (tmp_path / "lib.cpp").write_text('extern "C" int of_another_torch(); extern "C" int f() { return of_another_torch(); }')
+    library = tmp_path / "lib.so"
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", library, tmp_path / "lib.cpp"], check=True)
+    use_build("default")
+    monkeypatch.setattr(cpu, "_library_file", lambda name: str(library))
+    reason = cpu.why_not(torch.empty(0))
+    assert f"do not load beside torch {torch.__version__}" in reason and "of_another_torch" in reason
+    assert backends.resolve_backend("auto", torch.empty(0), "token_scores") == "torch"
 
 
 @pytest.mark.parametrize("divergence", reference.DIVERGENCES)
@@ -133,6 +156,7 @@ def test_backward_holds_the_gradient_and_no_more():
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
     """`setup.py build_ext` of a copy, as pip would run it."""
     shutil.copy(ROOT / "setup.py", tmp_path)
+    shutil.copy(ROOT / "build_backend.py", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copy(ROOT / "LICENSE", tmp_path)
@@ -156,7 +180,7 @@ def test_no_torch_warns_and_installs(tmp_path):
     (hidden / "torch.py").write_text("raise ImportError('hidden by a test')")
     done = build(tmp_path, PYTHONPATH=str(hidden))
     assert done.returncode == 0, done.stderr
-    assert "the C++ kernels are NOT built (torch is not importable" in done.stderr
+    assert "the C++ kernels are NOT built (torch cannot be imported: hidden by a test" in done.stderr
 
 
 def test_no_build_is_for_this_machine_alone():

@@ -56,6 +56,22 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     assert "  no-such-package-here not installed" in lines
 
 
+def test_a_namesake_in_the_same_environment_is_named(tmp_path, monkeypatch):
+    """The chemistry package's distribution, import package and script have this project's short name."""
+    assert env.namesakes() == [] and "too: whichever" not in env.report()
+    for name, contents in (("rmsd", "top_level.txt"), ("dock", "entry_points.txt"), ("other", None)):
+        folder = tmp_path / f"{name}-1.7.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.7.0\n")
+        if contents:
+            text = "rmsd\n" if contents == "top_level.txt" else "[console_scripts]\nrmsd = dock:main\n"
+            (folder / contents).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert env.namesakes() == ["dock 1.7.0", "rmsd 1.7.0"]
+    (line,) = (line for line in env.report().splitlines() if line.startswith("  rmsd 1.7.0 has the import name"))
+    assert "environments of their own" in line
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said():
     assert env.devices()["cuda"].startswith("none: ")

@@ -41,25 +41,42 @@ class _Problem(ctypes.Structure):
 
 
 def capability() -> str:
-    """The best build that this processor can run; RMSD_CPU_CAPABILITY asks for a lesser one."""
+    """The best build that is here and that this processor can run; RMSD_CPU_CAPABILITY asks for a lesser one.
+
+    Raises:
+        ImportError: RMSD_CPU_CAPABILITY asks for one that this processor cannot run.
+    """
     have = torch.backends.cpu.get_cpu_capability().lower()
-    best = have if have in CAPABILITIES else "default"
-    wanted = os.environ.get("RMSD_CPU_CAPABILITY", best).lower()
-    if wanted not in CAPABILITIES or CAPABILITIES.index(wanted) < CAPABILITIES.index(best):
-        allowed = ", ".join(CAPABILITIES[CAPABILITIES.index(best) :])
-        raise ImportError(f"RMSD_CPU_CAPABILITY={wanted}: this processor runs {allowed}")
-    return wanted
+    runnable = CAPABILITIES[CAPABILITIES.index(have) if have in CAPABILITIES else -1 :]
+    wanted = os.environ.get("RMSD_CPU_CAPABILITY", "").lower()
+    if wanted and wanted not in runnable:
+        raise ImportError(f"RMSD_CPU_CAPABILITY={wanted}: this processor runs {', '.join(runnable)}")
+    return wanted or next(filter(_library_file, runnable), runnable[0])
+
+
+def _library_file(name: str) -> str | None:
+    spec = importlib.util.find_spec(f"{__name__}._{name}")
+    return spec and spec.origin
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Raises ImportError, saying how to build, when there is no library for this processor."""
-    spec = importlib.util.find_spec(f"{__name__}._{capability()}")
-    if spec is None:
+    """Raises ImportError, saying what to do, where there is no library for this processor or torch cannot serve it.
+
+    Of torch a library asks for seven functions that say how many threads there are, and for two of SLEEF, by name: torch
+    2.9.0 and 2.13.0 have the same. A torch that lacks one is told here, before anything is computed."""
+    name = capability()
+    path = _library_file(name)
+    again = "pip install --force-reinstall --no-deps --no-cache-dir"
+    if path is None:
+        raise ImportError(f"the C++ kernels ({name}) are not built: install a C++20 compiler, then this again by `{again}`")
+    try:
+        return ctypes.CDLL(path)
+    except OSError as error:
         raise ImportError(
-            f"the C++ kernels ({capability()}) are not built: pip install --no-build-isolation . with a C++20 compiler"
-        )
-    return ctypes.CDLL(spec.origin)
+            f"the C++ kernels ({name}) do not load beside torch {torch.__version__} ({error}): install this again, from "
+            f"source, by `{again}`"
+        ) from error
 
 
 def why_not(tensor: Tensor) -> str | None:
@@ -69,7 +86,7 @@ def why_not(tensor: Tensor) -> str | None:
         return f"its kernels take float32, bfloat16 and float16, not {tensor.dtype}"
     try:
         library()
-    except (ImportError, OSError) as error:
+    except ImportError as error:
         return str(error)
     return None
 
