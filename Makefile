@@ -15,6 +15,7 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The site, in site/. Strict: a dead link or a reference that names nothing fails.
 docs: $(VENV)/.installed

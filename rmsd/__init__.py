@@ -1,6 +1,13 @@
 """Relevance-Masked Self-Distillation: the method, on top of rmsd_kernels."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
+    from .loss import LinearRMSDLoss, RMSDLoss
+    from .training.config import RMSDConfig
+    from .training.trainer import RMSDTrainer
 
 _HOME = {
     "RMSDLoss": "loss",
@@ -13,10 +20,20 @@ _HOME = {
     "MagnitudeJudge": "judge",
     "CachedJudge": "judge",
 }
-__all__ = list(_HOME)
+__all__ = [
+    "CachedJudge",
+    "ContextJudge",
+    "Judge",
+    "LLMJudge",
+    "LinearRMSDLoss",
+    "MagnitudeJudge",
+    "RMSDConfig",
+    "RMSDLoss",
+    "RMSDTrainer",
+]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # On first use: a loss alone should not cost the import of transformers.
     if name not in _HOME:
         raise AttributeError(f"module 'rmsd' has no attribute {name!r}")

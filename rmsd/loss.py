@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class RMSDLoss(nn.Module):
     Source: "Bringing Capabilities in Distribution via Relevance-Masked Self-Distillation" (Applied Compute, 2026).
     """
 
+    nonfinite_rows: Tensor
+
     def __init__(
         self,
         *,
@@ -62,7 +65,7 @@ class RMSDLoss(nn.Module):
         super().__init__()
         check_selection(criterion=criterion, num_tokens=num_candidates, threshold=threshold, name="num_candidates")
         check_selection(num_tokens=num_kept, threshold=threshold, name="num_kept")
-        options = dict(divergence=divergence, beta=beta, temperature=temperature)
+        options: dict[str, Any] = dict(divergence=divergence, beta=beta, temperature=temperature)
         check_options(**options, teacher_temperature=None, vocab_size=None, width=1, vocab_topk=vocab_topk, tail=tail)
         if tail == "drop" and vocab_topk is not None:
             _warn_of_dropped_mass()
@@ -134,7 +137,7 @@ class LinearRMSDLoss(RMSDLoss):
     """`RMSDLoss` from hidden states and head weights: the logits of all tokens never exist together, and only the
     kept rows reach the head's backward. Takes the same options."""
 
-    def candidates(
+    def candidates(  # type: ignore[override]  # hidden states and heads where RMSDLoss takes logits
         self,
         student_hidden: Tensor,  # (B, L, H)
         student_weight: Tensor,  # (V, H)
@@ -142,13 +145,13 @@ class LinearRMSDLoss(RMSDLoss):
         teacher_weight: Tensor,  # (V, H')
         sampled_ids: Tensor,  # (B, L) int64
         completion_mask: Tensor,  # (B, L) bool
-        **head,
+        **head: Any,
     ) -> tuple[TokenScores, Tensor]:
         """As RMSDLoss.candidates; `head` may hold student_bias, teacher_bias, logit_scale, softcap, workspace_mb."""
         heads = (student_hidden, student_weight, teacher_hidden, teacher_weight)
         return self._select_linear(heads, sampled_ids, completion_mask, self.num_candidates, head)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         student_hidden: Tensor,  # (B, L, H), differentiable
         student_weight: Tensor,  # (V, H), differentiable
@@ -159,7 +162,7 @@ class LinearRMSDLoss(RMSDLoss):
         keep: Tensor | None = None,  # (B, L) bool
         *,
         num_sequences: Tensor | float | None = None,
-        **head,
+        **head: Any,
     ) -> Tensor:
         """As RMSDLoss.forward; `head` may hold student_bias, teacher_bias, logit_scale, softcap, workspace_mb."""
         heads = (student_hidden, student_weight, teacher_hidden, teacher_weight)
@@ -171,7 +174,9 @@ class LinearRMSDLoss(RMSDLoss):
         else:
             rows = _rows_where(keep, completion_mask)
             _check_kept_ids(sampled_ids, student_hidden, student_weight.shape[0], keep, completion_mask)
-        divergence = linear_token_divergence(*heads, rows=rows, **head, **self.divergence_options)
+        divergence = linear_token_divergence(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, rows=rows, **head, **self.divergence_options
+        )
         return self._mean(divergence, rows, shape, num_sequences)
 
     def _select_linear(self, heads, sampled_ids, completion_mask, num_tokens, head):
@@ -192,7 +197,7 @@ def _rows_where(keep: Tensor, completion_mask: Tensor) -> Tensor:
 
     A judge answers on the host, so `keep` may stay on the CPU: then R is the number kept, or 1. On a GPU R is B*L,
     since counting would sync; rows of -1 are skipped there by the kernels."""
-    check_mask(keep, completion_mask.shape, getattr(keep, "device", None), "keep")
+    check_mask(keep, completion_mask.shape, getattr(keep, "device", completion_mask.device), "keep")
     if keep.device.type == "cpu":
         rows = keep.flatten().nonzero().squeeze(1)
         if not rows.numel() and keep.numel():

@@ -67,8 +67,8 @@ def report() -> str:
     lines = [f"rmsd_kernels {__version__}, Python {platform.python_version()}"]
     lines += [f"  {package:<13} {version(package)}" for package in PACKAGES]
     lines += [
-        f"  {other} has the import name or the script `rmsd` too: whichever of the two was installed last has replaced the "
-        "other's files. Keep them in environments of their own, and install rmsd-kernels again in its."
+        f"  {other} has the import name or the script `rmsd` too: whichever of the two was installed last has replaced "
+        "files of the other. Keep them in environments of their own, and install rmsd-kernels again in its."
         for other in namesakes()
     ]
     lines += ["", "devices"]

@@ -102,7 +102,9 @@ def test_a_wheel_of_one_instruction_set_serves_processors_that_have_more(monkeyp
 
 def test_a_library_that_does_not_load_beside_this_torch_says_so(tmp_path, monkeypatch, use_build):
     """As one built with a torch that has a function which this one lacks."""
-    (tmp_path / "lib.cpp").write_text('extern "C" int of_another_torch(); extern "C" int f() { return of_another_torch(); }')
+    (tmp_path / "lib.cpp").write_text(
+        'extern "C" int of_another_torch(); extern "C" int f() { return of_another_torch(); }'
+    )
     library = tmp_path / "lib.so"
     subprocess.run(["c++", "-shared", "-fPIC", "-o", library, tmp_path / "lib.cpp"], check=True)
     use_build("default")

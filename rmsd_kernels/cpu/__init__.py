@@ -56,26 +56,26 @@ def capability() -> str:
 
 def _library_file(name: str) -> str | None:
     spec = importlib.util.find_spec(f"{__name__}._{name}")
-    return spec and spec.origin
+    return spec.origin if spec else None
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """Raises ImportError, saying what to do, where there is no library for this processor or torch cannot serve it.
 
-    Of torch a library asks for seven functions that say how many threads there are, and for two of SLEEF, by name: torch
-    2.9.0 and 2.13.0 have the same. A torch that lacks one is told here, before anything is computed."""
+    Of torch a library asks, by name, for seven functions that say how many threads there are and for two of SLEEF:
+    torch 2.9.0 and 2.13.0 have the same. A torch that lacks one is told here, before anything is computed."""
     name = capability()
     path = _library_file(name)
-    again = "pip install --force-reinstall --no-deps --no-cache-dir"
+    again = "`pip install --force-reinstall --no-deps --no-cache-dir`"
     if path is None:
-        raise ImportError(f"the C++ kernels ({name}) are not built: install a C++20 compiler, then this again by `{again}`")
+        raise ImportError(f"the C++ kernels ({name}) are not built: install a C++20 compiler, then this, by {again}")
     try:
         return ctypes.CDLL(path)
     except OSError as error:
         raise ImportError(
-            f"the C++ kernels ({name}) do not load beside torch {torch.__version__} ({error}): install this again, from "
-            f"source, by `{again}`"
+            f"the C++ kernels ({name}) do not load beside torch {torch.__version__} ({error}): install this from "
+            f"source, by {again}"
         ) from error
 
 
