@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test lint docs bench learn learn-quick ablations vllm env clean
+.PHONY: demo test wheel-test lint docs bench learn learn-quick ablations vllm env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# An sdist and a wheel as a stranger gets them: built, installed in a fresh environment, with and without a compiler.
+wheel-test: $(VENV)/.installed
+	$(BIN)/python tests/wheel.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,8 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
+    from .judge import CachedJudge, Candidate, ContextJudge, Judge, LLMJudge, MagnitudeJudge, Question
     from .loss import LinearRMSDLoss, RMSDLoss
+    from .tasks import Task, load_task
     from .training.config import RMSDConfig
     from .training.trainer import RMSDTrainer
 
@@ -19,17 +20,25 @@ _HOME = {
     "ContextJudge": "judge",
     "MagnitudeJudge": "judge",
     "CachedJudge": "judge",
+    "Candidate": "judge",
+    "Question": "judge",
+    "Task": "tasks",
+    "load_task": "tasks",
 }
 __all__ = [
     "CachedJudge",
+    "Candidate",
     "ContextJudge",
     "Judge",
     "LLMJudge",
     "LinearRMSDLoss",
     "MagnitudeJudge",
+    "Question",
     "RMSDConfig",
     "RMSDLoss",
     "RMSDTrainer",
+    "Task",
+    "load_task",
 ]
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 app = typer.Typer(
     help="Relevance-Masked Self-Distillation: teach a model from its own answers.",
+    epilog="Start with `rmsd train recipes/house_tool.yaml`. `rmsd COMMAND --help` has each command's examples.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,8 +27,16 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Train by a recipe, show before and after, and write RUN/report.html.
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print plain records, as into a pipe, and no bars.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train by a recipe, and show before and after.
+
+    The run's folder (output_dir) gets the model, checkpoints, records and report.html. `rmsd keys` lists what a recipe
+    may hold, and each key can be set here too.
 
     \b
     Examples:
@@ -40,7 +49,8 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = Fa
     from .run.recipe import load_recipe
     from .run.train import train as run
 
-    if text := run(load_recipe(recipe, overrides or [])):
+    plain = ["train.disable_tqdm=true"] if quiet else []
+    if text := run(load_recipe(recipe, [*(overrides or []), *plain])):
         print(text)
 
 
@@ -51,7 +61,13 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Folder of the trained model; the run's own by default.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Evaluate a trained model by its recipe's task, beside the model it started from."""
+    """Evaluate a trained model beside the model it began as.
+
+    \b
+    Examples:
+      rmsd eval recipes/house_tool.yaml                             the model in the recipe's output_dir
+      rmsd eval recipes/house_tool.yaml --model runs/own/model
+    """
     from .run.recipe import load_recipe
     from .run.train import evaluate as run
 
@@ -72,7 +88,14 @@ def report(
     step: Annotated[int | None, typer.Option(help="Of the picture's answer; by default whichever tells most.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a page that shows what a run learned, and from which tokens."""
+    """Write a page that shows what a run learned, and from which tokens.
+
+    \b
+    Examples:
+      rmsd report runs/house_tool-1                          RUN_DIR/report.html
+      rmsd report runs/house_tool-1 runs/opsd-1              side by side
+      rmsd report runs/house_tool-1 --picture answer.svg     one answer, for a page of your own
+    """
     from .report import write_report
     from .report.picture import write_picture
 
@@ -97,7 +120,7 @@ def keys(
 
 @app.command()
 def env(debug: Debug = False) -> None:
-    """Show what is installed and which backend each operation would take."""
+    """Show what is installed, and which backend serves what."""
     from rmsd_kernels.env import report as describe
 
     print(describe())

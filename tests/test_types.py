@@ -52,16 +52,17 @@ def test_what_is_returned_is_what_is_declared() -> None:
 
 
 def exported() -> list:
+    """Every public function and method; of Trainer's hooks, whose signatures are Trainer's, none."""
     found = [getattr(package, name) for package in (rmsd_kernels, rmsd) for name in package.__all__]
-    methods = [
-        method
-        for cls in found
-        if inspect.isclass(cls) and cls is not rmsd.RMSDTrainer
-        for name, method in vars(cls).items()
-        if inspect.isfunction(method) and (not name.startswith("_") or name in ("__init__", "__call__"))
-        if name == "__init__" or not any(hasattr(base, name) for base in cls.__bases__)  # Trainer's hooks are Trainer's
-    ]
-    return [*filter(inspect.isfunction, found), *methods]
+    functions = [*filter(inspect.isfunction, found)]
+    for cls in filter(inspect.isclass, found):
+        for name, method in vars(cls).items():
+            public = name in ("__init__", "__call__") or not name.startswith("_")
+            hook = name != "__init__" and any(hasattr(base, name) for base in cls.__bases__)
+            own = inspect.isfunction(method) and method.__module__.startswith("rmsd")
+            if own and public and not hook and cls is not rmsd.RMSDTrainer:
+                functions.append(method)
+    return functions
 
 
 @pytest.mark.parametrize("function", exported(), ids=lambda function: function.__qualname__)

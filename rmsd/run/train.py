@@ -15,6 +15,7 @@ from ..judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
 from ..models.loading import load_model, with_lora
 from ..tasks import load_task
 from ..training.checkpoint import holds_optimizer, last_whole_checkpoint
+from ..training.console import show_lines
 from ..training.continuation import check_metric
 from ..training.record import RunRecord, read_lines
 from ..training.trainer import RMSDTrainer
@@ -71,6 +72,7 @@ def train(recipe: Recipe) -> str:
         evaluator=evaluator,
         callbacks=[RunRecord(out, resume=checkpoint is not None)],
     )
+    show_lines(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # The best weights, once they are loaded, are those that are saved; the last step's were evaluated.
     if evaluator and (args.load_best_model_at_end or not _evaluated(trainer.state)):
