@@ -1,7 +1,6 @@
 """Rollouts made elsewhere: rows that bring their completion are trained on as they stand, tool turns left out."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -12,9 +11,12 @@ from tiny import same, trainer, weights
 
 from rmsd.answers.completions import rollouts_of
 from rmsd.answers.data import checked_rows, load_rows
+from rmsd.models.heads import Reading
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import train
-from rmsd.step.training import train_loss
+from rmsd.step.micro_batch import MicroBatch
+from rmsd.step.training import settle, train_loss
+from rmsd.step.writing import write
 from rmsd.training.record import RunRecord, read_lines
 
 TURNS = [("The tool is", True), (" [search: zorblat]", False), (" called zorblat.", True)]
@@ -36,9 +38,10 @@ def rows(**extra):
 
 def prepared(made, rows):
     """What the trainer makes of one micro-batch."""
-    with ThreadPoolExecutor(1) as judging:
-        (scored,) = made.scored(made, made._written([rows]))
-        return made._asked(scored, judging)[1]()
+    batch = MicroBatch.of(rows, made.processing_class, made.args.teacher_template)
+    made._judge(made._scored([batch]))
+    settle(batch, made.teacher, made.pad_id)
+    return batch
 
 
 def no_generation(monkeypatch):
@@ -54,13 +57,15 @@ def test_training_on_recorded_rollouts_equals_training_on_them_as_they_are_sampl
     sampled.teacher.model.load_state_dict(tiny.model().state_dict())
     kept = {}
 
-    def remember(rows, prompt_ids, micro_batch):
-        made = answers(rows, prompt_ids, micro_batch)
-        for row, ids, mask in zip(rows, made.completion_ids, made.completion_mask, strict=True):
+    def remember(batch, *args, **options):
+        write(batch, *args, **options)
+        for row, ids, mask in zip(
+            batch.rows, batch.rollouts.completion_ids, batch.rollouts.completion_mask, strict=True
+        ):
             kept[str(row["prompt"])] = ids[mask].tolist()
-        return made
+        return batch
 
-    answers, sampled._answers = sampled._answers, remember
+    monkeypatch.setattr("rmsd.training.trainer.write", remember)
     before = weights(sampled.model)
     sampled.train()
 
@@ -113,25 +118,22 @@ def test_a_tool_turn_changes_what_follows_it_and_padding_does_not(tmp_path):
     together = prepared(made, [{**tiny.ROWS[0], **short}, {**tiny.ROWS[0], **long}])
     alone = prepared(made, [{**tiny.ROWS[0], **short}])
     length = len(short["completion"])
-    torch.testing.assert_close(
-        together["rollouts"].student_hidden[0, :length], alone["rollouts"].student_hidden[0, :length]
-    )
+    torch.testing.assert_close(together.rollouts.student_hidden[0, :length], alone.rollouts.student_hidden[0, :length])
     other = multi_turn([TURNS[0], (" [search: nothing]", False), TURNS[2]])
     changed = prepared(made, [{**tiny.ROWS[0], **other}])
-    last = together["rollouts"].student_hidden[1, len(long["completion"]) - 1]
-    assert (changed["rollouts"].student_hidden[0, -1] - last).abs().max() > 1e-4
+    last = together.rollouts.student_hidden[1, len(long["completion"]) - 1]
+    assert (changed.rollouts.student_hidden[0, -1] - last).abs().max() > 1e-4
 
 
 def test_the_training_forward_reads_tool_turns_too(tmp_path):
     made = trainer(tmp_path, perturbed(), rows=rows())
     made.teacher.model.load_state_dict(tiny.model().state_dict())
-    part = prepared(made, [{**row, **multi_turn()} for row in tiny.ROWS])
-    loss = made.training_step(made.model, part, 4.0)
-    rollouts = part["rollouts"]
-    plain = train_loss(
-        made.loss, rollouts.student_hidden, made.student_head(), part["teacher_hidden"], made.teacher.head,
-        rollouts.completion_ids, rollouts.completion_mask, part["keep"], 4.0,
-    )  # fmt: skip
+    batch = prepared(made, [{**row, **multi_turn()} for row in tiny.ROWS])
+    loss = made.training_step(made.model, batch.inputs(), 4.0)
+    rollouts = batch.rollouts
+    student = Reading(rollouts.student_hidden, made.student_head())
+    teacher = Reading(batch.teacher_hidden, made.teacher.head)
+    plain = train_loss(made.loss, student, teacher, rollouts.completion_ids, rollouts.completion_mask, batch.keep, 4.0)
     assert plain > 1e-3
     torch.testing.assert_close(loss, plain)
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import rmsd.step.routes
+import rmsd.step.scoring
 import rmsd.step.training
 import rmsd.training.trainer
 from benchmarks.common import peak_bytes
@@ -157,10 +157,10 @@ def counted(monkeypatch):
         monkeypatch.setattr(owner, name, wrapped)
 
     count(TransformersEngine, "__call__", "sampling")
-    count(rmsd.step.routes, "hidden_states", "reading")
+    count(rmsd.step.scoring, "hidden_states", "reading")
     count(Teacher, "hidden", "teacher")
-    count(rmsd.step.training, "score", "scores")
-    count(rmsd.step.routes, "wishes", "wishes")
+    count(rmsd.step.scoring, "score", "scores")
+    count(rmsd.step.scoring, "wishes", "wishes")
     count(rmsd.training.trainer.RMSDTrainer, "training_step", "training")
     return found
 

@@ -189,7 +189,7 @@ def test_counts_of_the_whole_run_go_on_where_it_is_resumed(tmp_path):
 def test_ranks_but_the_first_count_what_is_their_own(tmp_path, monkeypatch):
     made = trainer(tmp_path)
     made.state.log_history = [{"loss": 1.0, "skipped_steps": 2, "nonfinite_rows": 7.0}, {"eval_drift": 0.0}]
-    faults = NonfiniteGradients(made)
+    faults = NonfiniteGradients(made.metrics, made.loss, made.accelerator)
     for first, rows in ((True, 7), (False, 0)):
         monkeypatch.setattr(type(made.accelerator), "is_main_process", first)
         faults.on_train_begin(made.args, made.state, made.control)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmsd.models import hidden
-from rmsd.models.hidden import by_length, completion_hidden, lengths_of
+from rmsd.models.hidden import by_length, completion_hidden, row_lengths
 from rmsd.step.training import train_parts
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_a_batch_is_cut_to_what_it_keeps_and_parted_by_length():
 
 def test_lengths_reach_to_the_last_true_entry():
     mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    assert lengths_of(mask) == [3, 0, 4] and lengths_of(mask[:, :0]) == [0, 0, 0] and lengths_of(mask[:0]) == []
+    assert row_lengths(mask) == [3, 0, 4] and row_lengths(mask[:, :0]) == [0, 0, 0] and row_lengths(mask[:0]) == []
 
 
 @pytest.mark.parametrize("pass_tokens", [0, 1000], ids=["a forward a sequence", "all together"])

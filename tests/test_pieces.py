@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rmsd.answers.rollout import Rollouts
 from rmsd.judge import ContextJudge
 from rmsd.judge.pieces import Pieces
 from rmsd.step.judging import questions_of
+from rmsd.step.micro_batch import MicroBatch
 from rmsd.step.wishes import Wishes
 from rmsd_kernels import TokenScores
 
@@ -94,8 +96,9 @@ def test_the_context_judge_keeps_a_sentencepiece_word_from_its_first_token():
     scores = TokenScores(*(logprob - (2.0 if name == "teacher_logprob" else 0.0) for name in TokenScores._fields))
     candidates = torch.tensor([[2]])
     wishes = Wishes(*(torch.full((1, 1), wish) for _ in range(3)), None)
-    (question,) = questions_of(
-        ["Which?"], ["The tool is called zorblat."], [Pieces(tokenizer, ids)], scores, candidates, wishes, 5
-    )
+    row = {"prompt": "Which?", "privileged_context": "The tool is called zorblat."}
+    rollouts = Rollouts([[1]], torch.tensor([ids]), torch.ones(1, length, dtype=torch.bool))
+    batch = MicroBatch([row], [[1]], [[1]], rollouts, scores=scores, candidates=candidates, wishes=wishes)
+    (question,) = questions_of(batch, tokenizer, 5)
     assert question.candidates[0].promoted == " zor" and question.candidates[0].token == " fine"
     assert ContextJudge()([question]) == [[2]]

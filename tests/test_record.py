@@ -4,7 +4,9 @@ import json
 
 import torch
 
+from rmsd.answers.rollout import Rollouts
 from rmsd.judge import Question
+from rmsd.step.micro_batch import MicroBatch
 from rmsd.step.wishes import Logprobs
 from rmsd.training.record import rollout_lines
 from rmsd_kernels import TokenScores
@@ -16,11 +18,15 @@ def test_what_the_student_did_not_write_is_told_from_scores_that_are_not_finite(
     question = Question("p", "c", tokens=("a", "b", "c", "d"), candidates=(), max_kept=1)
     rows = torch.tensor([[[-1.0, -2.0, -3.0, -4.0, 0.0]], [[-1.5, -2.5, -INF, -4.5, 0.0]], [[0.1, 0.2, INF, 0.4, 0.0]]])
     mask = torch.tensor([[True, False, True, True, False]])  # the last is padding: no token of the answer
-    (line,) = rollout_lines(7, [question], TokenScores(*rows, *[torch.zeros(1, 5)] * 4), mask, [[0]])
+    batch = MicroBatch([{}], [[1]], [[1]], Rollouts([[1]], torch.zeros(1, 5, dtype=torch.int64), mask))
+    batch.questions, batch.kept = [question], [[0]]
+    batch.scores = TokenScores(*rows, *[torch.zeros(1, 5)] * 4)
+    (line,) = rollout_lines(7, batch, 1)
     json.dumps(line, allow_nan=False)
     assert line["unwritten"] == [1]
     assert line["student_logprob"] == [-1.0, None, -3.0, -4.0]
     assert line["teacher_logprob"] == [-1.5, None, None, -4.5]
     assert line["divergence"] == [0.1, None, None, 0.4]
-    (line,) = rollout_lines(7, [question], Logprobs(*rows[:2]), mask, [[0]])
+    batch.scores = Logprobs(*rows[:2])
+    (line,) = rollout_lines(7, batch, 1)
     assert line["teacher_logprob"] == [-1.5, None, None, -4.5] and "divergence" not in line

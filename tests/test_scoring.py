@@ -6,8 +6,8 @@ from tiny import trainer
 
 from rmsd import LinearRMSDLoss
 from rmsd.answers.rollout import Recorded
-from rmsd.models.heads import OutputHead
-from rmsd.step.training import widest_gaps
+from rmsd.models.heads import OutputHead, Reading
+from rmsd.step.scoring import widest_gaps
 from rmsd.step.wishes import recorded_wishes, wishes
 
 
@@ -16,7 +16,7 @@ def test_what_each_model_wants_at_the_candidates_and_what_the_top_k_leaves_out()
     hidden, told = torch.randn(2, 2, 3, 8, generator=generator)
     head = OutputHead(torch.randn(50, 8, generator=generator), None, 1.0, None)
     candidates = torch.tensor([[1, -1], [0, 2]])
-    got = wishes(hidden, head, told, head, candidates, 0.8, vocab_topk=4)
+    got = wishes(Reading(hidden, head), Reading(told, head), candidates, 0.8, vocab_topk=4)
     for b, i in ((0, 0), (1, 0), (1, 1)):
         at = candidates[b, i]
         p, q = ((head(x[b, at]) / 0.8).softmax(-1) for x in (hidden, told))
@@ -24,7 +24,9 @@ def test_what_each_model_wants_at_the_candidates_and_what_the_top_k_leaves_out()
         assert got.promoted[b, i] == (q * (q / p).log()).argmax()
         torch.testing.assert_close(got.tail_mass[b, i], p.sort().values[:-4].sum())
     assert [field[0, 1].item() for field in got] == [0, 0, 0, 0.0], "no candidate there"
-    assert not wishes(hidden, head, told, head, candidates).tail_mass.any(), "the whole vocabulary leaves nothing out"
+    assert not wishes(Reading(hidden, head), Reading(told, head), candidates).tail_mass.any(), (
+        "the whole vocabulary leaves nothing out"
+    )
 
 
 def test_tail_mass_is_logged(tmp_path):
@@ -53,7 +55,7 @@ def test_wishes_of_what_an_engine_recorded(k):
         return Recorded(logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), top.indices, top.values)
 
     got = recorded_wishes(recorded(log_p), recorded(log_q), ids, candidates)
-    exact = wishes(hidden, head, told, head, candidates)
+    exact = wishes(Reading(hidden, head), Reading(told, head), candidates)
     assert torch.equal(got.student_preferred, exact.student_preferred) and got.tail_mass is None
     assert torch.equal(got.teacher_preferred, exact.teacher_preferred)
     assert torch.equal(got.promoted, exact.promoted) == (k == 50)

@@ -1,5 +1,7 @@
 """Candidates from what vLLM records, really run; tests/test_engine.py starts this file in a process of its own."""
 
+import dataclasses
+
 import pytest
 import tiny
 import torch
@@ -9,7 +11,8 @@ from vllm_cases import PROMPTS, built, options, student, trainer
 from rmsd.answers.engines import TOP, VLLMEngine
 from rmsd.models.heads import OutputHead
 from rmsd.models.hidden import completion_hidden
-from rmsd.step.routes import scored_by_engine, scored_by_trainer
+from rmsd.step.micro_batch import MicroBatch
+from rmsd.step.scoring import scored_by_engine, scored_by_forwards
 
 
 def test_what_it_records_of_two_models_is_what_they_say():
@@ -48,9 +51,12 @@ def test_both_routes_find_the_same_candidates(tmp_path, brought):
         for parameter in made.teacher.model.parameters():
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
     made.engine.sync(made.model)
-    written = list(made._written([list(made.train_dataset)]))
-    (engine,), (ours,) = scored_by_engine(made, written), scored_by_trainer(made, written)
-    mask = written[0].rollouts.completion_mask
+    batches = [MicroBatch.of(list(made.train_dataset), made.processing_class, made.args.teacher_template)]
+    (engine,) = made._written(batches)
+    ours = dataclasses.replace(engine, rollouts=dataclasses.replace(engine.rollouts))
+    (engine,) = scored_by_engine([engine], made.engine, made.teacher, made.loss)
+    (ours,) = scored_by_forwards([ours], made.student, made.student_head(), made.teacher, made.loss, made.pad_id)
+    mask = engine.rollouts.completion_mask
     for name in ("student_logprob", "teacher_logprob"):
         mine, expected = (getattr(scored.scores, name)[mask] for scored in (engine, ours))
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
@@ -58,16 +64,21 @@ def test_both_routes_find_the_same_candidates(tmp_path, brought):
     assert torch.equal(engine.wishes.student_preferred, ours.wishes.student_preferred)
     assert torch.equal(engine.wishes.teacher_preferred, ours.wishes.teacher_preferred)
     at = engine.candidates.clamp_min(0).unsqueeze(-1).expand(-1, -1, TOP)
-    recorded = written[0].rollouts.recorded.top_ids.gather(1, at)
+    recorded = engine.rollouts.recorded.top_ids.gather(1, at)
     known = (recorded == ours.wishes.promoted.unsqueeze(-1)).any(-1) & (engine.candidates >= 0)
     assert known.any() and torch.equal(engine.wishes.promoted[known], ours.wishes.promoted[known])
 
     keep = torch.zeros_like(mask)
     keep[1, 1] = keep[2, 0] = keep[2, 3] = True
-    kept, whole = engine.teacher_hidden(keep), ours.teacher_hidden(keep)
+    assert engine.teacher_hidden is None, "until it is known what is kept"
+    kept, nothing = (
+        made.teacher.kept_hidden(engine.teacher_prompt_ids, engine.rollouts, made.pad_id, each)
+        for each in (keep, keep & False)
+    )
+    whole = ours.teacher_hidden
     torch.testing.assert_close(kept[2, :4], whole[2, :4], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kept[1, :2], whole[1, :2], rtol=1e-4, atol=1e-5)
-    assert not kept[0].any() and not kept[:, 4:].any() and not engine.teacher_hidden(keep & False).any()
+    assert not kept[0].any() and not kept[:, 4:].any() and not nothing.any()
 
 
 def lora(model):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
-from ..models.parts import causal_lm
+from ..models.parts import causal_lm, no_head
 
 LEAST_SHARED = 64  # tokens that sharing saves of a batch, or a pass over the weights is not worth it
 # transformers renamed it.
@@ -49,7 +49,8 @@ class Past:
             shared = 0
         else:
             ids = torch.tensor([prompt_ids[0][:shared]], device=self.ids.device)
-            model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: self.cache})
+            with no_head(model):
+                model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: self.cache})
             self.cache.batch_repeat_interleave(count)
         start = [prompt_ids[0][:shared]] * count
         self.ids = torch.tensor(start, dtype=torch.int64, device=self.ids.device).view(count, shared)

@@ -40,6 +40,17 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
+    def of(self, sequences: Tensor, length: int | None = None) -> "Rollouts":
+        """The answers at `sequences`, (B',) int64 on the host, cut after `length` tokens: what is needed to read them.
+        A sequence may stand there more than once."""
+        at = sequences.to(self.completion_ids.device)
+        return Rollouts(
+            [self.prompt_ids[i] for i in sequences.tolist()],
+            self.completion_ids[at, :length],
+            self.completion_mask[at, :length],
+            attention_mask=self.attention_mask[at, :length],
+        )
+
 
 @torch.no_grad()
 def generate(

@@ -84,12 +84,8 @@ class Teacher:
         if len(kept):
             upto = keep.flip(1).cumsum(1).flip(1).bool()[kept].to(weight.device)
             at = kept.to(weight.device)
-            needed = Rollouts(
-                [rollouts.prompt_ids[i] for i in kept.tolist()],
-                rollouts.completion_ids[at],
-                rollouts.completion_mask[at] & upto,
-                attention_mask=rollouts.attention_mask[at] & upto,
-            )
+            needed = rollouts.of(kept)
+            needed.completion_mask, needed.attention_mask = needed.completion_mask & upto, needed.attention_mask & upto
             hidden[at] = self.hidden([teacher_prompt_ids[i] for i in kept.tolist()], needed, pad_id).to(weight.dtype)
         return hidden
 

@@ -63,6 +63,28 @@ class OutputHead(NamedTuple):
         return dict(logit_scale=self.logit_scale, softcap=self.softcap)
 
 
+class Reading(NamedTuple):
+    """What a model made of answers: the states that it hands to its head, and the head."""
+
+    hidden: Tensor  # (B, L, H), or (R, H) of R tokens
+    head: OutputHead
+
+    def at(self, *index: Tensor) -> "Reading":
+        """Of the tokens at `index` alone, as a tensor takes one."""
+        return Reading(self.hidden[index], self.head)
+
+    @property
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """(hidden, weight) as kernels take them, in one dtype: under autocast a decoder may return another than its
+        head's weight has."""
+        return self.hidden.to(self.head.weight.dtype), self.head.weight
+
+
+def head_options(student: Reading, teacher: Reading) -> dict:
+    """What kernels need of two heads beside their weights. The two are of one architecture, so of one transform."""
+    return dict(student_bias=student.head.bias, teacher_bias=teacher.head.bias, **student.head.transform)
+
+
 def head_parameters(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) of the output head, whole and differentiable.
 

@@ -43,7 +43,7 @@ def by_length(prompt_lengths: list[int], lengths: list[int], device: torch.devic
     return groups
 
 
-def lengths_of(mask: Tensor) -> list[int]:
+def row_lengths(mask: Tensor) -> list[int]:
     """(B, L) bool -> each row's length up to its last true entry."""
     if not mask.shape[1]:
         return [0] * len(mask)
@@ -62,7 +62,7 @@ def completion_hidden(
     finite numbers without meaning where a sequence has ended. The forwards are `by_length`'s groups, or one."""
     if one_forward:
         return _one_forward(model, prompt_ids, completion_ids, completion_mask, pad_id)
-    lengths = lengths_of(completion_mask)
+    lengths = row_lengths(completion_mask)
     groups = by_length(list(map(len, prompt_ids)), lengths, completion_ids.device)
     hidden = None
     for group in groups:

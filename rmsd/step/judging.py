@@ -1,16 +1,15 @@
-"""From candidates to kept tokens: the judge is asked about rollouts whose teacher was told something."""
+"""Judge: from candidates to kept tokens. The judge is asked about rollouts whose teacher was told something."""
 
+import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rmsd_kernels import TokenScores
-
 from ..answers.data import prompt_text
 from ..judge import Candidate, Judge, MagnitudeJudge, Question
 from ..judge.pieces import Pieces
-from .wishes import Logprobs, Wishes
+from .micro_batch import MicroBatch
 
 
 def told_text(row: dict) -> str:
@@ -21,23 +20,19 @@ def told_text(row: dict) -> str:
     return prompt_text(row["teacher_prompt"])
 
 
-def questions_of(
-    prompts: Sequence[str],
-    privileged_contexts: Sequence[str],  # as `told_text` has them
-    answers: Sequence[Pieces],
-    scores: TokenScores | Logprobs,  # each (B, L)
-    candidates: Tensor,  # (B, T) int64, -1 for none
-    wishes: Wishes,  # each (B, T)
-    max_kept: int,
-) -> list[Question]:
-    """What a judge needs to know, as text. Everything is brought to the host at once, not number by number."""
+def questions_of(batch: MicroBatch, tokenizer, max_kept: int) -> list[Question]:
+    """What a judge needs to know of a scored micro-batch, as text. Everything is brought to the host at once, not
+    number by number."""
+    rollouts, scores, wishes = batch.rollouts, batch.scores, batch.wishes
+    present = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
+    answers = [Pieces(tokenizer, ids[mask].tolist()) for ids, mask in present]
     gap = (scores.teacher_logprob - scores.student_logprob).cpu()
-    positions = candidates.cpu().tolist()
+    positions = batch.candidates.cpu().tolist()
     promoted, student_preferred, teacher_preferred = (ids.tolist() for ids in wishes[:3])
     return [
         Question(
-            prompt=prompts[b],
-            privileged_context=privileged_contexts[b],
+            prompt=prompt_text(row["prompt"]),
+            privileged_context=told_text(row),
             tokens=tuple(answers[b].texts),
             candidates=tuple(
                 Candidate(
@@ -53,8 +48,19 @@ def questions_of(
             ),
             max_kept=max_kept,
         )
-        for b in range(len(prompts))
+        for b, row in enumerate(batch.rows)
     ]
+
+
+def judge_batch(batch: MicroBatch, judge: Judge | None) -> None:
+    """Fills in `kept`, and the seconds that it took to be told. Without a judge (OPSD) every token that the student
+    wrote is kept."""
+    started = time.monotonic()
+    if judge is None:
+        batch.kept = [row.nonzero().flatten().tolist() for row in batch.rollouts.completion_mask.cpu()]
+    else:
+        batch.kept = ask(judge, batch.questions)
+    batch.judge_seconds = time.monotonic() - started
 
 
 def ask(judge: Judge, questions: Sequence[Question]) -> list[list[int]]:

@@ -1,79 +1,25 @@
-"""One training step as functions of tensors: score, keep, train. The trainer only wires these to models."""
-
-from dataclasses import dataclass
+"""Train: what of a micro-batch reaches the student's forward and backward, and its share of the loss."""
 
 import torch
 from torch import Tensor
 
-from rmsd_kernels import TokenScores, linear_token_scores, select_tokens
-
+from ..answers.teacher import Teacher
 from ..loss import LinearRMSDLoss
-from ..models.heads import OutputHead
-from ..models.hidden import by_length, lengths_of
+from ..models.heads import Reading, head_options
+from ..models.hidden import by_length, row_lengths
+from .judging import keep_mask
+from .micro_batch import NO_PART, MicroBatch, TrainPart
 
 
-def score(
-    loss: LinearRMSDLoss,
-    student_hidden: Tensor,  # (B, L, H)
-    student_head: OutputHead,
-    teacher_hidden: Tensor,  # (B, L, H')
-    teacher_head: OutputHead,
-    completion_ids: Tensor,  # (B, L) int64
-    completion_mask: Tensor,  # (B, L) bool
-) -> tuple[TokenScores, Tensor]:
-    """TokenScores of (B, L) and candidates (B, T), -1 for none."""
-    return loss.candidates(
-        *_heads(student_hidden, student_head, teacher_hidden, teacher_head),
-        completion_ids, completion_mask, **_head_options(student_head, teacher_head),
-    )  # fmt: skip
-
-
-def widest_gaps(
-    loss: LinearRMSDLoss,
-    student_logprob: Tensor,  # (B, L) fp32
-    teacher_logprob: Tensor,  # (B, L) fp32
-    completion_mask: Tensor,  # (B, L) bool
-) -> Tensor:
-    """Candidates (B, T), -1 for none, by the criterion logprob_gap from log-probabilities alone."""
-    gap = (teacher_logprob - student_logprob).abs()
-    gap = gap.where(gap.isfinite(), torch.nan)  # never qualifies
-    return select_tokens(gap, completion_mask, num_tokens=loss.num_candidates, threshold=loss.threshold)
-
-
-def at_kept(tensor: Tensor, keep: Tensor) -> Tensor:
-    """(B, L, ...) -> (R, ...), at the true entries of `keep`, (B, L) bool on the host."""
-    return tensor[tuple(index.to(tensor.device) for index in keep.nonzero(as_tuple=True))]
-
-
-@torch.no_grad()
-def kept_scores(
-    loss: LinearRMSDLoss,
-    student_hidden: Tensor,  # (B, L, H)
-    student_head: OutputHead,
-    teacher_hidden: Tensor,  # (B, L, H')
-    teacher_head: OutputHead,
-    completion_ids: Tensor,  # (B, L) int64
-    keep: Tensor,  # (B, L) bool, on the host
-) -> TokenScores:
-    """Of the kept tokens, (R,) each."""
-    student_hidden, teacher_hidden, ids = (at_kept(x, keep) for x in (student_hidden, teacher_hidden, completion_ids))
-    return linear_token_scores(
-        *_heads(student_hidden, student_head, teacher_hidden, teacher_head),
-        ids, **_head_options(student_head, teacher_head), **loss.score_options,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrainPart:
-    """Sequences that share a forward and backward of the student; both tensors on the host."""
-
-    sequences: Tensor  # (B',) int64, of the batch's
-    keep: Tensor  # (B', L') bool: theirs, up to the last kept token
-
-
-# Trains on one token, with a loss of 0 and zero gradients. For a batch that keeps nothing, and for a process with fewer
-# parts than another, which waits for it in every layer's forward and backward.
-NO_PART = TrainPart(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool))
+def settle(batch: MicroBatch, teacher: Teacher, pad_id: int, one_forward: bool = False) -> None:
+    """Fills in what training needs once the judge has answered: `keep`, `parts` (`train_parts`) and, where an engine
+    scored, `teacher_hidden`."""
+    rollouts = batch.rollouts
+    batch.keep = keep_mask(batch.kept, rollouts.completion_ids.shape)
+    if batch.teacher_hidden is None:
+        batch.teacher_hidden = teacher.kept_hidden(batch.teacher_prompt_ids, rollouts, pad_id, batch.keep)
+    prompt_lengths = list(map(len, batch.prompt_ids))
+    batch.parts = train_parts(batch.keep, prompt_lengths, rollouts.completion_ids.device, one_forward)
 
 
 def train_parts(
@@ -85,7 +31,7 @@ def train_parts(
     if not keep.any():
         return [NO_PART]
     kept = keep.any(1).nonzero().squeeze(1)
-    lengths = lengths_of(keep[kept])
+    lengths = row_lengths(keep[kept])
     if one_forward:
         groups = [list(range(len(lengths)))]
     else:
@@ -95,30 +41,20 @@ def train_parts(
 
 def train_loss(
     loss: LinearRMSDLoss,
-    student_hidden: Tensor,  # (B, L, H), differentiable
-    student_head: OutputHead,
-    teacher_hidden: Tensor,  # (B, L, H')
-    teacher_head: OutputHead,
+    student: Reading,  # of B answers of L tokens, differentiable
+    teacher: Reading,
     completion_ids: Tensor,  # (B, L) int64
     completion_mask: Tensor,  # (B, L) bool
     keep: Tensor,  # (B, L) bool, on the host
     num_sequences: Tensor | float,
 ) -> Tensor:
-    """Scalar: this part's share of the loss of the whole batch, in which `num_sequences` sequences keep a token."""
+    """Scalar: these sequences' share of the loss of the whole step, in which `num_sequences` keep a token."""
     return loss(
-        *_heads(student_hidden, student_head, teacher_hidden, teacher_head),
-        completion_ids, completion_mask, keep, num_sequences=num_sequences,
-        **_head_options(student_head, teacher_head),
-    )  # fmt: skip
-
-
-def _heads(student_hidden, student_head, teacher_hidden, teacher_head):
-    # Under autocast a decoder may return another dtype than its head's weight has.
-    return (
-        student_hidden.to(student_head.weight.dtype), student_head.weight,
-        teacher_hidden.to(teacher_head.weight.dtype), teacher_head.weight,
-    )  # fmt: skip
-
-
-def _head_options(student_head: OutputHead, teacher_head: OutputHead) -> dict:
-    return dict(student_bias=student_head.bias, teacher_bias=teacher_head.bias, **student_head.transform)
+        *student.linear,
+        *teacher.linear,
+        completion_ids,
+        completion_mask,
+        keep,
+        num_sequences=num_sequences,
+        **head_options(student, teacher),
+    )

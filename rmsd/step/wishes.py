@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..answers.rollout import Recorded
-from ..models.heads import OutputHead
+from ..models.heads import Reading
 
 ROWS_AT_ONCE = 64  # candidate rows whose logits are held together: 12 MB each for student and teacher at V = 50k
 
@@ -30,22 +30,22 @@ class Wishes(NamedTuple):
 
 @torch.no_grad()
 def wishes(
-    student_hidden: Tensor,  # (B, L, H)
-    student_head: OutputHead,
-    teacher_hidden: Tensor,  # (B, L, H')
-    teacher_head: OutputHead,
+    student: Reading,  # of B answers of L tokens
+    teacher: Reading,
     candidates: Tensor,  # (B, T) int64, -1 for none
     temperature: float = 1.0,
     vocab_topk: int | None = None,
 ) -> Wishes:
     """Only the candidates' rows are projected: T of hundreds."""
     row = torch.arange(candidates.shape[0], device=candidates.device).unsqueeze(1)
-    student_hidden = student_hidden[row, candidates.clamp_min(0)].flatten(0, 1)
-    teacher_hidden = teacher_hidden[row, candidates.clamp_min(0)].flatten(0, 1)
+    student_rows, teacher_rows = (
+        reading.at(row, candidates.clamp_min(0)).hidden.flatten(0, 1).split(ROWS_AT_ONCE)
+        for reading in (student, teacher)
+    )
     found, tails = [], []
-    for student, teacher in zip(student_hidden.split(ROWS_AT_ONCE), teacher_hidden.split(ROWS_AT_ONCE), strict=True):
-        student_logprobs = (student_head(student).float() / temperature).log_softmax(-1)
-        teacher_logprobs = (teacher_head(teacher).float() / temperature).log_softmax(-1)
+    for student_hidden, teacher_hidden in zip(student_rows, teacher_rows, strict=True):
+        student_logprobs = (student.head(student_hidden).float() / temperature).log_softmax(-1)
+        teacher_logprobs = (teacher.head(teacher_hidden).float() / temperature).log_softmax(-1)
         wish = teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)
         found.append(torch.stack([x.argmax(-1) for x in (wish, student_logprobs, teacher_logprobs)]))
         if vocab_topk is None or vocab_topk >= wish.shape[-1]:
@@ -54,7 +54,7 @@ def wishes(
             top = student_logprobs.topk(vocab_topk, sorted=False).values
             tails.append((1.0 - top.exp().sum(-1)).clamp_min(0.0))
     stacked = torch.cat(found, 1) if found else candidates.new_zeros(3, 0)
-    tail_mass = torch.cat(tails) if tails else student_hidden.new_zeros(0, dtype=torch.float32)
+    tail_mass = torch.cat(tails) if tails else candidates.new_zeros(0, dtype=torch.float32)
     missing = candidates < 0
     return Wishes(
         *stacked.view(3, *candidates.shape).masked_fill(missing, 0).unbind(),
@@ -71,10 +71,10 @@ def recorded_wishes(
     """`promoted` is found among the teacher's likeliest tokens alone. Where the student's record lacks one, its p is
     taken to be that of the last it holds: the true p is no larger, so the wish is at least as strong."""
     row = torch.arange(candidates.shape[0], device=candidates.device).unsqueeze(1)
+    records = completion_ids, *student, *teacher[1:]
     own_ids, own_logprob, student_ids, student_top, teacher_ids, teacher_top = (
-        tensor[row, candidates.clamp_min(0)]
-        for tensor in (completion_ids, *student, *teacher[1:])
-    )  # fmt: skip
+        tensor[row, candidates.clamp_min(0)] for tensor in records
+    )
     # The sampled token's log-probability is known too, however unlikely it was.
     known_ids = torch.cat([student_ids, own_ids.unsqueeze(-1)], -1)
     known = torch.cat([student_top, own_logprob.unsqueeze(-1)], -1)

@@ -3,10 +3,11 @@ teacher once training has plateaued, and training goes on."""
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import TrainerCallback
 
+from ..answers.teacher import Teacher
 from ..tasks import Task
 
 # What every step logs, Trainer's own rate and norm apart.
@@ -58,21 +59,22 @@ def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta
 
 
 class TeacherSchedule(TrainerCallback):
-    """Tells the trainer when. All it knows is in the log history, which travels in checkpoints, so a resumed run
+    """Says when. All it knows is in the log history, which travels in checkpoints, so a resumed run
     continues where the uninterrupted one would have.
 
     Args:
-        trainer: has `teacher` and `continue_from_student()`, which logs {"continuation": n}.
+        teacher: what follows the student.
+        continue_from_student: makes the student the teacher, and logs {"continuation": n}.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, teacher: Teacher, continue_from_student: Callable[[], None]):
+        self.teacher, self.continue_from_student = teacher, continue_from_student
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.teacher == "ema":
-            self.trainer.teacher.average(args.ema_decay)
+            self.teacher.average(args.ema_decay)
         if state.global_step in args.continuation_steps:
-            self.trainer.continue_from_student()
+            self.continue_from_student()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         metric, history = args.continuation_metric, state.log_history
@@ -83,4 +85,4 @@ class TeacherSchedule(TrainerCallback):
         if done < args.max_continuations and has_plateaued(
             history, metric, args.continuation_patience, args.continuation_min_delta
         ):
-            self.trainer.continue_from_student()
+            self.continue_from_student()

@@ -10,7 +10,9 @@ from safetensors import SafetensorError
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
+from ..loss import RMSDLoss
 from .checkpoint import last_whole_checkpoint
+from .metrics import StepMetrics
 
 log = logging.getLogger("rmsd")
 
@@ -20,34 +22,36 @@ class NonfiniteGradients(TrainerCallback):
     resume this count and that of nonfinite_rows go on from the log's.
 
     Args:
-        trainer: has `metrics`, `loss` and `accelerator`.
+        metrics: counts `skipped_steps`.
+        loss: counts `nonfinite_rows`.
+        accelerator: says which process this is, and whether a loss scaler skips such steps.
 
     Raises:
         FloatingPointError: after more than `max_skipped_steps` in a row.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, metrics: StepMetrics, loss: RMSDLoss, accelerator):
+        self.metrics, self.loss, self.accelerator = metrics, loss, accelerator
         self.in_a_row = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         counted = next((entry for entry in reversed(state.log_history) if "skipped_steps" in entry), None)
         if counted is None:
             return
-        self.trainer.metrics.skipped_steps = counted["skipped_steps"]
+        self.metrics.skipped_steps = counted["skipped_steps"]
         # The log has the sum over ranks, so one rank goes on from it.
-        first = self.trainer.accelerator.is_main_process
-        self.trainer.loss.nonfinite_rows.fill_(int(counted["nonfinite_rows"]) if first else 0)
+        first = self.accelerator.is_main_process
+        self.loss.nonfinite_rows.fill_(int(counted["nonfinite_rows"]) if first else 0)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.trainer.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None:
             return  # under fp16 the loss scaler skips such steps itself, and expects some
         norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if torch.isfinite(getattr(norm, "full_tensor", lambda: norm)()):
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        self.trainer.metrics.skipped_steps += 1
+        self.metrics.skipped_steps += 1
         if self.in_a_row > args.max_skipped_steps:
             raise FloatingPointError(
                 f"the gradient was not finite {self.in_a_row} steps in a row, up to step {state.global_step + 1} "

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
-from ..answers.rollout import Rollouts
-from ..step.wishes import Logprobs
+from ..step.micro_batch import MicroBatch
 
 # Means: their sums, and the counts that divide them, which are no entry's numbers where they have a "_" before them.
 _MEANS = {"divergence": "_scored_tokens", "tail_mass": "candidates"}
@@ -20,21 +19,17 @@ class StepMetrics:
         self.own: dict[str, float] = {}
         self.skipped_steps = 0  # in the whole run, on every rank alike
 
-    def count(
-        self,
-        rollouts: Rollouts,
-        scores: TokenScores | Logprobs,
-        candidates: Tensor,
-        tail_mass: Tensor | None,
-        keep: Tensor,
-    ) -> None:
-        """What is unknown, a divergence of Logprobs or a tail_mass of None, is no number of the entry."""
-        mask = rollouts.completion_mask
-        keep = keep.to(mask.device, non_blocking=True)
+    def count(self, batch: MicroBatch) -> None:
+        """Of a settled micro-batch. What is unknown, a divergence of Logprobs or a tail_mass of None, is no number of
+        the entry."""
+        mask, scores, tail_mass = batch.rollouts.completion_mask, batch.scores, batch.wishes.tail_mass
+        keep = batch.keep.to(mask.device, non_blocking=True)
+        self.own |= batch.engine_gaps
+        self.add_seconds("judge_seconds", batch.judge_seconds)
         numbers = {
             "rollout_tokens": mask.sum(),
             "empty_rollouts": (~mask.any(1)).sum(),
-            "candidates": (candidates >= 0).sum(),
+            "candidates": (batch.candidates >= 0).sum(),
             "kept_tokens": keep.sum(),
             "kept_sequences": keep.any(1).sum(),
         }

@@ -2,17 +2,12 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
-from rmsd_kernels import TokenScores
-
-from ..judge import Question
-from ..step.wishes import Logprobs
+from ..step.micro_batch import MicroBatch
 
 
 class RunRecord(TrainerCallback):
@@ -56,23 +51,19 @@ class RunRecord(TrainerCallback):
             raise OSError(f"{self.directory / name} could not be written: {error}") from error
 
 
-def rollout_lines(
-    step: int,
-    questions: Sequence[Question],
-    scores: TokenScores | Logprobs,  # each (B, L)
-    mask: Tensor,  # (B, L) bool: what the student wrote; other tokens have no scores
-    kept: Sequence[Sequence[int]],
-) -> list[dict]:
-    """The first rollouts of a step, as many as there are questions, as lines of rollouts.jsonl.
+def rollout_lines(step: int, batch: MicroBatch, number: int) -> list[dict]:
+    """The first `number` rollouts of a micro-batch that has been judged, as lines of rollouts.jsonl.
 
     `unwritten` lists the positions that the student did not write, as a tool's turn: they have no scores, and null
     stands in each column. Null at any other position is a score that was not finite. A score that is not known at all,
     as the divergence where an engine scored, is no column.
     """
+    questions, scores = batch.questions[:number], batch.scores
+    if not questions:
+        return []
     names = [name for name in ("student_logprob", "teacher_logprob", "divergence") if name in scores._fields]
-    count = len(questions)
-    written = mask[:count]
-    table = torch.stack([getattr(scores, name)[:count].where(written, torch.nan) for name in names]).tolist()
+    written = batch.rollouts.completion_mask[:number]
+    table = torch.stack([getattr(scores, name)[:number].where(written, torch.nan) for name in names]).tolist()
     written = written.tolist()
     return [
         {
@@ -83,7 +74,7 @@ def rollout_lines(
             **{name: finite(column[b][: len(question.tokens)]) for name, column in zip(names, table, strict=True)},
             "unwritten": [i for i in range(len(question.tokens)) if not written[b][i]],
             "candidates": [candidate.position for candidate in question.candidates],
-            "kept": list(kept[b]),
+            "kept": list(batch.kept[b]),
             "preferred": {candidate.position: candidate.promoted for candidate in question.candidates},
         }
         for b, question in enumerate(questions)

@@ -1,31 +1,29 @@
-"""`RMSDTrainer`: transformers' Trainer whose batches are the student's own answers. It wires; step.py computes."""
+"""`RMSDTrainer`: transformers' Trainer whose batches are the student's own answers. It wires; rmsd.step computes."""
 
 import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
-from ..answers.completions import rollouts_of
-from ..answers.data import check_lengths, check_row, checked_rows, context_of, encode, prompt_text, teacher_prompt
+from ..answers.data import check_lengths, check_row, checked_rows, context_of, prompt_text
 from ..answers.engines import TOP, engine_for
-from ..answers.rollout import Rollouts, eos_ids_of, pad_id_of
+from ..answers.rollout import eos_ids_of, pad_id_of
 from ..answers.teacher import Teacher
 from ..judge import ContextJudge, Judge
-from ..judge.base import Question
-from ..judge.pieces import Pieces
 from ..loss import LinearRMSDLoss
-from ..models.heads import OutputHead
+from ..models.heads import OutputHead, Reading
 from ..models.hidden import completion_hidden
 from ..models.sharding import as_rank_zero, check_sharded_teacher, check_sharding, most_of_ranks, whole
-from ..step import training as step
-from ..step.judging import ask, keep_mask, questions_of, told_text
-from ..step.routes import Scored, Written, engine_gaps, scored_by_engine, scored_by_trainer
-from ..step.wishes import Logprobs
+from ..step.judging import judge_batch, questions_of
+from ..step.micro_batch import NO_PART, MicroBatch
+from ..step.scoring import kept_engine_gaps, scored_by_engine, scored_by_forwards
+from ..step.training import settle, train_loss
+from ..step.writing import write
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
 from .faults import NonfiniteGradients, saving
@@ -88,27 +86,41 @@ class RMSDTrainer(Trainer):
         self.eos_ids = eos_ids_of(self.model, processing_class)
         self.pad_id = pad_id_of(processing_class, self.eos_ids)
         self.loss = LinearRMSDLoss(
-            num_candidates=args.num_candidates, num_kept=args.num_kept, criterion=args.criterion,
-            threshold=args.threshold, divergence=args.divergence, beta=args.beta, vocab_topk=args.vocab_topk,
-            tail=args.tail, temperature=args.temperature, backend=args.backend,
-        ).to(args.device)  # fmt: skip
+            num_candidates=args.num_candidates,
+            num_kept=args.num_kept,
+            criterion=args.criterion,
+            threshold=args.threshold,
+            divergence=args.divergence,
+            beta=args.beta,
+            vocab_topk=args.vocab_topk,
+            tail=args.tail,
+            temperature=args.temperature,
+            backend=args.backend,
+        ).to(args.device)
         batch = args.per_device_train_batch_size * args.world_size
         if args.dataloader_drop_last and len(train_dataset) < batch:
             raise ValueError(f"dataloader_drop_last leaves nothing of {len(train_dataset)} rows in batches of {batch}")
         self.record = next((c for c in self.callback_handler.callbacks if isinstance(c, RunRecord)), None)
         self.metrics = StepMetrics()
-        self.add_callback(TeacherSchedule(self))
-        self.add_callback(NonfiniteGradients(self))
+        self.add_callback(TeacherSchedule(self.teacher, self.continue_from_student))
+        self.add_callback(NonfiniteGradients(self.metrics, self.loss, self.accelerator))
         config = self.model.config.get_text_config()
         read, told = check_lengths(
-            train_dataset, processing_class, args.teacher_template, args.max_completion_length,
-            context_of(config, args), config.vocab_size,
-        )  # fmt: skip
+            train_dataset,
+            processing_class,
+            args.teacher_template,
+            args.max_completion_length,
+            context_of(config, args),
+            config.vocab_size,
+        )
         self.engine = engine_for(
-            args.engine, self.model, max_length=max(read, told) + 1 if args.engine_scores else read,
-            cache_gb=args.engine_cache_gb, num_top=TOP if args.engine_scores else 0, autocast=self.accelerator.autocast,
-        )  # fmt: skip
-        self.scored = scored_by_engine if args.engine_scores else scored_by_trainer
+            args.engine,
+            self.model,
+            max_length=max(read, told) + 1 if args.engine_scores else read,
+            cache_gb=args.engine_cache_gb,
+            num_top=TOP if args.engine_scores else 0,
+            autocast=self.accelerator.autocast,
+        )
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -119,102 +131,88 @@ class RMSDTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Prompts become rollouts, scored and judged, for all of a step's micro-batches before the first backward: the
         loss is a mean over the sequences that keep a token, and their number must be known first."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
+        rows, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not rows:
             return [], None
         started = time.monotonic()
-        with whole(self.student), ThreadPoolExecutor(1) as judging:
+        template = self.args.teacher_template
+        batches = [MicroBatch.of(rows_of_batch, self.processing_class, template) for rows_of_batch in rows]
+        with whole(self.student):
             self.engine.sync(self.student)
-            # The judge reads one micro-batch while the next is written and scored.
-            asked, recorded = [], self.args.recorded_rollouts
-            for scored in self.scored(self, self._written(batches)):
-                asked.append(self._asked(scored, judging, recorded))
-                recorded = max(0, recorded - len(scored.rows))
-                for answer, _ in asked:
-                    if answer.done():
-                        answer.result()  # a judge that has failed ends the step before more is written
-            prepared = [judged() for _, judged in asked]
-        most = most_of_ranks([len(batch["parts"]) for batch in prepared], self.accelerator)
-        for batch, count in zip(prepared, most, strict=True):
-            batch["parts"] += [step.NO_PART] * (count - len(batch["parts"]))
-        sequences = sum(batch["keep"].any(1).sum() for batch in prepared)
+            self._judge(self._scored(batches))
+            # Its engine steps the optimizer after a micro-batch's first backward.
+            one_forward = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            for batch in batches:
+                settle(batch, self.teacher, self.pad_id, one_forward)
+        self._note(batches)
+        most = most_of_ranks([len(batch.parts) for batch in batches], self.accelerator)
+        for batch, count in zip(batches, most, strict=True):
+            batch.parts += [NO_PART] * (count - len(batch.parts))
+        sequences = sum(batch.keep.any(1).sum() for batch in batches)
         sequences = self.accelerator.reduce(sequences.to(device, torch.float32))
         self.metrics.add_seconds("prepare_seconds", time.monotonic() - started)
-        return prepared, sequences.clamp_min(1.0)
+        return [batch.inputs() for batch in batches], sequences.clamp_min(1.0)
 
-    def _written(self, batches: list[list[dict]]) -> Iterator[Written]:
-        """The answers of one micro-batch after the other, each when it is asked for."""
-        tokenizer, template = self.processing_class, self.args.teacher_template
-        for micro_batch, rows in enumerate(batches):
-            teacher_ids = [encode(tokenizer, teacher_prompt(row, template)) for row in rows]
-            prompt_ids = [encode(tokenizer, row["prompt"]) for row in rows]
-            yield Written(rows, teacher_ids, self._answers(rows, prompt_ids, micro_batch))
-
-    def _asked(self, scored: Scored, judging: Executor, recorded: int = 0) -> tuple[Future, Callable[[], dict]]:
-        """One micro-batch: the judge is asked. The second waits for its answer, and records so many rollouts."""
-        args, rows, rollouts, scores = self.args, scored.rows, scored.rollouts, scored.scores
-        answers = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
-        questions = questions_of(
-            [prompt_text(row["prompt"]) for row in rows], list(map(told_text, rows)),
-            [Pieces(self.processing_class, ids[mask].tolist()) for ids, mask in answers],
-            scores, scored.candidates, scored.wishes, args.num_kept,
-        )  # fmt: skip
-        written = rollouts.completion_mask.cpu()
-        answer = judging.submit(self._kept, questions, written)
-
-        def judged() -> dict:
-            kept, seconds = answer.result()
-            keep = keep_mask(kept, written.shape)
-            self.metrics.add_seconds("judge_seconds", seconds)
-            self.metrics.count(rollouts, scores, scored.candidates, scored.wishes.tail_mass, keep)
-            if self.record and self.is_world_process_zero():
-                step_number, shown = self.state.global_step + 1, questions[:recorded]
-                self.record.rollouts(rollout_lines(step_number, shown, scores, rollouts.completion_mask, kept))
-            return {
-                "input_ids": rollouts.completion_ids,  # what Trainer counts FLOPs by
-                "rollouts": rollouts,
-                "logprobs": [scores.student_logprob, scores.teacher_logprob],
-                "teacher_hidden": scored.teacher_hidden(keep),
-                "keep": keep,
-                "parts": step.train_parts(
-                    keep,
-                    list(map(len, rollouts.prompt_ids)),
-                    args.device,
-                    # Its engine steps the optimizer after a micro-batch's first backward.
-                    one_forward=self.accelerator.distributed_type == DistributedType.DEEPSPEED,
-                ),
-            }
-
-        return answer, judged
-
-    def _kept(self, questions: list[Question], written: torch.Tensor) -> tuple[list[list[int]], float]:
-        """Kept positions of each rollout, and the seconds that it took to be told."""
-        asked_at = time.monotonic()
-        if self.args.method == "rmsd":
-            kept = ask(self.judge, questions)
-        else:
-            kept = [row.nonzero().flatten().tolist() for row in written]
-        return kept, time.monotonic() - asked_at
-
-    def _answers(self, rows: list[dict], prompt_ids: list[list[int]], micro_batch: int) -> Rollouts:
-        """The student's: written by the engine, or the rows' own completions."""
+    def _written(self, batches: list[MicroBatch]) -> Iterator[MicroBatch]:
+        """One micro-batch after the other, each when it is asked for."""
         args = self.args
-        if rows[0].get("completion") is not None:
-            return rollouts_of(rows, prompt_ids, self.processing_class, self.pad_id, args.device)
-        return self.engine(
-            prompt_ids,
-            max_new_tokens=args.max_completion_length,
-            pad_id=self.pad_id,
-            eos_ids=self.eos_ids,
-            temperature=args.sampling_temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            seed=self._seed(micro_batch),
+        for number, batch in enumerate(batches):
+            yield write(
+                batch,
+                self.engine,
+                self.processing_class,
+                self.pad_id,
+                args.device,
+                max_new_tokens=args.max_completion_length,
+                eos_ids=self.eos_ids,
+                temperature=args.sampling_temperature,
+                top_p=args.top_p,
+                top_k=args.top_k,
+                seed=self._seed(number),
+            )
+
+    def _scored(self, batches: list[MicroBatch]) -> Iterator[MicroBatch]:
+        written = self._written(batches)
+        if self.args.engine_scores:
+            return scored_by_engine(written, self.engine, self.teacher, self.loss)
+        return scored_by_forwards(
+            written,
+            self.student,
+            self.student_head(),
+            self.teacher,
+            self.loss,
+            self.pad_id,
+            temperature=self.args.temperature,
+            vocab_topk=self.args.vocab_topk,
         )
+
+    def _judge(self, scored: Iterator[MicroBatch]) -> None:
+        """The judge reads one micro-batch while the next is written and scored."""
+        judge = self.judge if self.args.method == "rmsd" else None
+        with ThreadPoolExecutor(1) as executor:
+            asked = []
+            for batch in scored:
+                batch.questions = questions_of(batch, self.processing_class, self.args.num_kept)
+                asked.append(executor.submit(judge_batch, batch, judge))
+                for answer in asked:
+                    if answer.done():
+                        answer.result()  # a judge that has failed ends the step before more is written
+            for answer in asked:
+                answer.result()
+
+    def _note(self, batches: list[MicroBatch]) -> None:
+        """Counts the step's micro-batches for the log, and records the step's first rollouts."""
+        shown = self.args.recorded_rollouts
+        for batch in batches:
+            self.metrics.count(batch)
+            if self.record and self.is_world_process_zero():
+                self.record.rollouts(rollout_lines(self.state.global_step + 1, batch, shown))
+            shown = max(0, shown - len(batch.rows))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A forward and backward for each part of the batch, so that one part's activations are held at a time."""
-        *others, last = ({**inputs, "part": part} for part in inputs["parts"])
+        batch = inputs["micro_batch"]
+        *others, last = map(batch.inputs, batch.parts)
         train = super().training_step
         with self.accelerator.no_sync(model) if others else contextlib.nullcontext():
             loss = sum(train(model, part, num_items_in_batch) for part in others)
@@ -222,24 +220,20 @@ class RMSDTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The student's forward over one part of the batch."""
-        rollouts, part = inputs["rollouts"], inputs["part"]
-        device = rollouts.completion_ids.device
-        sequences, length = part.sequences.to(device), part.keep.shape[1]
-        ids, mask, attended, teacher_hidden = (
-            tensor[sequences, :length]
-            for tensor in (
-                rollouts.completion_ids, rollouts.completion_mask, rollouts.attention_mask, inputs["teacher_hidden"],
-            )
-        )  # fmt: skip
-        prompt_ids = [rollouts.prompt_ids[i] for i in part.sequences.tolist()]
-        student_hidden = completion_hidden(model, prompt_ids, ids, attended, self.pad_id, one_forward=True)
-        models = (student_hidden, self.student_head(), teacher_hidden, self.teacher.head)
-        if self.args.engine_scores and part.keep.any():
-            kept = Logprobs(*(step.at_kept(logprob[sequences, :length], part.keep) for logprob in inputs["logprobs"]))
-            self.metrics.own |= engine_gaps(kept, step.kept_scores(self.loss, *models, ids, part.keep))
+        batch, part = inputs["micro_batch"], inputs["part"]
+        length = part.keep.shape[1]
+        rollouts = batch.rollouts.of(part.sequences, length)
+        ids, mask = rollouts.completion_ids, rollouts.completion_mask
+        student_hidden = completion_hidden(
+            model, rollouts.prompt_ids, ids, rollouts.attention_mask, self.pad_id, one_forward=True
+        )
+        teacher_hidden = batch.teacher_hidden[part.sequences.to(ids.device), :length]
+        student, teacher = Reading(student_hidden, self.student_head()), Reading(teacher_hidden, self.teacher.head)
+        if self.args.engine_scores:
+            self.metrics.own |= kept_engine_gaps(batch, part, student, teacher, self.loss)
         # Data parallel training averages gradients over ranks; ours are shares of a sum.
         scale = self.accelerator.num_processes
-        loss = scale * step.train_loss(self.loss, *models, ids, mask, part.keep, num_items_in_batch)
+        loss = scale * train_loss(self.loss, student, teacher, ids, mask, part.keep, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     @property
