@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
 
 import rmsd.step.scoring
 import rmsd.step.training
@@ -54,12 +55,12 @@ def test_bytes_of_weights_optimizer_and_teacher_are_those_of_a_real_step(tmp_pat
     options = {"continuation_steps": [1]} if "continued" in kind else {"teacher": "live"} if kind == "live" else {}
     held = {}
 
-    class Gradients(rmsd.training.trainer.TeacherSchedule):
+    class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             held["gradients"] = nbytes(p.grad for p in model.parameters() if p.grad is not None)
 
     trainer = tiny.trainer(tmp_path, student, rows=ROWS, max_steps=1, optim=optim, **options)
-    trainer.add_callback(Gradients(trainer))
+    trainer.add_callback(Gradients())
     sizes = Sizes.of(student)  # before training: a continuation adds the teacher's adapter
     planned = memory(sizes, trainer.args, lengths_of(trainer))
     trainer.train()
