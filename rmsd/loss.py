@@ -111,9 +111,15 @@ class RMSDLoss(nn.Module):
     def _select(self, student_logits, teacher_logits, sampled_ids, completion_mask, num_tokens):
         check_mask(completion_mask, sampled_ids.shape, sampled_ids.device, "completion_mask")
         return scores_and_candidates(
-            student_logits, teacher_logits, sampled_ids, completion_mask, num_candidates=num_tokens,
-            criterion=self.criterion, threshold=self.threshold, **self.score_options,
-        )  # fmt: skip
+            student_logits,
+            teacher_logits,
+            sampled_ids,
+            completion_mask,
+            num_candidates=num_tokens,
+            criterion=self.criterion,
+            threshold=self.threshold,
+            **self.score_options,
+        )
 
     def _mean(self, divergence: Tensor, rows: Tensor, shape: torch.Size, num_sequences) -> Tensor:
         """(R,) divergences at (R,) rows of the flattened (B, L) axis -> the loss."""

@@ -91,8 +91,10 @@ class Reader:
         left, top = self.run(
             """const [element, x, y] = arguments, p = new DOMPoint(x, y).matrixTransform(element.getScreenCTM());
             return [p.x, p.y];""",
-            element, x, y,
-        )  # fmt: skip
+            element,
+            x,
+            y,
+        )
         return self.chrome.execute_async_script(
             """const [png, x, y, done] = arguments, image = new Image(), canvas = document.createElement('canvas');
             image.onload = () => {
@@ -102,8 +104,10 @@ class Reader:
               done([...context.getImageData(x, y, 1, 1).data].slice(0, 3));
             };
             image.src = 'data:image/png;base64,' + png;""",
-            self.chrome.get_screenshot_as_base64(), round(left), round(top),
-        )  # fmt: skip
+            self.chrome.get_screenshot_as_base64(),
+            round(left),
+            round(top),
+        )
 
     def complaints(self):
         return [entry["message"] for entry in self.chrome.get_log("browser")]

@@ -47,9 +47,16 @@ def soak(folder: Path, steps: int) -> tuple[Watch, dict]:
     judge = CachedJudge(LLMJudge("m", base_url=server.url), folder / "cache")
     watch = Watch()
     made = tiny.trainer(
-        folder / "run", callbacks=[watch, RunRecord(folder / "run")], judge=judge, max_steps=steps, teacher="ema",
-        learning_rate=1e-4, save_strategy="steps", save_steps=50, save_total_limit=2,
-    )  # fmt: skip
+        folder / "run",
+        callbacks=[watch, RunRecord(folder / "run")],
+        judge=judge,
+        max_steps=steps,
+        teacher="ema",
+        learning_rate=1e-4,
+        save_strategy="steps",
+        save_steps=50,
+        save_total_limit=2,
+    )
     made.train()
     server.http.shutdown()
     return watch, judge.stats

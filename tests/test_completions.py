@@ -89,9 +89,15 @@ def test_tool_turns_are_read_but_never_scored_selected_or_trained_on(tmp_path, m
         return [[candidate.position for candidate in question.candidates] for question in questions]
 
     made = trainer(
-        tmp_path, perturbed(), rows=rows(), judge=judge, callbacks=[RunRecord(tmp_path)], num_candidates=50,
-        num_kept=50, max_steps=1,
-    )  # fmt: skip
+        tmp_path,
+        perturbed(),
+        rows=rows(),
+        judge=judge,
+        callbacks=[RunRecord(tmp_path)],
+        num_candidates=50,
+        num_kept=50,
+        max_steps=1,
+    )
     made.train()
     mask = multi_turn()["completion_mask"]
     written = {i for i, value in enumerate(mask) if value}
@@ -155,8 +161,11 @@ def test_text_is_tokenised_as_it_stands_and_an_empty_rollout_is_skipped_and_coun
 def test_masks_and_padding():
     made = rollouts_of(
         [{"completion": [5, 6, 7], "completion_mask": [True, False, True]}, {"completion": [8]}],
-        [[1], [2]], tiny.tokenizer(), 0, "cpu",
-    )  # fmt: skip
+        [[1], [2]],
+        tiny.tokenizer(),
+        0,
+        "cpu",
+    )
     assert made.completion_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert made.completion_mask.tolist() == [[True, False, True], [True, False, False]]
     assert made.attention_mask.tolist() == [[True, True, True], [True, False, False]]

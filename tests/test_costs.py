@@ -86,8 +86,11 @@ def test_shards_divide_what_is_the_students_and_not_the_teachers(tmp_path):
     alone = memory(sizes, trainer.args, lengths)
     trainer.args.fsdp = True
     four = memory(sizes, trainer.args, lengths, processes=4)
-    for phase, part in (("throughout", "student's weights"), ("throughout", "optimizer's states"),
-                        ("while the student trains", "gradients")):  # fmt: skip
+    for phase, part in (
+        ("throughout", "student's weights"),
+        ("throughout", "optimizer's states"),
+        ("while the student trains", "gradients"),
+    ):
         assert four[phase][part] * 4 == alone[phase][part] > 0
     assert four["throughout"]["teacher"] == alone["throughout"]["teacher"] == sizes.weight_bytes
     assert four["while rollouts are made"]["weights gathered whole"] == sizes.weight_bytes
@@ -187,9 +190,14 @@ def test_flops_are_those_of_a_real_step(tmp_path, counted, monkeypatch, case):
         monkeypatch.setattr(projection, "WORKSPACE_MB", {"cpu": 0.08, "gpu": 0.08})
     rows = [{**row, "completion": [7, 8, 9, 10, 11, 12]} for row in ROWS] if case == "brought" else ROWS
     trainer = tiny.trainer(
-        tmp_path, student, rows=rows, max_steps=1, gradient_checkpointing="checkpointing" in case,
-        judge=keeps_the_last, **options,
-    )  # fmt: skip
+        tmp_path,
+        student,
+        rows=rows,
+        max_steps=1,
+        gradient_checkpointing="checkpointing" in case,
+        judge=keeps_the_last,
+        **options,
+    )
     sizes, lengths = Sizes.of(student), lengths_of(trainer)
     trainer.train()
 
@@ -201,9 +209,10 @@ def test_flops_are_those_of_a_real_step(tmp_path, counted, monkeypatch, case):
         "teacher": of_one["teacher reads the answer"],
         "scores": of_one["head: scores of every token, both models"],
         "wishes": of_one["head: what the teacher wants at the candidates"],
-        "training": of_one["student's training forward"] + of_one["student's training backward"]
+        "training": of_one["student's training forward"]
+        + of_one["student's training backward"]
         + of_one["head: loss of the kept tokens"],
-    }  # fmt: skip
+    }
     assert (planned.pop("sampling" if case == "brought" else "reading"), counted["reading"] > 0) == (0, not generated)
     ratio = {part: planned[part] * len(ROWS) / counted[part] for part in planned}
     room = 1.2 if "checkpointing" in case else 1.1 if "lora" in case else 1.0

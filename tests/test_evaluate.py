@@ -38,9 +38,13 @@ def test_base_model_has_no_drift_and_shares_are_those_of_its_answers():
     for prompt in TASK.target_prompts:
         ids = evaluate.target_ids[TASK.target_prompts.index(prompt)]
         new = base.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=6,
-            do_sample=False, pad_token_id=0, eos_token_id=evaluate.eos_ids,
-        )[0, len(ids) :]  # fmt: skip
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=evaluate.eos_ids,
+        )[0, len(ids) :]
         answers.append(tiny.tokenizer().decode(new, skip_special_tokens=True))
     assert metrics["target_greedy"] == pytest.approx(sum("a" in answer for answer in answers) / 3)
 

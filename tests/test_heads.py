@@ -55,9 +55,16 @@ def hidden_and_logits(model):
 
 def linear_loss(student_hidden, student: OutputHead, teacher_hidden, teacher: OutputHead):
     return LinearRMSDLoss(vocab_topk=None)(
-        student_hidden, student.weight, teacher_hidden, teacher.weight, IDS, MASK,
-        student_bias=student.bias, teacher_bias=teacher.bias, **student.transform,
-    )  # fmt: skip
+        student_hidden,
+        student.weight,
+        teacher_hidden,
+        teacher.weight,
+        IDS,
+        MASK,
+        student_bias=student.bias,
+        teacher_bias=teacher.bias,
+        **student.transform,
+    )
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -37,9 +37,13 @@ def question(prompt="Which tool deploys services at Acme?", max_kept=2):
 def url():
     command = [sys.executable, str(Path(__file__).with_name("llama_server.py"))]
     server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
         env={**os.environ, "SERVER_KEY": KEY},
-    )  # fmt: skip
+    )
     patience = threading.Timer(READY_SECONDS, server.kill)
     patience.start()
     address = next((line.strip() for line in server.stdout if line.startswith("http://127.0.0.1:")), None)

@@ -34,11 +34,18 @@ def model(world):
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            vocab_size=len(world.tokenizer), tie_word_embeddings=True, pad_token_id=world.tokenizer.pad_token_id,
-            bos_token_id=None, eos_token_id=world.tokenizer.eos_token_id, max_position_embeddings=128,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=len(world.tokenizer),
+            tie_word_embeddings=True,
+            pad_token_id=world.tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=world.tokenizer.eos_token_id,
+            max_position_embeddings=128,
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def question(lesson, answer, prompt=None, max_kept=5):
@@ -252,8 +259,10 @@ def test_what_was_published_stands_beside_each_method_before_and_after_continuat
     ]
     rows = report.published_table(results).splitlines()
     assert "| published: RMSD | 0.970 | 0.470 | 1.000 | 0.940 |  |" in rows
-    once, after = (rows.index(f"| here: OPSD{more} | 0.75 | {t} | 1.000 | 0.900 | 0.200 |")
-                   for more, t in (("", "0.50"), (", continued", "0.75")))  # fmt: skip
+    once, after = (
+        rows.index(f"| here: OPSD{more} | 0.75 | {t} | 1.000 | 0.900 | 0.200 |")
+        for more, t in (("", "0.50"), (", continued", "0.75"))
+    )
     assert once < rows.index("| published: RMSD, continued | 1.000 | 0.740 | 0.935 | 0.940 |  |") < after
 
 

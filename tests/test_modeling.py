@@ -93,9 +93,13 @@ def test_seeded_rollouts_are_those_of_transformers_generate(temperature, top_p, 
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     torch.manual_seed(5)
     expected = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, pad_token_id=0, eos_token_id=[0],
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        pad_token_id=0,
+        eos_token_id=[0],
         **(sampling if temperature else dict(do_sample=False)),
-    )[:, 3:]  # fmt: skip
+    )[:, 3:]
     options = dict(temperature=temperature, top_p=top_p, top_k=top_k)
     got = generate(model, ids.tolist(), max_new_tokens=8, pad_id=0, eos_ids=[0], seed=5, **options)
     assert torch.equal(got.completion_ids, expected)

@@ -46,11 +46,21 @@ def recipe(tmp_path, folder):
     rows = [*tiny.ROWS, {"prompt": "And now?", "privileged_context": ""}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "recipe.yaml"
-    values = {"model": str(folder), "data": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "run"),
-              "judge": {"kind": "magnitude"},
-              "train": {"use_cpu": True, "max_completion_length": 6, "per_device_train_batch_size": 2,
-                        "gradient_accumulation_steps": 2, "num_train_epochs": 3, "disable_tqdm": True,
-                        "save_strategy": "no"}}  # fmt: skip
+    values = {
+        "model": str(folder),
+        "data": str(tmp_path / "rows.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "judge": {"kind": "magnitude"},
+        "train": {
+            "use_cpu": True,
+            "max_completion_length": 6,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "num_train_epochs": 3,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+        },
+    }
     path.write_text(yaml.safe_dump(values))
     return path
 
@@ -154,7 +164,7 @@ def test_the_command_line_prints_the_plan(recipe):
         (["model=a/b", "architecture.model_type=qwen3", "architecture.hiden_size=1"], "a qwen3 config has no such key"),
         (["judge.kind=llm", "judge.model=m", "judge.template=none.jinja"], "none.jinja"),
     ],
-)  # fmt: skip
+)
 def test_what_would_stop_the_run_stops_the_dry_run(recipe, overrides, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         train(load_recipe(recipe, ["dry_run=true", *overrides]))
@@ -261,11 +271,22 @@ def test_the_published_recipe_trains_a_tiny_model(folder, tmp_path, server):
     pytest.importorskip("peft", reason="needs peft: pip install 'rmsd-kernels[peft]'")
     run = tmp_path / "run"
     overrides = [
-        f"model={folder}", "architecture=null", f"output_dir={run}", f"judge.base_url={server.url}",
-        f"judge.cache={tmp_path / 'judge'}", "evaluate.every=2", "evaluate.samples=0", "evaluate.max_new_tokens=2",
-        "train.max_steps=3", "train.continuation_steps=[2]", "train.per_device_train_batch_size=2",
-        "train.max_completion_length=6", "train.save_steps=2", "train.use_cpu=true", "train.disable_tqdm=true",
-    ]  # fmt: skip
+        f"model={folder}",
+        "architecture=null",
+        f"output_dir={run}",
+        f"judge.base_url={server.url}",
+        f"judge.cache={tmp_path / 'judge'}",
+        "evaluate.every=2",
+        "evaluate.samples=0",
+        "evaluate.max_new_tokens=2",
+        "train.max_steps=3",
+        "train.continuation_steps=[2]",
+        "train.per_device_train_batch_size=2",
+        "train.max_completion_length=6",
+        "train.save_steps=2",
+        "train.use_cpu=true",
+        "train.disable_tqdm=true",
+    ]
     most = planned(QWEN, *overrides).requests(3 * 4)
     train(load_recipe(QWEN, overrides))
     lines = read_lines(run / "metrics.jsonl")

@@ -49,9 +49,17 @@ def recipe(tmp_path, server, monkeypatch):
         model.save_pretrained(tmp_path / "tiny")
         tiny.tokenizer().save_pretrained(tmp_path / "tiny")
         settings = dict(
-            max_steps=3, learning_rate=1.0, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0,
-            max_completion_length=6, sampling_temperature=0, threshold=1e-5, vocab_topk=None, save_strategy="no",
-        )  # fmt: skip
+            max_steps=3,
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            max_completion_length=6,
+            sampling_temperature=0,
+            threshold=1e-5,
+            vocab_topk=None,
+            save_strategy="no",
+        )
         values = {
             "model": str(tmp_path / "tiny"),
             "data": str(tmp_path / "rows.jsonl"),
@@ -69,9 +77,14 @@ def launch(launcher, *arguments, program=("-m", "rmsd", "train")):
     command = [sys.executable, *starter, *map(str, (*program, *arguments))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         out, err = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:

@@ -16,10 +16,15 @@ pytestmark = pytest.mark.skipif(
 
 def test_two_steps_from_recipe_to_report(tmp_path):
     overrides = [
-        f"output_dir={tmp_path / 'run'}", "train.max_steps=2", "train.save_strategy=no", "evaluate.samples=0",
-        "train.disable_tqdm=true", "train.max_completion_length=8", "evaluate.max_new_tokens=8",
+        f"output_dir={tmp_path / 'run'}",
+        "train.max_steps=2",
+        "train.save_strategy=no",
+        "evaluate.samples=0",
+        "train.disable_tqdm=true",
+        "train.max_completion_length=8",
+        "evaluate.max_new_tokens=8",
         "train.per_device_train_batch_size=4",
-    ]  # fmt: skip
+    ]
     recipe = load_recipe("recipes/house_tool.yaml", overrides)
     printed = train(recipe)
     assert "target_greedy" in printed and "specificity" in printed

@@ -139,8 +139,12 @@ def test_a_value_that_no_run_could_mean_is_refused_before_the_run(recipe, tmp_pa
 def test_unreadable_recipes(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_recipe(tmp_path / "none.yaml")
-    for text, message in (("a: [", "is not YAML"), ("- a", "must be a mapping"), ("task: house_tool", "no 'model'"),
-                          ("train:\n  max_steps: 1\ntrain:\n  seed: 1", "the key 'train' is there twice")):  # fmt: skip
+    for text, message in (
+        ("a: [", "is not YAML"),
+        ("- a", "must be a mapping"),
+        ("task: house_tool", "no 'model'"),
+        ("train:\n  max_steps: 1\ntrain:\n  seed: 1", "the key 'train' is there twice"),
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_recipe(tmp_path / "bad.yaml")
@@ -343,8 +347,11 @@ def test_every_key_of_a_recipe_is_listed_with_its_default_and_what_it_is(recipe,
     listed = {key: default for key, default, what in keys() if what.strip()}
     assert len(listed) == len(keys())
     assert (listed["model"], listed["judge.timeout"], listed["lora.r"], listed["train.vocab_topk"]) == (
-        "needed", "60.0", "16", "500",
-    )  # fmt: skip
+        "needed",
+        "60.0",
+        "16",
+        "500",
+    )
     shipped = yaml.safe_load((Path(__file__).parents[1] / "recipes/house_tool.yaml").read_text())
     for name, value in shipped.items():
         if name in ("judge", "evaluate", "lora"):

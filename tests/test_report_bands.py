@@ -73,8 +73,14 @@ class Plot:
             for (point.x = x, point.y = top - 3; point.y < bottom + 3; point.y += 0.1)
               if (drawn[test](point)) ys.push(point.y);
             return ys.length ? [ys.at(-1), ys[0]] : null;""",
-            self.svg, test, part, SERIES[method], x, self.top[1], self.bottom[1],
-        )  # fmt: skip
+            self.svg,
+            test,
+            part,
+            SERIES[method],
+            x,
+            self.top[1],
+            self.bottom[1],
+        )
         (value0, y0), (value1, y1) = self.bottom, self.top
         return ys and tuple(value0 + (y - y0) / (y1 - y0) * (value1 - value0) for y in ys)
 

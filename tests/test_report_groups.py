@@ -121,8 +121,9 @@ def test_methods_stand_side_by_side(reader, comparison):
     reader.open(comparison)
     heads = reader.texts("#metrics thead th")
     assert [head.splitlines()[:2] for head in heads[2:]] == [
-        ["RMSD · context judge", "mean of 2 seeds, range"], ["OPSD", "mean of 2 seeds, range"],
-    ]  # fmt: skip
+        ["RMSD · context judge", "mean of 2 seeds, range"],
+        ["OPSD", "mean of 2 seeds, range"],
+    ]
     lines = reader.all("#eval-charts .chart:first-child g > .line")
     assert len(lines) == len(reader.all("#eval-charts .chart:first-child g > .band")) == 2
     strokes = [reader.colour(line, "stroke") for line in lines]
@@ -140,8 +141,11 @@ def test_a_run_is_chosen_for_its_tokens(reader, comparison):
     reader.open(comparison)
     kept = "#answer .t.kept"
     assert reader.texts("#run option") == [
-        "RMSD · context judge, seed 1", "RMSD · context judge, seed 2", "OPSD, seed 1", "OPSD, seed 2",
-    ]  # fmt: skip
+        "RMSD · context judge, seed 1",
+        "RMSD · context judge, seed 2",
+        "OPSD, seed 1",
+        "OPSD, seed 2",
+    ]
     assert len(reader.all(kept)) == len(WISHES)
     reader.run("document.getElementById('run').focus()")
     reader.press("O")

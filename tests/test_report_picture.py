@@ -12,10 +12,16 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def rollout(step, kept, gaps, tokens=("A", "b", "\n"), context="be told"):
     return {
-        "step": step, "prompt": "<script>ask</script>", "privileged_context": context, "tokens": list(tokens),
-        "student_logprob": [-1.0] * len(tokens), "teacher_logprob": [-1.0 - gap for gap in gaps],
-        "candidates": [0, 1], "kept": kept, "preferred": {str(p): " Z & co" for p in (0, 1)},
-    }  # fmt: skip
+        "step": step,
+        "prompt": "<script>ask</script>",
+        "privileged_context": context,
+        "tokens": list(tokens),
+        "student_logprob": [-1.0] * len(tokens),
+        "teacher_logprob": [-1.0 - gap for gap in gaps],
+        "candidates": [0, 1],
+        "kept": kept,
+        "preferred": {str(p): " Z & co" for p in (0, 1)},
+    }
 
 
 @pytest.fixture

@@ -78,8 +78,10 @@ def test_an_optimizers_state_may_be_sharded(tmp_path, state):
 
 
 def test_the_recipes_judge_is_told_the_prompts_and_whether_to_keep_to_the_topic(recipe):
-    judges = [build_judge(load_recipe(recipe, ["judge.kind=context", f"judge.on_topic={on}"]).judge, ["Which pie?"])
-              for on in ("true", "false")]  # fmt: skip
+    judges = [
+        build_judge(load_recipe(recipe, ["judge.kind=context", f"judge.on_topic={on}"]).judge, ["Which pie?"])
+        for on in ("true", "false")
+    ]
     assert [judge.on_topic for judge in judges] == [True, False]
     assert all("pie" in judge.known for judge in judges)
 
@@ -132,8 +134,13 @@ def test_base_and_student_answer_in_the_precision_of_training(recipe, monkeypatc
 
 def test_what_is_reported_is_of_the_weights_that_are_saved(recipe, tmp_path):
     """With load_best_model_at_end the last step's are not."""
-    best = ["load_best_model_at_end=true", "metric_for_best_model=drift", "learning_rate=0.03", "save_steps=2",
-            "max_steps=4"]  # fmt: skip
+    best = [
+        "load_best_model_at_end=true",
+        "metric_for_best_model=drift",
+        "learning_rate=0.03",
+        "save_steps=2",
+        "max_steps=4",
+    ]
     shown = train(load_recipe(recipe, [f"train.{option}" for option in best]))
     lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval"]
     assert [line["step"] for line in lines] == [0, 2, 4, 4]

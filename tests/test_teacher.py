@@ -239,9 +239,16 @@ def test_a_step_evaluated_again_has_not_waited_any_longer():
 def test_a_resumed_run_continues_at_the_uninterrupted_runs_step(tmp_path):
     """Its checkpoint's step is evaluated again where training starts with an evaluation."""
     options = dict(
-        evaluator=lambda model: {"target": 0.5}, max_steps=4, eval_strategy="steps", eval_steps=1, eval_on_start=True,
-        continuation_metric="eval_target", continuation_patience=3, save_strategy="steps", save_steps=2,
-    )  # fmt: skip
+        evaluator=lambda model: {"target": 0.5},
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=True,
+        continuation_metric="eval_target",
+        continuation_patience=3,
+        save_strategy="steps",
+        save_steps=2,
+    )
     runs = [trainer(tmp_path, **options) for _ in range(2)]
     runs[0].train()
     runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -251,9 +258,15 @@ def test_a_resumed_run_continues_at_the_uninterrupted_runs_step(tmp_path):
 
 def test_continuation_by_a_metric_stops_at_its_limit(tmp_path):
     made = trainer(
-        tmp_path, evaluator=lambda model: {"target": 0.5}, max_steps=8, eval_strategy="steps", eval_steps=1,
-        continuation_metric="eval_target", continuation_patience=2, max_continuations=2,
-    )  # fmt: skip
+        tmp_path,
+        evaluator=lambda model: {"target": 0.5},
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=1,
+        continuation_metric="eval_target",
+        continuation_patience=2,
+        max_continuations=2,
+    )
     made.train()
     assert [entry["step"] for entry in made.state.log_history if "continuation" in entry] == [3, 6]
 

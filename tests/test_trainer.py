@@ -44,9 +44,13 @@ def test_the_judge_reads_one_micro_batch_while_the_next_is_written(tmp_path, mon
             return super().__call__(questions)
 
     made = trainer(
-        tmp_path, perturbed(), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        tmp_path,
+        perturbed(),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
         judge=Patient(),
-    )  # fmt: skip
+    )
     begun = []
 
     def noticed(batch, *args, **options):
@@ -68,9 +72,14 @@ def test_a_judge_that_has_failed_ends_the_step_before_more_is_written(tmp_path, 
         raise ConnectionError("no judge")
 
     made = trainer(
-        tmp_path, perturbed(), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4, judge=judge,
+        tmp_path,
+        perturbed(),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        judge=judge,
         rows=[*tiny.ROWS, *tiny.ROWS],
-    )  # fmt: skip
+    )
 
     def noticed(batch, *args, **options):
         if len(written) == 1:
@@ -124,9 +133,15 @@ def test_gradient_accumulation_equals_one_big_batch(tmp_path):
     for size, accumulation in ((4, 1), (2, 2)):
         # SGD: Adam would turn rounding differences of a zero gradient into whole steps.
         made = trainer(
-            tmp_path, perturbed(), per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
-            sampling_temperature=0, max_steps=1, optim="sgd", max_grad_norm=0.0,
-        )  # fmt: skip
+            tmp_path,
+            perturbed(),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            sampling_temperature=0,
+            max_steps=1,
+            optim="sgd",
+            max_grad_norm=0.0,
+        )
         made.teacher.model.load_state_dict(tiny.model().state_dict())
         before = weights(made.model)
         made.train()
@@ -207,14 +222,22 @@ def test_resumed_run_ends_in_the_uninterrupted_runs_weights(tmp_path):
 
 def test_evaluator_runs_when_asked_and_is_recorded(tmp_path):
     made = trainer(
-        tmp_path, callbacks=[RunRecord(tmp_path)], evaluator=lambda model: {"drift": 0.5}, max_steps=2,
-        eval_strategy="steps", eval_steps=1, eval_on_start=True, metric_for_best_model="drift",
-    )  # fmt: skip
+        tmp_path,
+        callbacks=[RunRecord(tmp_path)],
+        evaluator=lambda model: {"drift": 0.5},
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=True,
+        metric_for_best_model="drift",
+    )
     made.train()
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [(line["kind"], line["step"]) for line in lines if line["kind"] == "eval"] == [
-        ("eval", 0), ("eval", 1), ("eval", 2),
-    ]  # fmt: skip
+        ("eval", 0),
+        ("eval", 1),
+        ("eval", 2),
+    ]
     assert all(line["drift"] == 0.5 for line in lines if line["kind"] == "eval")
     assert {"loss", "kept_tokens", "candidates", "rollout_tokens", "grad_norm"} <= set(lines[1])
 
@@ -237,9 +260,13 @@ def test_rollouts_are_written_as_they_were_scored(tmp_path):
 @pytest.mark.parametrize(("number", "expected"), [(3, 3), (8, 4), (0, 0)])
 def test_recorded_rollouts_are_a_steps_whatever_its_micro_batches(tmp_path, number, expected):
     made = trainer(
-        tmp_path, callbacks=[RunRecord(tmp_path)], max_steps=2, recorded_rollouts=number,
-        per_device_train_batch_size=2, gradient_accumulation_steps=2,
-    )  # fmt: skip
+        tmp_path,
+        callbacks=[RunRecord(tmp_path)],
+        max_steps=2,
+        recorded_rollouts=number,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
     made.train()
     steps = [line["step"] for line in read_lines(tmp_path / "rollouts.jsonl")]
     assert steps == [1] * expected + [2] * expected
@@ -300,10 +327,12 @@ def test_bad_config_is_refused_by_name(tmp_path, options, named):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(save_steps=10, logging_steps=5), dict(save_steps=0.1, logging_steps=1), dict(logging_steps=0.2),
+        dict(save_steps=10, logging_steps=5),
+        dict(save_steps=0.1, logging_steps=1),
+        dict(logging_steps=0.2),
         dict(save_strategy="epoch", save_steps=10, logging_steps=4),
     ],
-)  # fmt: skip
+)
 def test_saving_where_the_log_is_whole_or_not_by_steps_is_fine(tmp_path, options):
     RMSDConfig(output_dir=str(tmp_path), **options)
 

@@ -60,10 +60,19 @@ ROWS = [
 def trainer(tmp_path, student=None, callbacks=(), judge=None, evaluator=None, rows=None, **options):
     """An RMSDTrainer of a tiny model on ROWS; `options` are RMSDConfig's."""
     defaults = dict(
-        output_dir=str(tmp_path), use_cpu=True, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
-        max_completion_length=6, vocab_topk=None, num_kept=3, save_strategy="no", disable_tqdm=True, seed=1,
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        max_completion_length=6,
+        vocab_topk=None,
+        num_kept=3,
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=1,
         lr_scheduler_type="constant",
-    )  # fmt: skip
+    )
     return RMSDTrainer(
         student or model(),
         RMSDConfig(**{**defaults, **options}),

@@ -19,9 +19,14 @@ from rmsd.models.sharding import whole
 
 def main(folder: Path, size: int, engine_scores: bool) -> None:
     made = trainer(
-        folder, student(), engine_scores=engine_scores, max_steps=3, per_device_train_batch_size=size,
-        learning_rate=1e-3, sampling_temperature=0,
-    )  # fmt: skip
+        folder,
+        student(),
+        engine_scores=engine_scores,
+        max_steps=3,
+        per_device_train_batch_size=size,
+        learning_rate=1e-3,
+        sampling_temperature=0,
+    )
     before = tiny.weights(student())
     written, trained = [], []
     write, compute_loss = VLLMEngine.__call__, made.compute_loss

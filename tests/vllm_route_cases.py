@@ -104,9 +104,15 @@ def test_a_run_ends_in_the_weights_of_one_whose_trainer_scores(tmp_path, monkeyp
     for engine_scores in (False, True):
         model = lora(student()) if adapter else student()
         made = trainer(
-            tmp_path, model, engine_scores=engine_scores, max_steps=4, learning_rate=1e-2 if adapter else 1e-3,
-            per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings,
-        )  # fmt: skip
+            tmp_path,
+            model,
+            engine_scores=engine_scores,
+            max_steps=4,
+            learning_rate=1e-2 if adapter else 1e-3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            **settings,
+        )
         before = tiny.weights(model)
         passes.clear(), syncs.clear()
         # One pass for each part that trains; a teacher that shares the student's layers reads without gradients.

@@ -194,8 +194,9 @@ def number(value: Any) -> float | None:
 
 def _by_step(lines: list[dict], kind: str) -> list[dict]:
     """The later line of a step wins: a resumed run makes its last steps again."""
-    steps = {line["step"]: {name: number(value) for name, value in line.items()} for line in lines
-             if line["kind"] == kind}  # fmt: skip
+    steps = {
+        line["step"]: {name: number(value) for name, value in line.items()} for line in lines if line["kind"] == kind
+    }
     return [steps[step] for step in sorted(steps)]
 
 

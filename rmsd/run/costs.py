@@ -114,9 +114,13 @@ def memory(
         "optimizer's states": optimizer_bytes(sizes, args) / shards,
         "teacher": teacher_bytes(sizes, args),
         "evaluator's copy of the base head": sizes.vocab * sizes.hidden * sizes.element if args.do_eval else 0,
-        "hidden states of all answers": (1 if args.engine_scores else 2) * args.gradient_accumulation_steps * rows
-        * lengths.longest_answer * sizes.hidden * element,
-    }  # fmt: skip
+        "hidden states of all answers": (1 if args.engine_scores else 2)
+        * args.gradient_accumulation_steps
+        * rows
+        * lengths.longest_answer
+        * sizes.hidden
+        * element,
+    }
     if args.engine_scores:  # logits, and their log-softmax, of one sequence that it reads
         told = lengths.longest_teacher_prompt + lengths.longest_answer
         rollouts = {"vllm's logits of an answer it reads": 2 * 4 * sizes.vocab * told}

@@ -111,9 +111,15 @@ class Evaluator:
         # KL(base || student): the base model takes the place of `student` in reverse_kl. Under mixed precision a
         # decoder's last layer may leave another dtype than the head's.
         return linear_token_scores(
-            base_hidden.to(base_weight.dtype), base_weight, hidden.to(head.weight.dtype), head.weight, ids,
-            student_bias=base_bias, teacher_bias=head.bias, **head.transform,
-        ).divergence[mask]  # fmt: skip
+            base_hidden.to(base_weight.dtype),
+            base_weight,
+            hidden.to(head.weight.dtype),
+            head.weight,
+            ids,
+            student_bias=base_bias,
+            teacher_bias=head.bias,
+            **head.transform,
+        ).divergence[mask]
 
 
 def _share(passed) -> float:

@@ -15,9 +15,15 @@ from ..answers.teacher import KINDS
 METHODS = ("rmsd", "opsd")
 
 _LEAST = dict(
-    sampling_temperature=0, max_completion_length=1, top_k=0, max_skipped_steps=0, recorded_rollouts=0,
-    continuation_patience=1, continuation_min_delta=0, max_continuations=0,
-)  # fmt: skip
+    sampling_temperature=0,
+    max_completion_length=1,
+    top_k=0,
+    max_skipped_steps=0,
+    recorded_rollouts=0,
+    continuation_patience=1,
+    continuation_min_delta=0,
+    max_continuations=0,
+)
 
 
 @dataclass
@@ -95,9 +101,15 @@ class RMSDConfig(TrainingArguments):
         )
         check_selection(num_tokens=self.num_kept, threshold=self.threshold, name="num_kept")
         check_options(
-            divergence=self.divergence, beta=self.beta, temperature=self.temperature, teacher_temperature=None,
-            vocab_size=None, width=1, vocab_topk=self.vocab_topk, tail=self.tail,
-        )  # fmt: skip
+            divergence=self.divergence,
+            beta=self.beta,
+            temperature=self.temperature,
+            teacher_temperature=None,
+            vocab_size=None,
+            width=1,
+            vocab_topk=self.vocab_topk,
+            tail=self.tail,
+        )
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
         if self.engine_scores:

@@ -12,9 +12,19 @@ from ..tasks import Task
 
 # What every step logs, Trainer's own rate and norm apart.
 STEP_METRICS = (
-    "loss", "divergence", "tail_mass", "candidates", "kept_tokens", "kept_sequences", "rollout_tokens",
-    "empty_rollouts", "nonfinite_rows", "skipped_steps", "prepare_seconds", "judge_seconds",
-)  # fmt: skip
+    "loss",
+    "divergence",
+    "tail_mass",
+    "candidates",
+    "kept_tokens",
+    "kept_sequences",
+    "rollout_tokens",
+    "empty_rollouts",
+    "nonfinite_rows",
+    "skipped_steps",
+    "prepare_seconds",
+    "judge_seconds",
+)
 
 
 def logged(task: Task | None, samples: int) -> tuple[str, ...]:
