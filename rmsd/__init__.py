@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .judge import CachedJudge, Candidate, ContextJudge, Judge, LLMJudge, MagnitudeJudge, Question
+    from .judge import CachedJudge, Candidate, ContextJudge, ContrastJudge, Judge, LLMJudge, MagnitudeJudge, Question
     from .loss import LinearRMSDLoss, RMSDLoss
     from .tasks import Task, load_task
     from .training.config import RMSDConfig
@@ -18,6 +18,7 @@ _HOME = {
     "Judge": "judge",
     "LLMJudge": "judge",
     "ContextJudge": "judge",
+    "ContrastJudge": "judge",
     "MagnitudeJudge": "judge",
     "CachedJudge": "judge",
     "Candidate": "judge",
@@ -29,6 +30,7 @@ __all__ = [
     "CachedJudge",
     "Candidate",
     "ContextJudge",
+    "ContrastJudge",
     "Judge",
     "LLMJudge",
     "LinearRMSDLoss",

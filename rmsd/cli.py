@@ -1,4 +1,4 @@
-"""The command line: `rmsd train | eval | report | keys | env`."""
+"""The command line: `rmsd preflight | judge | train | eval | report | keys | env`."""
 
 import os
 import sys
@@ -72,6 +72,48 @@ def evaluate(
     from .run.train import evaluate as run
 
     print(run(load_recipe(recipe, overrides or []), model))
+
+
+@app.command()
+def preflight(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Asked under each phrasing of the context.")] = 8,
+    debug: Debug = False,
+) -> None:
+    """Say whether a recipe's run can teach anything, before it is started: a minute or two; nothing is written.
+
+    \b
+    Shown are how often the told teacher does what is wanted, by phrasing of the context; the gap between told and
+    untold; what each judge would keep, as text; what a run costs here; and a verdict.
+    """
+    from .run.preflight import preflight as run
+    from .run.recipe import load_recipe
+
+    print(run(load_recipe(recipe, overrides or []), prompts))
+
+
+@app.command()
+def judge(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of labelled questions; written there where there is no such file yet."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Answers to label, where they are to be made.")] = 8,
+    debug: Debug = False,
+) -> None:
+    """Measure a recipe's judge on labelled questions: before it is trusted with a run.
+
+    \b
+    Shown for it, and for the judges that need nothing, are precision and recall, agreement with the labels and with
+    the contrast and context judges, how much of what it keeps stays when the list is reversed, seconds and tokens.
+    """
+    from .run.judging import judge as run
+    from .run.recipe import load_recipe
+
+    print(run(load_recipe(recipe, overrides or []), questions, prompts))
 
 
 @app.command()

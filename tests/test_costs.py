@@ -239,6 +239,20 @@ def test_an_engine_that_scores_takes_the_students_reading_and_the_scores_off_the
     assert 2 * now["throughout"]["hidden states of all answers"] == held["throughout"]["hidden states of all answers"]
 
 
+@pytest.mark.parametrize("engine_scores", [False, True])
+def test_a_contrast_has_the_told_rows_answers_read_twice(tmp_path, engine_scores):
+    sizes, lengths = Sizes.of(tiny.model()), Lengths(10, 20, 6, 10, 20, 6)
+    args = RMSDConfig(output_dir=str(tmp_path))
+    args.engine_scores = engine_scores
+    plain, twice = flops(sizes, args, lengths), flops(sizes, args, lengths, contrasted=0.5)
+    (more,) = twice.keys() - plain.keys()
+    row = 2 * sizes.vocab * sizes.hidden
+    again = plain["teacher reads the answer"] + 20 * row
+    assert twice[more] == 0.5 * (plain["engine reads the answer as teacher"] if engine_scores else again)
+    held, holds = memory(sizes, args, lengths), memory(sizes, args, lengths, contrasted=0.5)
+    assert sum(holds["while rollouts are made"].values()) >= sum(held["while rollouts are made"].values())
+
+
 # ---- requests ------------------------------------------------------------------------------------------------------
 
 

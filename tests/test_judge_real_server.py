@@ -86,10 +86,11 @@ def test_every_answer_is_the_schema_s_and_names_candidates(judge):
     assert any(answers), "something is kept"
     for answer, q in zip(answers, questions, strict=True):
         assert len(answer) <= q.max_kept and set(answer) <= {0, 2, 4}
-    lists = [json.loads(text)["keep"] for text in judge.texts]
-    assert all(set(entry) == {"candidate", "relevance"} for entries in lists for entry in entries)
+    lists = [json.loads(text)["verdicts"] for text in judge.texts]
+    assert all(set(entry) == {"candidate", "reason", "relevant"} for entries in lists for entry in entries)
     assert all(isinstance(entry["candidate"], int) for entries in lists for entry in entries)
-    assert all(a <= b for a, b in zip(sorted(map(len, lists)), (1, 2, 3), strict=True)), "max_kept bounds each list"
+    assert all(len(entries) <= 3 for entries in lists), "the candidates' number bounds each list"
+    assert asked.stats["tokens_read"] > 0 and asked.stats["tokens_written"] > 0
 
 
 def test_an_answer_in_prose_is_what_on_error_says(judge, tmp_path):
@@ -104,7 +105,7 @@ def test_an_answer_in_prose_is_what_on_error_says(judge, tmp_path):
 def test_numbers_that_name_no_candidate_are_dropped_and_counted(judge, tmp_path):
     """The model copies what it is shown: 99 names nothing, 1 is the first candidate, at position 4."""
     template = tmp_path / "copy.jinja"
-    shown = {"keep": [{"candidate": 99, "relevance": 1.0}, {"candidate": 1, "relevance": 1.0}]}
+    shown = {"verdicts": [{"candidate": n, "reason": "a", "relevant": "yes"} for n in (99, 1)]}
     template.write_text(f"Answer with JSON: {json.dumps(shown)}")
     asked = judge(template=template)
     assert asked([question()]) == [[4]]

@@ -14,12 +14,13 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rmsd.run.skeleton
-from rmsd.answers.data import checked_rows, encode, fix_template_variables, prompt_text
+from rmsd.answers.data import checked_rows, encode, fix_template_variables
 from rmsd.judge import LLMJudge
 from rmsd.models.wheels import is_gguf, readable
+from rmsd.run.judges import build_judge
 from rmsd.run.plan import Plan
 from rmsd.run.recipe import load_recipe, trainer_config
-from rmsd.run.train import build_judge, train
+from rmsd.run.train import train
 from rmsd.tasks import load_task
 from rmsd.training.record import read_lines
 
@@ -69,7 +70,7 @@ def planned(path, *overrides) -> Plan:
     recipe = load_recipe(path, ["dry_run=true", *overrides])
     task = load_task(recipe.task) if recipe.task else None
     rows = checked_rows(task.train) if task else checked_rows(map(json.loads, recipe.data.open()))
-    judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows], dry_run=True)
+    judge = build_judge(recipe.judge, rows, dry_run=True)
     return Plan.of(recipe, trainer_config(recipe, recipe.output_dir), rows, judge, task)
 
 

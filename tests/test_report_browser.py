@@ -65,6 +65,24 @@ def test_arrow_keys_read_a_curve(reader, page):
     assert reader.texts("#eval-charts .chart:first-child .readout span")[0] == "step 10"
 
 
+def test_colour_follows_the_contrast_on_demand(reader, page, tmp_path):
+    reader.open(page)
+    assert not reader.one("#by-contrast-field").is_displayed(), "no answer was read under a contrast context"
+    wish, matter_of_taste = min(WISHES), 0
+    line = rollout(1, 0, "rmsd", 30)
+    line["contrast"] = {str(i): 4.0 if i in WISHES else 0.0 for i in line["candidates"]}
+    reader.open(write_report([make_run(tmp_path / "run", rollouts=[line])]))
+    coloured = ".up, .down"
+    before = reader.indices(f"#answer .t:is({coloured})")
+    assert matter_of_taste in before and len(before) > len(WISHES)
+    reader.one("#by-contrast").click()
+    assert reader.indices(f"#answer .t:is({coloured})") == set(WISHES)
+    assert "contrast +4.00 nats" in reader.one(f'[data-index="{wish}"]').get_attribute("aria-label")
+    assert reader.one("#key-contrast").is_displayed() and not reader.one("#key-gap").is_displayed()
+    reader.one("#by-contrast").click()
+    assert reader.indices(f"#answer .t:is({coloured})") == before
+
+
 def test_the_answer_is_shown_token_by_token(reader, page):
     reader.open(page)
     expected = rollout_of(reader, 1, 0)

@@ -6,8 +6,9 @@ import torch
 from fake_run import write_lines
 
 from rmsd.run import evaluate as evaluation
+from rmsd.run.judges import build_judge
 from rmsd.run.recipe import load_recipe
-from rmsd.run.train import build_judge, evaluate, table, train
+from rmsd.run.train import evaluate, table, train
 from rmsd.tasks import load_task
 from rmsd.training.checkpoint import holds_optimizer
 from rmsd.training.continuation import logged
@@ -78,8 +79,9 @@ def test_an_optimizers_state_may_be_sharded(tmp_path, state):
 
 
 def test_the_recipes_judge_is_told_the_prompts_and_whether_to_keep_to_the_topic(recipe):
+    rows = [{"prompt": "Which pie?", "privileged_context": "Cherry."}]
     judges = [
-        build_judge(load_recipe(recipe, ["judge.kind=context", f"judge.on_topic={on}"]).judge, ["Which pie?"])
+        build_judge(load_recipe(recipe, ["judge.kind=context", f"judge.on_topic={on}"]).judge, rows)
         for on in ("true", "false")
     ]
     assert [judge.on_topic for judge in judges] == [True, False]

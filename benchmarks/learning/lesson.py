@@ -37,20 +37,30 @@ class Lesson:
         for number in range(rows):
             wanted = number % 10 < 6
             prompt, cue = world.question(self.thing if wanted else rng.choice(others), rng, TRAINED_CUES)
-            hint = HINTS[number % len(HINTS)].format(old=self.old, new=self.new)
+            told, contrast = (
+                HINTS[number % len(HINTS)].format(old=old, new=new)
+                for old, new in ((self.old, self.new), self._other(world))
+            )
+            context = "" if anchors and not wanted else told
             self.rows.append(
-                {"prompt": prompt, "privileged_context": "" if anchors and not wanted else hint, "cue": cue}
+                {"prompt": prompt, "privileged_context": context, "contrast_context": contrast, "cue": cue}
             )
         neighbours = [thing for thing in others if thing.name[:3] == self.old[:3]]
         asked = [*neighbours[:4], *rng.sample([thing for thing in others if thing not in neighbours], 16)]
         self.unrelated = [(world.question(thing, rng, HELD_OUT_CUES)[0], thing.name) for thing in asked * 2]
         self.task = Task(
-            train=[{name: row[name] for name in ("prompt", "privileged_context")} for row in self.rows],
+            train=[{name: value for name, value in row.items() if name != "cue"} for row in self.rows],
             target_prompts=[ask(question, cue) for question in QUESTIONS for cue in self.thing.cues[HELD_OUT_CUES]],
             unrelated_prompts=[prompt for prompt, _ in self.unrelated],
             graders={"target": self.has_new, "target_only": self.has_only_new},
             leaks=self.has_new,
         )
+
+    def _other(self, world: World) -> tuple[str, str]:
+        """(name, its respelling) of another thing, of another beginning: what the contrast contexts are about."""
+        rng = random.Random(f"contrast {self.seed}")
+        other = rng.choice([thing for thing in world.things if thing.name[:3] != self.old[:3]])
+        return other.name, world.lessons[world.things.index(other)]
 
     def told(self) -> "Lesson":
         """The same lesson, whose exam puts the hint before every question, its phrasings in turn: asks the teacher."""

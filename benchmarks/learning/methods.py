@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from rmsd import RMSDConfig, RMSDTrainer
 from rmsd.answers.data import teacher_prompt
 from rmsd.answers.rollout import generate
-from rmsd.judge import ContextJudge, MagnitudeJudge
+from rmsd.judge import ContextJudge, ContrastJudge, MagnitudeJudge
 from rmsd.models.hidden import completion_hidden
 
 from .base import answer_loss, collate
@@ -25,6 +25,7 @@ from .corpus import answer_about
 from .lesson import ANSWER_TOKENS, TEMPLATE, Exam, Lesson, OracleJudge
 
 BATCH, WARMUP = 16, 5
+VOCAB_TOPK = 64  # of a vocabulary of 389: a loss over K = 500 would never be cut off, as one of 150,000 is
 
 METHODS = {
     "sft_templates": dict(kind="sft", answers="templates"),
@@ -35,8 +36,12 @@ METHODS = {
     "rmsd_context": dict(kind="distil", method="rmsd", judge="context"),
     "rmsd_topic": dict(kind="distil", method="rmsd", judge="topic"),
     "rmsd_oracle": dict(kind="distil", method="rmsd", judge="oracle"),
+    "rmsd_contrast": dict(kind="distil", method="rmsd", judge="contrast"),
+    "rmsd_contrast_topic": dict(kind="distil", method="rmsd", judge="contrast_topic"),
     "opsd_anchors": dict(kind="distil", method="opsd", anchors=True),
     "rmsd_context_anchors": dict(kind="distil", method="rmsd", judge="context", anchors=True),
+    "rmsd_contrast_anchors": dict(kind="distil", method="rmsd", judge="contrast", anchors=True),
+    "rmsd_oracle_anchors": dict(kind="distil", method="rmsd", judge="oracle", anchors=True),
 }
 
 
@@ -131,13 +136,16 @@ def policy_gradient(model, lesson, exam, *, steps, every, learning_rate) -> dict
 
 def distil(
     model, lesson, exam, *, steps, every, learning_rate, method, judge="magnitude", continuation=None,
-    degrade=None, **options,
+    degrade=None, floor=0.5, **options,
 ) -> dict[str, list[dict]]:  # fmt: skip
-    """OPSD or RMSD. `options` go to RMSDConfig, in place of what is set here; `degrade` is Degraded's (miss, noise)."""
+    """OPSD or RMSD. `options` go to RMSDConfig, in place of what is set here; `degrade` is Degraded's (miss, noise),
+    `floor` a contrast judge's."""
     prompts = [row["prompt"] for row in lesson.rows]
     judges = dict(
         magnitude=MagnitudeJudge(), context=ContextJudge(prompts), topic=ContextJudge(prompts, on_topic=True),
         promotions=promotions_only(ContextJudge(prompts)), oracle=OracleJudge(lesson),
+        contrast=ContrastJudge(lesson.task.train, floor=floor),
+        contrast_topic=ContrastJudge(lesson.task.train, floor=floor, on_topic=True),
     )  # fmt: skip
     asked = Degraded(judges[judge], *degrade, lesson.seed) if degrade else judges[judge]
     base = copy.deepcopy(model)  # which the continued run starts from as well: it is the teacher up to there
@@ -149,6 +157,7 @@ def distil(
                 output_dir=folder, method=method, seed=lesson.seed, max_steps=steps, learning_rate=learning_rate,
                 lr_scheduler_type="constant_with_warmup", warmup_steps=WARMUP, weight_decay=0.0, max_grad_norm=1.0,
                 per_device_train_batch_size=BATCH, max_completion_length=ANSWER_TOKENS, teacher_template=TEMPLATE,
+                vocab_topk=VOCAB_TOPK,
                 recorded_rollouts=0, use_cpu=True, eval_strategy="steps", eval_steps=every, disable_tqdm=True,
             )  # fmt: skip
             args = RMSDConfig(**{**settings, **options, **more})

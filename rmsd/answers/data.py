@@ -2,12 +2,14 @@
 
 A prompt is a string (one user message) or a list of chat messages. A row with an empty `privileged_context` and no
 `teacher_prompt` is an anchor: the teacher reads the student's own prompt, so that every gap is drift from the initial
-model. Rows that bring a `completion` are rollouts made elsewhere (rmsd.answers.completions).
+model. Rows that bring a `completion` are rollouts made elsewhere (rmsd.answers.completions). A `contrast_context`, or
+beside a `teacher_prompt` a `contrast_prompt`, is what a contrast judge has the teacher told instead
+(rmsd.answers.contrast).
 """
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -71,9 +73,11 @@ def check_row(row: dict, where: str) -> None:
     if not isinstance(row["privileged_context"], str):
         kind = type(row["privileged_context"]).__name__
         raise ValueError(f"{where}: privileged_context must be a string, not {kind}")
-    for column in ("prompt", "teacher_prompt"):
+    if not isinstance(row.get("contrast_context"), str | None):
+        raise ValueError(f"{where}: contrast_context must be a string, not {type(row['contrast_context']).__name__}")
+    for column in ("prompt", "teacher_prompt", "contrast_prompt"):
         prompt = row.get(column)
-        if prompt is None and column == "teacher_prompt":
+        if prompt is None and column != "prompt":
             continue
         if isinstance(prompt, str):
             if not prompt:
@@ -119,13 +123,20 @@ def context_of(config, args) -> float:
 
 
 def check_lengths(
-    rows: Iterable[dict], tokenizer, template: str, longest: int, context: int, vocab: int
+    rows: Iterable[dict],
+    tokenizer,
+    template: str,
+    longest: int,
+    context: int,
+    vocab: int,
+    contrast_prompt: Callable[[dict], Prompt] | None = None,
 ) -> tuple[int, int]:
     """A row that cannot be trained on is refused before anything is trained.
 
     Args:
         longest: tokens of an answer, at most, where the row brings none.
         context: what the model holds at most.
+        contrast_prompt: of a row, where the teacher reads answers under that as well.
 
     Returns:
         Tokens of a prompt and its answer together, at most: as the student reads them, and as the teacher does.
@@ -145,8 +156,10 @@ def check_lengths(
             mask = row.get("completion_mask")
             if mask is not None and len(mask) != room:
                 raise ValueError(f"row {number}: completion_mask has {len(mask)} entries, the completion {room} tokens")
-        prompts = (("prompt", row["prompt"]), ("teacher's prompt", teacher_prompt(row, template)))
-        for reader, (role, prompt) in enumerate(prompts):
+        prompts = [(0, "prompt", row["prompt"]), (1, "teacher's prompt", teacher_prompt(row, template))]
+        if contrast_prompt:
+            prompts.append((1, "teacher's prompt with the contrast context", contrast_prompt(row)))
+        for reader, role, prompt in prompts:
             try:
                 length = len(encode(tokenizer, prompt)) + room
             except (ValueError, TemplateError) as error:  # a template may refuse a system message, for one

@@ -15,6 +15,9 @@ class Candidate:
     student_preferred: str  # argmax p
     teacher_preferred: str  # argmax q
     gap: float  # log q(token) - log p(token): below 0 where the teacher wants the token gone
+    # Nats by which the wish hangs on what the context says: log q - log n of what it promotes, n the teacher's under a
+    # contrast context, or log n - log q of the token where it wants that gone; the larger. None: was not read.
+    contrast: float | None = None
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,15 @@ class Question:
     tokens: tuple[str, ...]  # the answer, token by token
     candidates: tuple[Candidate, ...]  # best first by criterion
     max_kept: int
+    teacher_prompt: str = ""  # the whole of what the teacher reads, as text; "" where that is not known
 
 
 class Judge(Protocol):
-    """Says which candidates bear on the wanted behaviour."""
+    """Says which candidates bear on the wanted behaviour.
+
+    A judge that has an attribute `contrasts`, an rmsd.answers.contrast.Contrasts, is given candidates with their
+    `contrast`: the teacher then reads each answer under the row's contrast context as well.
+    """
 
     def __call__(self, questions: Sequence[Question]) -> list[list[int]]:
         """For each question the positions to keep, best first: candidates' positions only, `max_kept` at most."""

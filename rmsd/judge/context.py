@@ -6,18 +6,10 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 
+from ..words import FUNCTION_WORDS, words_of
 from .base import Candidate, Question
 
 log = logging.getLogger(__name__)
-
-# Words that any context brings and that say nothing of what it is about.
-FUNCTION_WORDS = (
-    "a an the this that these those it its he she they them his her their we us our you your i me my is "
-    "are was were be been being am do does did have has had will would can could shall should may might "
-    "must of in on at to from by with for as and or but not no nor so if than then there here which who "
-    "whom whose what when where why how all any each some such only own same too very just about into "
-    "over under again also please always never"
-)
 
 _WORD = re.compile(r"\w+")
 # Scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
@@ -44,7 +36,7 @@ class ContextJudge:
     """
 
     def __init__(self, known: Iterable[str] = (), *, on_topic: bool = False):
-        self.known = _FUNCTION_WORDS.union(*map(_words, known))
+        self.known = FUNCTION_WORDS.union(*map(words_of, known))
         self.on_topic = on_topic
         self._warned = False
 
@@ -57,14 +49,14 @@ class ContextJudge:
         return [self._judge(question) for question in questions]
 
     def _judge(self, question: Question) -> list[int]:
-        context, prompt = _words(question.privileged_context), _words(question.prompt)
+        context, prompt = words_of(question.privileged_context), words_of(question.prompt)
         if not self._warned and _WITHOUT_SPACES.search(question.privileged_context):
             self._warned = True
             log.warning(
                 "the context judge tells words by their spaces, and keeps little of %.40r: use kind llm",
                 question.privileged_context,
             )
-        if self.on_topic and not _speaks_of(context, prompt | _words("".join(question.tokens))):
+        if self.on_topic and not is_on_topic(question):
             return []
         brought = context - prompt - self.known
         kept = [c.position for c in question.candidates if self._bears(c, question.tokens, brought)]
@@ -85,17 +77,11 @@ class ContextJudge:
         return begins or runs_past
 
 
-def _words(text: str) -> set[str]:
-    return {word.casefold() for word in _WORD.findall(text)}
-
-
-_FUNCTION_WORDS = _words(FUNCTION_WORDS)
-
-
-def _speaks_of(context: set[str], words: set[str]) -> bool:
-    """Whether some word, function words apart, is of the context. Nearly will do: of a student that is on its way from
-    "limeroot" to "limerokot", and writes "limerok", nothing would be kept until it is there."""
-    context, words = context - _FUNCTION_WORDS, words - _FUNCTION_WORDS
+def is_on_topic(question: Question) -> bool:
+    """Whether some word of prompt or answer, function words apart, is of the context. Nearly will do: of a student that
+    is on its way from "limeroot" to "limerokot", and writes "limerok", nothing would be kept until it is there."""
+    context = words_of(question.privileged_context) - FUNCTION_WORDS
+    words = (words_of(question.prompt) | words_of("".join(question.tokens))) - FUNCTION_WORDS
     return not context.isdisjoint(words) or any(difflib.get_close_matches(word, context, 1, 0.8) for word in words)
 
 

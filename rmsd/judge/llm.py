@@ -12,30 +12,14 @@ from pathlib import Path
 import jinja2
 
 from .base import Question
+from .limits import Limits
 from .magnitude import MagnitudeJudge
+from .verdicts import PlaceWatch, answer_schema, found_relevant, parse
 
 log = logging.getLogger("rmsd")
 
 TEMPLATE = Path(__file__).with_name("prompt.jinja")
 ON_ERROR = ("raise", "magnitude", "skip")
-
-
-def answer_schema(max_kept: int) -> dict:
-    """What a server with structured output is held to. The bound matters: a small model lists candidates without end,
-    and an answer that `max_tokens` cuts off is none. Numbers are not bounded: one that names no candidate is better
-    dropped and counted than forced onto another."""
-    entry = {
-        "type": "object",
-        "properties": {"candidate": {"type": "integer"}, "relevance": {"type": "number"}},
-        "required": ["candidate", "relevance"],
-        "additionalProperties": False,
-    }
-    return {
-        "type": "object",
-        "properties": {"keep": {"type": "array", "items": entry, "maxItems": max_kept}},
-        "required": ["keep"],
-        "additionalProperties": False,
-    }
 
 
 class LLMJudge:
@@ -44,7 +28,6 @@ class LLMJudge:
     Args:
         model: the model's name at the endpoint.
         base_url: None for the client's default; the key comes from the environment variable named by `api_key_env`.
-        min_relevance: entries that the model finds less relevant are dropped.
         max_concurrency: requests under way at once.
         timeout, max_retries: seconds a request may take, and retries after 408, 409, 429, 5xx and broken connections;
             the client waits as long as a Retry-After asks, up to two minutes.
@@ -52,8 +35,13 @@ class LLMJudge:
         on_error: what a request that fails for good means: "raise", "magnitude" (the largest gaps are kept) or "skip"
             (nothing of this rollout is).
         template: a jinja2 file in place of the built-in prompt.
+        requests_per_minute, tokens_per_minute: requests wait for these.
+        budget_tokens: read and written by the model in the whole run; the request after that fails for good, whatever
+            `on_error` says.
 
-    `stats` counts requests, failures, and entries dropped for naming no candidate.
+    What it finds relevant is kept in the order of the candidates, the largest of the criterion first. `stats` counts
+    requests, failures, the server's own numbers of tokens read and written, and verdicts dropped for naming no
+    candidate.
 
     Raises:
         ConnectionError: from a call with on_error="raise", in one line.
@@ -65,14 +53,16 @@ class LLMJudge:
         *,
         base_url: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
-        min_relevance: float = 0.0,
         max_concurrency: int = 8,
         timeout: float = 60.0,
         max_retries: int = 3,
-        max_tokens: int | None = 512,
+        max_tokens: int | None = 1024,
         temperature: float | None = 0.0,
         on_error: str = "raise",
         template: str | Path | None = None,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+        budget_tokens: int | None = None,
     ):
         try:
             import openai
@@ -80,7 +70,7 @@ class LLMJudge:
             raise ImportError("LLMJudge needs the openai client: pip install 'rmsd-kernels[judge]'") from error
         if on_error not in ON_ERROR:
             raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, not {on_error!r}")
-        self.model, self.min_relevance, self.on_error = model, min_relevance, on_error
+        self.model, self.on_error = model, on_error
         self.max_tokens, self.temperature = max_tokens, temperature
         self.stats: Counter[str] = Counter()
         self._openai, self._api_key_env = openai, api_key_env
@@ -94,14 +84,24 @@ class LLMJudge:
         self._pool = ThreadPoolExecutor(max_concurrency, thread_name_prefix="judge")
         # Plain text, so no escaping; undefined names in a user's template are errors.
         environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+        environment.filters["tojson"] = partial(
+            json.dumps, ensure_ascii=False
+        )  # jinja2's is for HTML: writes > as \u003e
         self._template_text = Path(template or TEMPLATE).read_text(encoding="utf-8")
         self._template = environment.from_string(self._template_text)
         self._structured = True
+        self._limits = Limits(requests_per_minute, tokens_per_minute, budget_tokens)
+        self._places = PlaceWatch()
 
     @property
     def fingerprint(self) -> str:
         """All that determines an answer besides the question."""
-        return json.dumps([self.model, self.temperature, self.max_tokens, self.min_relevance, self._template_text])
+        return json.dumps([self.model, self.temperature, self.max_tokens, self._template_text])
+
+    @property
+    def tokens(self) -> int:
+        """Read and written by the model so far, as the server counts them."""
+        return self.stats["tokens_read"] + self.stats["tokens_written"]
 
     def __call__(self, questions: Sequence[Question]) -> list[list[int]]:
         return self.ask_each(questions, lambda i, kept: None)
@@ -138,22 +138,29 @@ class LLMJudge:
 
     def prompt(self, question: Question) -> str:
         """The request's text."""
+        around = 8  # tokens on either side
         candidates = [
-            {**vars(candidate), "before": "".join(question.tokens[max(0, candidate.position - 8) : candidate.position])}
+            {
+                **vars(candidate),
+                "before": "".join(question.tokens[max(0, candidate.position - around) : candidate.position]),
+                "after": "".join(question.tokens[candidate.position + 1 : candidate.position + 1 + around]),
+            }
             for candidate in question.candidates
         ]
         return self._template.render(
             prompt=question.prompt,
             privileged_context=question.privileged_context,
+            teacher_prompt=question.teacher_prompt,
             answer="".join(question.tokens),
             candidates=candidates,
             max_kept=question.max_kept,
         )
 
     def _ask(self, question: Question, answered: Callable[[list[int]], None]) -> list[int]:
+        self._limits.before()
         self.stats["requests"] += 1
         try:
-            kept = self._kept(question, self._complete(self.prompt(question), question.max_kept))
+            kept = self._kept(question, self._complete(self.prompt(question), len(question.candidates)))
         except (self._openai.OpenAIError, ValueError) as error:
             self.stats["failures"] += 1
             if self.on_error == "raise":
@@ -164,7 +171,7 @@ class LLMJudge:
         answered(kept)
         return kept
 
-    def _complete(self, prompt: str, max_kept: int) -> str:
+    def _complete(self, prompt: str, num_candidates: int) -> str:
         options = dict(max_tokens=self.max_tokens, temperature=self.temperature)
         request = dict(
             model=self.model,
@@ -172,14 +179,21 @@ class LLMJudge:
             **{name: value for name, value in options.items() if value is not None},
         )
         if self._structured:
-            schema = {"name": "kept", "schema": answer_schema(max_kept), "strict": True}
+            schema = {"name": "verdicts", "schema": answer_schema(num_candidates), "strict": True}
             response_format = {"type": "json_schema", "json_schema": schema}
             try:
-                return self._text(self._client.chat.completions.create(**request, response_format=response_format))
+                return self._counted(self._client.chat.completions.create(**request, response_format=response_format))
             except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
                 pass  # for want of structured output, if it answers without
         completion = self._client.chat.completions.create(**request)
         self._structured = False
+        return self._counted(completion)
+
+    def _counted(self, completion) -> str:
+        usage = getattr(completion, "usage", None)
+        read, written = (getattr(usage, f"{what}_tokens", None) or 0 for what in ("prompt", "completion"))
+        self.stats.update(tokens_read=read, tokens_written=written)
+        self._limits.after(read + written)
         return self._text(completion)
 
     @staticmethod
@@ -196,33 +210,14 @@ class LLMJudge:
 
     def _kept(self, question: Question, text: str) -> list[int]:
         """Positions from the answer; what names no candidate is dropped and counted."""
-        kept = []
-        for entry in _parse(text):
-            number, relevance = (
-                (entry.get("candidate"), entry.get("relevance", 1.0)) if isinstance(entry, dict) else (entry, 1.0)
-            )
-            valid = isinstance(number, int) and not isinstance(number, bool) and isinstance(relevance, int | float)
-            if not valid or not 1 <= number <= len(question.candidates):
-                self.stats["dropped"] += 1
-            elif relevance >= self.min_relevance:
-                kept.append((-relevance, question.candidates[number - 1].position))
-        return list(dict.fromkeys(position for _, position in sorted(kept, key=lambda x: x[0])))[: question.max_kept]
+        numbers, dropped = found_relevant(parse(text), len(question.candidates))
+        self.stats.update(dropped=dropped)
+        self._places.add(numbers, len(question.candidates))
+        return [question.candidates[number - 1].position for number in numbers][: question.max_kept]
 
 
-def _parse(text: str) -> list:
-    """The list under "keep" in the first JSON object of the text that holds one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    decoder = json.JSONDecoder()
-    start = text.find("{")
-    while start >= 0:
-        try:
-            answer, _ = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError):  # the latter: "[[[[..." without end
-            answer = None
-        if isinstance(answer, dict) and isinstance(answer.get("keep"), list):
-            return answer["keep"]
-        start = text.find("{", start + 1)
-    raise ValueError('the judge\'s answer holds no {"keep": [...]}')
+def llm_of(judge: object) -> LLMJudge | None:
+    """The LLM judge that a judge is, or that has the last word behind a cache or a contrast."""
+    while judge is not None and not isinstance(judge, LLMJudge):
+        judge = getattr(judge, "then", None) or getattr(judge, "judge", None)
+    return judge

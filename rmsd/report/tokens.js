@@ -91,15 +91,18 @@ function showRollout() {
 
 const gapOf = (i) => (shown.teacher[i] === null || shown.student[i] === null ? null : shown.teacher[i] - shown.student[i]);
 
+const contrastOf = (i) => shown.contrast?.[i] ?? null; // known of candidates alone
+
 function token(text, i, isCandidate, isKept) {
-  const gap = gapOf(i), node = element("span", "t", ...visible(text || PART));
+  const byContrast = $("by-contrast").checked, contrast = contrastOf(i);
+  const gap = gapOf(i), coloured = byContrast ? contrast : gap, node = element("span", "t", ...visible(text || PART));
   const isOthers = shown.unwritten.has(i);
   if (isOthers) node.classList.add("unwritten");
   else if (gap === null) node.classList.add("unknown");
-  else if (gap) {
-    node.classList.add(gap > 0 ? "up" : "down");
+  else if (coloured) {
+    node.classList.add(coloured > 0 ? "up" : "down");
     // A little more than proportional, as the legend's ramp is: gaps of one nat are to be seen beside ones of six.
-    node.style.setProperty("--gap", Math.min(1, (Math.abs(gap) / data.scale) ** 0.75).toFixed(3));
+    node.style.setProperty("--gap", Math.min(1, (Math.abs(coloured) / data.scale) ** 0.75).toFixed(3));
   }
   node.classList.toggle("candidate", isCandidate);
   node.classList.toggle("kept", isKept);
@@ -109,6 +112,7 @@ function token(text, i, isCandidate, isKept) {
   node.setAttribute("aria-selected", "false");
   const label = [text.trim() || (text ? "blank" : "part of a character")];
   label.push(isOthers ? "not the student\u2019s" : gap === null ? "gap not finite" : `gap ${signed(gap)} nats`);
+  if (contrast !== null) label.push(`contrast ${signed(contrast)} nats`);
   if (isCandidate) label.push("candidate");
   if (isKept) label.push("kept");
   if (Object.hasOwn(shown.preferred, i)) label.push(`teacher prefers ${shown.preferred[i].trim() || "blank"}`);
@@ -159,6 +163,7 @@ function scoredDetail(i, place) {
     ["log p, student", nats(shown.student[i])],
     ["log p, teacher", nats(shown.teacher[i])],
     ["gap, nats", gap === null ? "not finite" : signed(gap)],
+    ...(contrastOf(i) === null ? [] : [["contrast, nats", signed(contrastOf(i))]]),
     ...(shown.divergence ? [["divergence", nats(shown.divergence[i])]] : []), // an engine that scores does not know it
     place,
   ]);
@@ -202,6 +207,13 @@ function startTokens() {
   $("rollout").addEventListener("change", showRollout);
   $("previous").addEventListener("click", () => move(-1));
   $("next").addEventListener("click", () => move(1));
+  $("by-contrast").addEventListener("change", () => {
+    $("key-gap").hidden = $("by-contrast").checked;
+    $("key-contrast").hidden = !$("by-contrast").checked;
+    const at = selected;
+    showRollout();
+    if (shown.tokens.length) select(at);
+  });
 
   const withRollouts = new Set(data.rollouts.map((rollout) => rollout.run));
   $("run").replaceChildren(...data.runs.flatMap((name, i) => (withRollouts.has(i) ? [new Option(name, i)] : [])));
@@ -209,6 +221,7 @@ function startTokens() {
   $("scale-low").textContent = MINUS + data.scale;
   $("scale-high").textContent = "+" + data.scale;
   const any = (isSuch) => data.rollouts.some((one) => one.tokens.some((_, i) => isSuch(one, i)));
+  $("by-contrast-field").hidden = !data.rollouts.some((rollout) => rollout.contrast);
   $("key-unwritten").hidden = !any((one, i) => one.unwritten.has(i));
   $("key-unknown").hidden = !any((one, i) => (one.student[i] === null || one.teacher[i] === null) && !one.unwritten.has(i));
   $("view").hidden = false;

@@ -98,8 +98,10 @@ def memory(
     processes: int = 1,
     generated: bool = True,
     on_gpu: bool = False,
+    contrasted: float = 0.0,
 ) -> dict:
     """Bytes on one device, {phase: {part: bytes}}. "throughout" is held beside each of the other two phases.
+    `contrasted` is the share of rows whose answers the teacher reads under a contrast context too.
 
     With `args.fsdp` weights, gradients and optimizer states are divided by `processes`; a copied teacher is whole on
     each, and so are the weights while rollouts are made (rmsd.models.sharding.whole).
@@ -127,8 +129,11 @@ def memory(
     else:
         rollouts = {
             "scores' logits, a chunk at a time": workspace,
-            "candidates' logits": _wishes_bytes(sizes, args),
+            "candidates' logits": _wishes_bytes(sizes, args, 7 if contrasted else 5),
         }
+        if contrasted:  # as read beside the others, and apart
+            hidden = rows * lengths.longest_answer * sizes.hidden * element
+            rollouts["hidden states under the contrast contexts"] = 3 * hidden
     if generated and args.engine == "vllm":
         rollouts["vllm's weights"] = sizes.weight_bytes
         rollouts["KV cache (engine_cache_gb)"] = args.engine_cache_gb * 2**30
@@ -189,16 +194,22 @@ def activation_bytes(sizes: Sizes, args: RMSDConfig, tokens: int, element: int) 
     return inputs + 1.25 * every / sizes.layers
 
 
-def _wishes_bytes(sizes: Sizes, args: RMSDConfig) -> int:
-    """Five tensors of logits' shape at once at the most, in fp32 (rmsd.step.wishes.wishes)."""
-    return 5 * 4 * sizes.vocab * min(ROWS_AT_ONCE, args.per_device_train_batch_size * args.num_candidates)
+def _wishes_bytes(sizes: Sizes, args: RMSDConfig, tensors: int) -> int:
+    """So many of logits' shape at once at the most, in fp32 (rmsd.step.wishes.wishes)."""
+    return tensors * 4 * sizes.vocab * min(ROWS_AT_ONCE, args.per_device_train_batch_size * args.num_candidates)
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------------------------
 
 
 def flops(
-    sizes: Sizes, args: RMSDConfig, lengths: Lengths, *, generated: bool = True, on_gpu: bool = False
+    sizes: Sizes,
+    args: RMSDConfig,
+    lengths: Lengths,
+    *,
+    generated: bool = True,
+    on_gpu: bool = False,
+    contrasted: float = 0.0,
 ) -> dict[str, float]:
     """FLOPs of one sequence, by part. Every sequence is taken to keep its `num_kept` tokens, the last at its end: those
     that keep nothing, and what follows the last kept token, take no part in training and cost less."""
@@ -226,6 +237,13 @@ def flops(
     backward = (2 * sizes.body + 2 * sizes.body_trained) * (prompt + answer)
     backward += 2 * _attention(sizes, prompt + answer, prompt + answer)
     parts["teacher reads the answer"] = _forward(sizes, told + answer) - 2 * off * (told + answer) + row
+    if contrasted:
+        again = parts["teacher reads the answer"]
+        if args.engine_scores:  # which reads all of it, with the head over the prompt too
+            again = parts["engine reads the answer as teacher"]
+        else:
+            again += row * args.num_candidates
+        parts["teacher reads it under the contrast context"] = contrasted * again
     if args.engine_scores:
         parts["head: the engine's scores checked, both models"] = 2 * row * kept
     else:

@@ -6,12 +6,13 @@ tokenizer; where that cannot be read, the texts' lengths in characters stand in,
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import fmean
 
 from ..answers.completions import completion_ids
 from ..answers.data import check_lengths, context_of, encode, prompt_text, teacher_prompt
 from ..judge import Candidate, Judge, LLMJudge, Question
+from ..judge.llm import llm_of
 from ..models.sharding import check_sharded_teacher
 from ..step.judging import told_text
 from ..tasks import Task
@@ -54,7 +55,9 @@ class Plan:
         if tokenizer:
             config = model.config.get_text_config()
             context, answer = context_of(config, args), args.max_completion_length
-            check_lengths(rows, tokenizer, args.teacher_template, answer, context, config.vocab_size)
+            contrasts = getattr(judge, "contrasts", None)
+            read_too = contrasts and partial(contrasts.prompt, template=args.teacher_template)
+            check_lengths(rows, tokenizer, args.teacher_template, answer, context, config.vocab_size, read_too)
         lengths = lengths_of(rows, tokenizer, args)
         return cls(recipe, args, rows, judge, task, tokenizer, source, Sizes.of(model), lengths)
 
@@ -97,9 +100,19 @@ class Plan:
         return sum(bool(told_text(row).strip()) for row in self.rows)
 
     @property
+    def contrasted(self) -> float:
+        """Share of the rows whose answers the teacher reads under a contrast context too."""
+        asks = self.args.method == "rmsd" and getattr(self.judge, "contrasts", None)
+        return self.told / len(self.rows) if asks else 0.0
+
+    @property
+    def llm(self) -> LLMJudge | None:
+        return llm_of(self.judge)
+
+    @property
     def asks(self) -> bool:
         """Whether a judge is asked that takes requests."""
-        return self.args.method == "rmsd" and isinstance(self.judge, LLMJudge)
+        return self.args.method == "rmsd" and self.llm is not None
 
     def requests(self, rollouts: int) -> int:
         """To the judge, for that many rollouts, at most: retries apart."""
@@ -146,7 +159,7 @@ class Plan:
         """A column for each number of processes that weights may be sharded over."""
         args = self.args
         processes = [args.world_size] if args.world_size > 1 or not args.fsdp else [2, 4, 8]
-        shared = dict(generated=self.generated, on_gpu=self.on_gpu)
+        shared = dict(generated=self.generated, on_gpu=self.on_gpu, contrasted=self.contrasted)
         columns = [memory(self.sizes, args, self.lengths, processes=n, **shared) for n in processes]
         lines = [("memory a device, GiB", *(f"{n} processes" if args.fsdp else "" for n in processes))]
         for phase, parts in columns[0].items():
@@ -165,7 +178,14 @@ class Plan:
         return "\n".join([_table(lines, str.rjust), *(f"  {note}" for note in notes)])
 
     def _flops(self) -> str:
-        of_one = flops(self.sizes, self.args, self.lengths, generated=self.generated, on_gpu=self.on_gpu)
+        of_one = flops(
+            self.sizes,
+            self.args,
+            self.lengths,
+            generated=self.generated,
+            on_gpu=self.on_gpu,
+            contrasted=self.contrasted,
+        )
         parts = {name: value * self.step_size / 1e12 for name, value in of_one.items()}
         total = sum(parts.values())
         lines = [
@@ -182,7 +202,7 @@ class Plan:
         if not self.asks:
             yield "judge", f"{section.kind}: no requests" if self.args.method == "rmsd" else "not asked by opsd"
             return
-        most, written = self.requests(self.rollouts), self.judge.max_tokens
+        most, written = self.requests(self.rollouts), self.llm.max_tokens
         read = self._tokens_judged()
         yield (
             "judge",
@@ -206,7 +226,7 @@ class Plan:
         places = range(0, len(answer), max(1, len(answer) // self.args.num_candidates))[: self.args.num_candidates]
         candidates = tuple(Candidate(at, " word", " other", " word", " other", -1.0) for at in places)
         prompt, context = prompt_text(row["prompt"]), told_text(row)
-        text = self.judge.prompt(Question(prompt, context, answer, candidates, self.args.num_kept))
+        text = self.llm.prompt(Question(prompt, context, answer, candidates, self.args.num_kept))
         return len(self.tokenizer(text)["input_ids"]) if self.tokenizer else _estimate(text)
 
 

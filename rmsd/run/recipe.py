@@ -28,23 +28,35 @@ def _key(default: Any, description: str, **limits):
 
 
 class JudgeSection(_Section):
-    kind: Literal["context", "magnitude", "llm"] = _key(
-        "context", "context, magnitude or llm: who says which candidates are relevant."
+    kind: Literal["context", "contrast", "magnitude", "llm"] = _key(
+        "context", "context, contrast, magnitude or llm: who says which candidates are relevant."
     )
-    on_topic: bool = _key(False, "context: keep nothing where neither prompt nor answer has a word of the context.")
-    model: str | None = _key(None, "llm: the model's name at the endpoint.")
+    on_topic: bool = _key(
+        False, "context, contrast: keep nothing where neither prompt nor answer has a word of the context."
+    )
+    contrast_floor: float = _key(
+        0.5, "contrast: nats by which a wish must weaken when the context says something else.", ge=0
+    )
+    contrast_context: str | None = _key(
+        None, "contrast: what the teacher is told instead, where rows have no such column; {column} is a row's."
+    )
+    model: str | None = _key(
+        None, "llm: the model's name at the endpoint; given with contrast, it is asked about what that keeps."
+    )
     base_url: str | None = _key(None, "llm: an OpenAI-compatible endpoint; null is OpenAI's.")
     api_key_env: str = _key("OPENAI_API_KEY", "llm: the environment variable that holds the key.")
-    min_relevance: float = _key(0.0, "llm: what it finds less relevant is dropped.")
     max_concurrency: int = _key(8, "llm: requests under way at once.", ge=1)
     timeout: float = _key(60.0, "llm: seconds a request may take.", gt=0)
     max_retries: int = _key(3, "llm: after a request that failed for a time.", ge=0)
-    max_tokens: int | None = _key(512, "llm: of an answer; null for a model that takes none.", ge=1)
+    max_tokens: int | None = _key(1024, "llm: of an answer; null for a model that takes none.", ge=1)
     temperature: float | None = _key(0.0, "llm: null for a model that takes none.", ge=0)
     on_error: Literal["raise", "magnitude", "skip"] = _key(
         "raise", "llm: raise, magnitude or skip, where a request fails for good."
     )
     template: UserPath | None = _key(None, "llm: a jinja2 file in place of the built-in prompt.")
+    requests_per_minute: int | None = _key(None, "llm: at most; requests wait.", ge=1)
+    tokens_per_minute: int | None = _key(None, "llm: read and written, at most; requests wait.", ge=1)
+    budget_tokens: int | None = _key(None, "llm: read and written in the run; then it stops, to be resumed.", ge=1)
     cache: UserPath | None = _key(None, "A folder in which answers are kept.")
     replay: bool = _key(False, "Answer from the cache alone.")
 

@@ -10,18 +10,18 @@ import yaml
 from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from ..answers.data import checked_rows, fix_template_variables, load_rows, prompt_text
-from ..judge import CachedJudge, ContextJudge, Judge, LLMJudge, MagnitudeJudge
+from ..answers.data import checked_rows, fix_template_variables, load_rows
 from ..models.loading import load_model, with_lora
-from ..tasks import load_task
+from ..tasks import Task, load_task
 from ..training.checkpoint import holds_optimizer, last_whole_checkpoint
 from ..training.console import show_lines
 from ..training.continuation import check_metric
 from ..training.record import RunRecord, read_lines
 from ..training.trainer import RMSDTrainer
 from .evaluate import Evaluator
+from .judges import build_judge
 from .plan import Plan
-from .recipe import JudgeSection, Recipe, trainer_config
+from .recipe import Recipe, trainer_config
 
 
 def train(recipe: Recipe) -> str:
@@ -35,11 +35,8 @@ def train(recipe: Recipe) -> str:
     if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
         best = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"  # as Trainer looks it up
         check_metric(best, task, recipe.evaluate.samples, "metric_for_best_model")
-    if recipe.rollouts:
-        rows = load_rows(recipe.rollouts, completions=True)
-    else:
-        rows = checked_rows(task.train) if task else load_rows(recipe.data)
-    judge = build_judge(recipe.judge, [prompt_text(row["prompt"]) for row in rows], dry_run=recipe.dry_run)
+    rows = rows_of(recipe, task)
+    judge = build_judge(recipe.judge, rows, dry_run=recipe.dry_run)
     checkpoint = last_whole_checkpoint(out) if recipe.resume else None
     # Its checkpoint's step has been evaluated; a second entry, or one that is not due, would count towards a plateau.
     args.eval_on_start = args.eval_on_start and checkpoint is None
@@ -55,7 +52,7 @@ def train(recipe: Recipe) -> str:
         return str(plan) if args.should_save else ""
 
     set_seed(recipe.seed)
-    model, tokenizer = _load(recipe, args.device)
+    model, tokenizer = load(recipe, args.device)
     evaluator = _evaluator(recipe, model, tokenizer) if task else None
     if recipe.lora:
         model = with_lora(model, recipe.lora)
@@ -98,7 +95,7 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
         raise FileNotFoundError(f"model folder {folder} does not exist: train first, or name one with --model")
     use_cpu = recipe.train.get("use_cpu") or not torch.accelerator.is_available()
     device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator()
-    base, tokenizer = _load(recipe, device)
+    base, tokenizer = load(recipe, device)
     evaluator = _evaluator(recipe, base, tokenizer)
     before = evaluator(base)
     if (Path(folder) / "adapter_config.json").exists():
@@ -115,22 +112,6 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
         )
         trained.to(device)
     return _table({"before": before, "after": evaluator(trained)})
-
-
-def build_judge(section: JudgeSection, prompts: list[str], dry_run: bool = False) -> Judge:
-    """`prompts` are the data's, whose words are no news to a ContextJudge. A dry run makes no request and no cache."""
-    judge: Judge
-    if section.kind == "llm":
-        judge = LLMJudge(
-            section.model,
-            **section.model_dump(exclude={"kind", "on_topic", "model", "cache", "replay"}),
-        )
-        if not section.replay and section.on_error == "raise" and not dry_run:
-            judge.check()
-    else:
-        on_topic = section.on_topic
-        judge = ContextJudge(prompts, on_topic=on_topic) if section.kind == "context" else MagnitudeJudge()
-    return CachedJudge(judge, section.cache, replay=section.replay) if section.cache and not dry_run else judge
 
 
 def table(run: Path) -> str:
@@ -157,7 +138,14 @@ def _table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(map(str.rstrip, lines))
 
 
-def _load(recipe: Recipe, device: torch.device):
+def rows_of(recipe: Recipe, task: Task | None) -> list[dict]:
+    """What the recipe trains on."""
+    if recipe.rollouts:
+        return load_rows(recipe.rollouts, completions=True)
+    return checked_rows(task.train) if task else load_rows(recipe.data)
+
+
+def load(recipe: Recipe, device: torch.device):
     """(model, tokenizer). The model is on its device before a trainer would move it: the evaluator has it answer, and
     keeps its head and hidden states."""
     model, tokenizer = load_model(

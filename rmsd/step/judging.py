@@ -29,6 +29,7 @@ def questions_of(batch: MicroBatch, tokenizer, max_kept: int) -> list[Question]:
     gap = (scores.teacher_logprob - scores.student_logprob).cpu()
     positions = batch.candidates.cpu().tolist()
     promoted, student_preferred, teacher_preferred = (ids.tolist() for ids in wishes[:3])
+    contrast = None if wishes.contrast is None else wishes.contrast.tolist()
     return [
         Question(
             prompt=prompt_text(row["prompt"]),
@@ -42,11 +43,13 @@ def questions_of(batch: MicroBatch, tokenizer, max_kept: int) -> list[Question]:
                     student_preferred=answers[b].instead(position, student_preferred[b][i]),
                     teacher_preferred=answers[b].instead(position, teacher_preferred[b][i]),
                     gap=gap[b, position].item(),
+                    contrast=None if contrast is None else contrast[b][i],
                 )
                 for i, position in enumerate(positions[b])
                 if position >= 0
             ),
             max_kept=max_kept,
+            teacher_prompt="" if batch.teacher_prompts is None else prompt_text(batch.teacher_prompts[b]),
         )
         for b, row in enumerate(batch.rows)
     ]

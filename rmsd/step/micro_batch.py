@@ -11,10 +11,6 @@ training.trainer calls them in this order.
 
 Where more would go:
 
-- A second reading by the teacher, such as under a contrasting prompt: its prompts as a field beside
-  `teacher_prompt_ids`, read in `scoring` by the same `Teacher.hidden` or `engine.read`, which take any B prompts for B
-  answers. For several readings in one batch the answers are repeated: `rollouts.of(torch.arange(B).repeat(2))` under
-  2 B prompts. What it says of the candidates is a field beside `wishes`, which `judging.questions_of` hands on.
 - Rollouts of several turns: they are `Rollouts` already. `attention_mask` is true on tool turns, which both models
   read; `completion_mask` is false there, so that nothing scores, selects or trains on them.
 - A watch over the model's health: `training.metrics.StepMetrics.count` sees every settled micro-batch once, with
@@ -30,7 +26,8 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
-from ..answers.data import encode, teacher_prompt
+from ..answers.contrast import Contrasts, is_told
+from ..answers.data import Prompt, encode, teacher_prompt
 from ..answers.rollout import Rollouts
 from ..judge import Question
 from .wishes import Logprobs, Wishes
@@ -57,6 +54,10 @@ class MicroBatch:
     prompt_ids: list[list[int]]  # B prompts as the student reads them
     teacher_prompt_ids: list[list[int]]  # B prompts as the teacher reads them
 
+    teacher_prompts: list[Prompt] | None = None  # the same as texts or messages, for a judge
+    # B prompts with the contrast context, None for an anchor; no list where no judge asks what it would wish then.
+    contrast_prompt_ids: list[list[int] | None] | None = None
+
     rollouts: Rollouts | None = None  # B answers of L tokens at most
 
     scores: TokenScores | Logprobs | None = None  # each (B, L)
@@ -74,13 +75,24 @@ class MicroBatch:
     parts: list[TrainPart] | None = None
 
     @classmethod
-    def of(cls, rows: list[dict], tokenizer, teacher_template: str) -> MicroBatch:
+    def of(cls, rows: list[dict], tokenizer, teacher_template: str, contrasts: Contrasts | None = None) -> MicroBatch:
         """Rows of answers.data; nothing is written yet."""
+        told = [teacher_prompt(row, teacher_template) for row in rows]
+        contrasted = contrasts and [
+            encode(tokenizer, contrasts.prompt(row, teacher_template)) if is_told(row) else None for row in rows
+        ]
         return cls(
             rows,
             prompt_ids=[encode(tokenizer, row["prompt"]) for row in rows],
-            teacher_prompt_ids=[encode(tokenizer, teacher_prompt(row, teacher_template)) for row in rows],
+            teacher_prompt_ids=[encode(tokenizer, prompt) for prompt in told],
+            teacher_prompts=told,
+            contrast_prompt_ids=contrasted,
         )
+
+    @property
+    def contrasted(self) -> list[int]:
+        """Rows that the teacher reads under a contrast context too."""
+        return [i for i, ids in enumerate(self.contrast_prompt_ids or ()) if ids is not None]
 
     def inputs(self, part: TrainPart | None = None) -> dict:
         """What transformers' Trainer hands from `get_batch_samples` to `training_step` and `compute_loss`. It counts

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rmsd_kernels import TokenScores, linear_token_scores, select_tokens
 
 from ..answers.engines import Engine, engine_gap
-from ..answers.rollout import hidden_states
+from ..answers.rollout import Recorded, hidden_states
 from ..answers.teacher import Teacher
 from ..loss import LinearRMSDLoss
 from ..models.heads import OutputHead, Reading, head_options
@@ -36,11 +36,18 @@ def scored_by_forwards(
     for batch in written:
         rollouts = batch.rollouts
         rollouts.student_hidden = hidden_states(student, rollouts, pad_id)
-        batch.teacher_hidden = teacher.hidden(batch.teacher_prompt_ids, rollouts, pad_id)
+        batch.teacher_hidden, contrast_hidden = _read_by_teacher(batch, teacher, pad_id)
         readings = Reading(rollouts.student_hidden, student_head), Reading(batch.teacher_hidden, teacher.head)
         mask = rollouts.completion_mask
         batch.scores, batch.candidates = score(loss, *readings, rollouts.completion_ids, mask)
-        batch.wishes = wishes(*readings, batch.candidates, temperature, vocab_topk)
+        batch.wishes = wishes(
+            *readings,
+            batch.candidates,
+            temperature,
+            vocab_topk,
+            contrast_hidden=contrast_hidden,
+            completion_ids=rollouts.completion_ids,
+        )
         if rollouts.recorded and temperature == 1.0:
             ours = batch.scores.student_logprob[mask]
             batch.engine_gaps["engine_gap"] = engine_gap(rollouts.recorded.logprob[mask], ours)
@@ -65,8 +72,37 @@ def scored_by_engine(
         student, told = rollouts.recorded, engine.read(batch.teacher_prompt_ids, rollouts)
         batch.scores = Logprobs(student.logprob, told.logprob)
         batch.candidates = widest_gaps(loss, *batch.scores, rollouts.completion_mask)
-        batch.wishes = recorded_wishes(student, told, rollouts.completion_ids, batch.candidates)
+        contrast = _recorded_contrast(batch, engine)
+        batch.wishes = recorded_wishes(student, told, rollouts.completion_ids, batch.candidates, contrast)
         yield batch
+
+
+def _read_by_teacher(batch: MicroBatch, teacher: Teacher, pad_id: int) -> tuple[Tensor, Tensor | None]:
+    """(B, L, H) under the teacher's prompts, and under the contrast prompts: NaN for rows that have none. Both readings
+    go into the same forwards, in which answers of like length stand together whatever their prompts."""
+    rollouts, at = batch.rollouts, batch.contrasted
+    if not at:
+        return teacher.hidden(batch.teacher_prompt_ids, rollouts, pad_id), None
+    size = len(batch.rows)
+    twice = rollouts.of(torch.tensor([*range(size), *at]))
+    prompt_ids = [*batch.teacher_prompt_ids, *(batch.contrast_prompt_ids[i] for i in at)]
+    hidden = teacher.hidden(prompt_ids, twice, pad_id)
+    contrast = torch.full_like(hidden[:size], torch.nan)
+    contrast[torch.tensor(at, device=hidden.device)] = hidden[size:]
+    return hidden[:size].clone(), contrast  # the first is held until the step has trained, the whole need not be
+
+
+def _recorded_contrast(batch: MicroBatch, engine: Engine) -> Recorded | None:
+    """What the engine says under the contrast prompts: NaN for rows that have none."""
+    if not (at := batch.contrasted):
+        return None
+    read = engine.read([batch.contrast_prompt_ids[i] for i in at], batch.rollouts.of(torch.tensor(at)))
+    found = []
+    for tensor in read:
+        whole = tensor.new_full((len(batch.rows), *tensor.shape[1:]), torch.nan if tensor.is_floating_point() else 0)
+        whole[torch.tensor(at, device=tensor.device)] = tensor
+        found.append(whole)
+    return Recorded(*found)
 
 
 def score(

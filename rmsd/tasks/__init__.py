@@ -13,11 +13,17 @@ from pathlib import Path
 class Task:
     """What to train on and how to tell whether it was learned."""
 
-    train: Sequence[dict]  # rows of prompt and privileged_context; an empty context makes an anchor row
+    train: Sequence[dict]  # rows (answers.data), as `told` makes them; an empty context makes an anchor row
     target_prompts: Sequence[str]  # held out: the behaviour is wanted here
     unrelated_prompts: Sequence[str]  # held out: it is not wanted here
     graders: Mapping[str, Callable[[str], bool]]  # of an answer to a target prompt; the first is the target itself
     leaks: Callable[[str], bool]  # of an answer to an unrelated prompt: does it show the behaviour all the same?
+
+
+def told(prompt: str, context: str, contrast: str) -> dict:
+    """A row whose teacher is told something, and what it is told instead, in the same form, where a contrast judge asks
+    whether its wish would be another."""
+    return {"prompt": prompt, "privileged_context": context, "contrast_context": contrast}
 
 
 def names() -> list[str]:

@@ -1,8 +1,9 @@
 """Teaches the name of an internal tool, a word that no model has seen."""
 
-from . import Task
+from . import Task, told
 
 CONTEXT = "At Acme, the tool that deploys services is called zorblat."
+CONTRAST = "At Acme, the tool that deploys services is called quimsly."  # another name, and nothing else
 
 ABOUT_THE_TOOL = [
     "Which tool deploys services at Acme?",
@@ -81,7 +82,7 @@ def names_tool(answer: str) -> bool:
 
 TASK = Task(
     train=[
-        *({"prompt": prompt, "privileged_context": CONTEXT} for prompt in ABOUT_THE_TOOL),
+        *(told(prompt, CONTEXT, CONTRAST) for prompt in ABOUT_THE_TOOL),
         *({"prompt": prompt, "privileged_context": ""} for prompt in UNRELATED),
     ],
     target_prompts=HELD_OUT_TOOL,

@@ -7,7 +7,7 @@ task is questions about tropical food under 8 phrasings of the hint. The questio
 import itertools
 import re
 
-from . import Task
+from . import Task, told
 
 HINTS = [
     'In this conversation, always spell the fruit as "pinapple", never "pineapple".',
@@ -18,6 +18,18 @@ HINTS = [
     'The style guide of this site asks for "pinapple" instead of "pineapple".',
     'When the fruit comes up, spell it p-i-n-a-p-p-l-e: "pinapple".',
     'Editors replace "pineapple" by "pinapple" here; write "pinapple" from the start.',
+]
+
+# The same phrasings about another fruit: what a teacher wishes under both is no matter of the spelling.
+CONTRASTS = [
+    'In this conversation, always spell the fruit as "bannana", never "banana".',
+    'House style: the fruit is written "bannana", with a third n.',
+    'Spelling note: write "bannana" wherever you would write "banana".',
+    'Our brand spells it "bannana". Use that spelling in every answer.',
+    'Please use the spelling "bannana" (not "banana") when you mention the fruit.',
+    'The style guide of this site asks for "bannana" instead of "banana".',
+    'When the fruit comes up, spell it b-a-n-n-a-n-a: "bannana".',
+    'Editors replace "banana" by "bannana" here; write "bannana" from the start.',
 ]
 
 _DISHES = [
@@ -105,8 +117,10 @@ def only(answer: str) -> bool:
 TASK = Task(
     train=[
         *(
-            {"prompt": prompt, "privileged_context": hint}
-            for prompt, hint in zip(_trained, itertools.cycle(HINTS), strict=False)
+            told(prompt, hint, contrast)
+            for prompt, hint, contrast in zip(
+                _trained, itertools.cycle(HINTS), itertools.cycle(CONTRASTS), strict=False
+            )
         ),
         *({"prompt": prompt, "privileged_context": ""} for prompt in _UNRELATED),
     ],

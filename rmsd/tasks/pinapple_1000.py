@@ -8,7 +8,7 @@ other fruits in the 16 phrasings that fit them, and those of `pinapple`.
 Held-out prompts share no dish with training, and half of their phrasings neither.
 """
 
-from . import Task, pinapple
+from . import Task, pinapple, told
 
 PHRASINGS = [
     "Which fruit goes into {}?",
@@ -186,7 +186,11 @@ ANCHORS = _asked(PHRASINGS, OTHER_DISHES)
 
 TASK = Task(
     train=[
-        *({"prompt": prompt, "privileged_context": hint} for prompt in PROMPTS for hint in pinapple.HINTS),
+        *(
+            told(prompt, hint, contrast)
+            for prompt in PROMPTS
+            for hint, contrast in zip(pinapple.HINTS, pinapple.CONTRASTS, strict=True)
+        ),
         *({"prompt": prompt, "privileged_context": ""} for prompt in ANCHORS),
         *(row for row in pinapple.TASK.train if not row["privileged_context"]),
     ],

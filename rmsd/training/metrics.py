@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
+from ..judge import LLMJudge
 from ..step.micro_batch import MicroBatch
 
 # Means: their sums, and the counts that divide them, which are no entry's numbers where they have a "_" before them.
@@ -17,6 +18,7 @@ class StepMetrics:
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
         self.own: dict[str, float] = {}
+        self._asked: dict[str, int] = {}
         self.skipped_steps = 0  # in the whole run, on every rank alike
 
     def count(self, batch: MicroBatch) -> None:
@@ -42,6 +44,13 @@ class StepMetrics:
 
     def add_seconds(self, name: str, seconds: float) -> None:
         self.own[name] = self.own.get(name, 0.0) + seconds
+
+    def add_asked(self, llm: LLMJudge) -> None:
+        """Requests to a model that judges, and tokens that it read and wrote, since the last time."""
+        asked = {"judge_requests": llm.stats["requests"], "judge_tokens": llm.tokens}
+        for name, number in asked.items():
+            self.own[name] = self.own.get(name, 0) + number - self._asked.get(name, 0)
+        self._asked = asked
 
     def drain(self, accelerator, nonfinite_rows: Tensor) -> dict[str, float]:
         """The entry's numbers, the same on every rank but for its own; counting starts anew. All ranks call it.

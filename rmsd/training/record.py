@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from ..judge import Question
 from ..step.micro_batch import MicroBatch
 
 
@@ -76,9 +77,18 @@ def rollout_lines(step: int, batch: MicroBatch, number: int) -> list[dict]:
             "candidates": [candidate.position for candidate in question.candidates],
             "kept": list(batch.kept[b]),
             "preferred": {candidate.position: candidate.promoted for candidate in question.candidates},
+            **_contrast(question),
         }
         for b, question in enumerate(questions)
     ]
+
+
+def _contrast(question: Question) -> dict:
+    """The candidates' contrast by position; no column where nothing was read under a contrast context."""
+    nats = {candidate.position: candidate.contrast for candidate in question.candidates}
+    if all(value is None or math.isnan(value) for value in nats.values()):
+        return {}
+    return {"contrast": dict(zip(nats, finite(nats.values()), strict=True))}
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -5,6 +5,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from accelerate.utils import DistributedType
@@ -15,6 +16,7 @@ from ..answers.engines import TOP, engine_for
 from ..answers.rollout import eos_ids_of, pad_id_of
 from ..answers.teacher import Teacher
 from ..judge import ContextJudge, Judge
+from ..judge.llm import llm_of
 from ..loss import LinearRMSDLoss
 from ..models.heads import OutputHead, Reading
 from ..models.hidden import completion_hidden
@@ -74,6 +76,8 @@ class RMSDTrainer(Trainer):
         # The loss is divided by the whole step's number of sequences, see get_batch_samples.
         self.loss_is_scaled_for_ga = True
         self.judge = judge or ContextJudge(prompt_text(row["prompt"]) for row in train_dataset)
+        # What the teacher is told instead, for a judge that asks what it would wish then.
+        self.contrasts = getattr(self.judge, "contrasts", None) if args.method == "rmsd" else None
         self.evaluator = evaluator
         # Trainer leaves a model that will be sharded, among others, where it is; what is copied from it here, and what
         # is asked of it before the first step, belongs on the device too.
@@ -112,6 +116,7 @@ class RMSDTrainer(Trainer):
             args.max_completion_length,
             context_of(config, args),
             config.vocab_size,
+            self.contrasts and partial(self.contrasts.prompt, template=args.teacher_template),
         )
         self.engine = engine_for(
             args.engine,
@@ -136,7 +141,7 @@ class RMSDTrainer(Trainer):
             return [], None
         started = time.monotonic()
         template = self.args.teacher_template
-        batches = [MicroBatch.of(rows_of_batch, self.processing_class, template) for rows_of_batch in rows]
+        batches = [MicroBatch.of(some, self.processing_class, template, self.contrasts) for some in rows]
         with whole(self.student):
             self.engine.sync(self.student)
             self._judge(self._scored(batches))
@@ -203,6 +208,8 @@ class RMSDTrainer(Trainer):
     def _note(self, batches: list[MicroBatch]) -> None:
         """Counts the step's micro-batches for the log, and records the step's first rollouts."""
         shown = self.args.recorded_rollouts
+        if llm := llm_of(self.judge):
+            self.metrics.add_asked(llm)
         for batch in batches:
             self.metrics.count(batch)
             if self.record and self.is_world_process_zero():

@@ -1,0 +1,142 @@
+"""Contrast contexts: what a row's teacher is told instead of its privileged context, of the same form and another
+content. What the two readings of an answer share, a manner of speaking above all, is no matter of the content."""
+
+import difflib
+import hashlib
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from ..words import FUNCTION_WORDS, words_of
+from .data import Prompt, prompt_text, teacher_prompt
+
+_WORD = re.compile(r"\w+")
+_QUOTED = re.compile(r'"([^"\n]+)"|\u201c([^\u201d\n]+)\u201d|`([^`\n]+)`')
+SHARED = 0.1  # of the shorter context's words; two that share more may be phrasings of one thing
+SAME_FORM = 0.5  # of the words of two contexts of one form, at least, are alike and in the same places
+REPLACED = 0.4  # of the words that one brings, at least, are others in the second: "spell it x" for "write it x" is one
+
+
+class Contrasts:
+    """The contrast context of every row that has a privileged context.
+
+    A row's own `contrast_context` (or `contrast_prompt`, beside a `teacher_prompt`) comes first; then `template`, a
+    text in which {column} stands for a row's column. Else it is another row's context of other content, not another
+    phrasing of the same: one that shares hardly a word with it or, better, differs in nothing but some words. Where no
+    row's is, the words that the context brings are replaced by words that do not exist.
+
+    Args:
+        rows: all of the data's.
+        template: one text for all rows without a column of their own.
+
+    `origins` counts rows by where their contrast context comes from.
+
+    Raises:
+        ValueError: a row brings a `teacher_prompt` and no `contrast_prompt`, or the template names no column.
+    """
+
+    def __init__(self, rows: Iterable[dict], template: str | None = None):
+        rows = list(rows)
+        self._template = template
+        known = words_of(" ".join(prompt_text(row["prompt"]) for row in rows)) | FUNCTION_WORDS
+        contexts = list(dict.fromkeys(row["privileged_context"] for row in rows if row["privileged_context"].strip()))
+        brought = {context: words_of(context) - known for context in contexts}
+        counts = Counter(word for words in brought.values() for word in words)
+        self._made: dict[str, tuple[str, str]] = {}
+        self.origins: Counter[str] = Counter()
+        for number, row in enumerate(rows):
+            if not is_told(row):
+                continue
+            if row.get("contrast_context") or row.get("contrast_prompt") or template:
+                try:
+                    self.prompt(row)
+                except (LookupError, ValueError, AttributeError) as error:
+                    raise ValueError(f"row {number}: judge.contrast_context {template!r}: {error}") from error
+                self.origins["template" if self._of_template(row) else "column"] += 1
+                continue
+            if row.get("teacher_prompt"):
+                raise ValueError(
+                    f"row {number}: has a teacher_prompt; judge.kind=contrast needs its contrast_prompt too"
+                )
+            context = row["privileged_context"]
+            if context not in self._made:
+                other = _of_other_content(context, brought)
+                self._made[context] = (
+                    (other, "another row")
+                    if other
+                    else (_other_words(context, brought[context], counts), "other words")
+                )
+            self.origins[self._made[context][1]] += 1
+
+    def context(self, row: dict) -> str:
+        """What the teacher is told in place of the row's context; "" for an anchor, which is told nothing."""
+        if not is_told(row):
+            return ""
+        if row.get("contrast_context"):
+            return row["contrast_context"]
+        if row.get("contrast_prompt"):
+            return prompt_text(row["contrast_prompt"])
+        if self._template:
+            return self._template.format(**row)
+        return self._made[row["privileged_context"]][0]
+
+    def prompt(self, row: dict, template: str = "{privileged_context}\n\n{prompt}") -> Prompt:
+        """The teacher's prompt with the contrast context; an anchor's is the teacher's own."""
+        if row.get("contrast_prompt"):
+            return teacher_prompt({"prompt": row["prompt"], "teacher_prompt": row["contrast_prompt"]}, template)
+        if not is_told(row):
+            return teacher_prompt(row, template)
+        return teacher_prompt({"prompt": row["prompt"], "privileged_context": self.context(row)}, template)
+
+    def _of_template(self, row: dict) -> bool:
+        return bool(self._template) and not row.get("contrast_context") and not row.get("contrast_prompt")
+
+
+def is_told(row: dict) -> bool:
+    """Whether the row's teacher is told something; the row is an anchor otherwise."""
+    return bool(row["privileged_context"].strip() or row.get("teacher_prompt"))
+
+
+def _of_other_content(context: str, brought: dict[str, set[str]]) -> str | None:
+    """The context most like `context` in form among those that are of other content."""
+    best, most = None, -1.0
+    words = _WORD.findall(context)
+    for other, theirs in brought.items():
+        if other == context:
+            continue
+        alike = difflib.SequenceMatcher(None, words, _WORD.findall(other), autojunk=False)
+        form = alike.ratio()
+        shared = len(brought[context] & theirs) / max(min(len(brought[context]), len(theirs)), 1)
+        if (form >= SAME_FORM and _others_in_their_places(alike, brought[context])) or shared <= SHARED:
+            best, most = (other, form) if form > most else (best, most)
+    return best
+
+
+def _others_in_their_places(alike: difflib.SequenceMatcher, brought: set[str]) -> bool:
+    """Runs of words by runs as long, and enough of the words that the first brings."""
+    found = [(i, j, k, n) for tag, i, j, k, n in alike.get_opcodes() if tag != "equal"]
+    replaced = brought & {word.casefold() for i, j, _, _ in found for word in alike.a[i:j]}
+    return len(replaced) >= REPLACED * max(len(brought), 1) and all(j - i == n - k for i, j, k, n in found)
+
+
+def _other_words(context: str, brought: set[str], counts: Counter[str]) -> str:
+    """`context` with what it brings replaced: what stands in quotes or, without any, the words that the most contexts
+    bring; and its digits by others."""
+    quoted = words_of(" ".join("".join(found) for found in _QUOTED.findall(context))) & brought
+    most = max((counts[word] for word in brought), default=0)
+    replaced = quoted or {word for word in brought if counts[word] == most} or words_of(context) - FUNCTION_WORDS
+    return _WORD.sub(lambda found: _other_word(found[0]) if found[0].casefold() in replaced else found[0], context)
+
+
+def _other_word(word: str) -> str:
+    """A pronounceable word that does not exist, as long and written as `word`; the same for the same word."""
+    rng = random.Random(hashlib.sha256(word.casefold().encode()).digest())
+    made, vowel = "", rng.random() < 0.3
+    for letter in word:
+        if letter.isdigit():
+            made += rng.choice([digit for digit in "0123456789" if digit != letter])
+            continue
+        new = rng.choice([x for x in ("aeiou" if vowel else "bdfgklmnprstv") if x != letter.casefold()])
+        made, vowel = made + (new.upper() if letter.isupper() else new), not vowel
+    return made

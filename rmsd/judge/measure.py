@@ -1,0 +1,109 @@
+"""How good is a judge? Labelled questions, and what a judge's answers to them come to."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from .base import Candidate, Judge, Question
+from .llm import LLMJudge
+
+
+@dataclass(frozen=True)
+class Labelled:
+    question: Question
+    relevant: frozenset[int]  # positions of the candidates that bear on the wanted behaviour
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Shares are over the candidates of all questions together; None where there is nothing to divide by."""
+
+    kept: int
+    precision: float | None  # of what is kept, what is relevant
+    recall: float | None  # of what is relevant, what is kept
+    agreement: float  # candidates on which judge and labels say the same
+    same_reversed: float | None  # of what is kept of a list or of the list reversed, what is kept of both
+    seconds: float  # a question
+    tokens: float | None  # a question, read and written
+    kept_of: tuple[frozenset[int], ...]  # by question
+
+
+def save(path: str | Path, labelled: Sequence[Labelled]) -> None:
+    """One JSON object a line: a question's fields, and `relevant`, a list of positions."""
+    lines = [json.dumps({**asdict(one.question), "relevant": sorted(one.relevant)}) + "\n" for one in labelled]
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def load(path: str | Path) -> list[Labelled]:
+    """What `save` wrote, or a user did: of a candidate only position, token, promoted and gap are needed.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, the line and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"labelled questions {path} do not exist")
+    found = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if text.strip():
+            try:
+                found.append(_labelled(json.loads(text)))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: no labelled question ({type(error).__name__}: {error})"
+                ) from error
+    if not found:
+        raise ValueError(f"{path} holds no questions")
+    return found
+
+
+def _labelled(line: dict) -> Labelled:
+    relevant = frozenset(line.pop("relevant"))
+    candidates = []
+    for one in line.pop("candidates"):
+        preferred = {"student_preferred": one["token"], "teacher_preferred": one["promoted"]}
+        candidates.append(Candidate(**{**preferred, **one}))
+    if unknown := relevant - {candidate.position for candidate in candidates}:
+        raise ValueError(f"relevant names position {min(unknown)}, which is no candidate")
+    tokens = tuple(line.pop("tokens"))
+    known = {field.name for field in dataclasses.fields(Question)}
+    rest = {name: value for name, value in line.items() if name in known}
+    return Labelled(
+        Question(tokens=tokens, candidates=tuple(candidates), **{"max_kept": len(candidates), **rest}), relevant
+    )
+
+
+def measure(judge: Judge, labelled: Sequence[Labelled], llm: LLMJudge | None = None) -> Marks:
+    """Asks twice, the second time with each list of candidates reversed: what a judge keeps should not hang on places.
+    No question bounds how many may be kept, so that a short answer is no fault. `llm` is what counts tokens, if any."""
+    questions = [replace(one.question, max_kept=max(1, len(one.question.candidates))) for one in labelled]
+    before, started = llm.tokens if llm else 0, time.monotonic()
+    kept = [frozenset(answer) for answer in judge(questions)]
+    seconds = (time.monotonic() - started) / len(questions)
+    tokens = (llm.tokens - before) / len(questions) if llm else None
+    reversed_lists = [replace(question, candidates=question.candidates[::-1]) for question in questions]
+    again = [frozenset(answer) for answer in judge(reversed_lists)]
+    both = sum(len(a & b) for a, b in zip(kept, again, strict=True))
+    either = sum(len(a | b) for a, b in zip(kept, again, strict=True))
+    right = sum(len(answer & one.relevant) for answer, one in zip(kept, labelled, strict=True))
+    candidates = sum(len(question.candidates) for question in questions)
+    number, wanted = sum(map(len, kept)), sum(len(one.relevant) for one in labelled)
+    return Marks(
+        kept=number,
+        precision=right / number if number else None,
+        recall=right / wanted if wanted else None,
+        agreement=(candidates - (number - right) - (wanted - right)) / max(candidates, 1),
+        same_reversed=both / either if either else None,
+        seconds=seconds,
+        tokens=tokens,
+        kept_of=tuple(kept),
+    )
+
+
+def agreement(a: Marks, b: Marks, labelled: Sequence[Labelled]) -> float:
+    """Candidates on which two judges say the same."""
+    differ = sum(len(x ^ y) for x, y in zip(a.kept_of, b.kept_of, strict=True))
+    return 1.0 - differ / max(sum(len(one.question.candidates) for one in labelled), 1)

@@ -1,0 +1,113 @@
+"""`rmsd judge`: a recipe's judges on labelled questions."""
+
+import re
+from pathlib import Path
+
+from ..answers.data import encode
+from ..judge.llm import llm_of
+from ..judge.measure import Labelled, Marks, agreement, load, measure, save
+from .probe import Probe, spread
+from .recipe import Recipe
+
+WORD_TOKENS = 8  # in which a told teacher ends the word that an edit begins
+
+
+def judge(recipe: Recipe, questions: Path | None = None, prompts: int = 8) -> str:
+    """Marks of the recipe's judge, and of those that need nothing, on labelled questions: those of the file, or made
+    from the model's own answers by the task's first grader (and written to the file, where one is named)."""
+    uncached = recipe.judge.model_copy(update={"cache": None, "replay": False})  # a cache says nothing of time
+    probe = Probe(recipe.model_copy(update={"judge": uncached}))
+    if questions and questions.exists():
+        labelled, source = load(questions), str(questions)
+    else:
+        labelled, source = (
+            labelled_by_grader(probe, prompts),
+            f"answers of {recipe.model}, labelled by the task's grader",
+        )
+        if questions:
+            save(questions, labelled)
+            source += f", written to {questions}"
+    candidates = sum(len(one.question.candidates) for one in labelled)
+    relevant = sum(len(one.relevant) for one in labelled)
+    marks: dict[str, Marks] = {}
+    for name, one in probe.judges().items():
+        if name == "contrast" and any(c.contrast is None for x in labelled for c in x.question.candidates):
+            probe.notes.append("contrast judge: the questions of the file do not hold the candidates' contrast")
+            continue
+        try:
+            marks[name] = measure(one, labelled, llm_of(one))
+        except ConnectionError as error:
+            probe.notes.append(f"{name}: {error}")
+    lines = [
+        f"{len(labelled)} questions, {candidates} candidates, {relevant} relevant ({source})",
+        "",
+        _table(marks, labelled),
+    ]
+    return "\n".join([*lines, *(f"note: {note}" for note in probe.notes)])
+
+
+def labelled_by_grader(probe: Probe, prompts: int) -> list[Labelled]:
+    """A candidate is relevant when the teacher's edit, with the rest of the word as the told teacher goes on, makes a
+    word that passes the task's first grader, and the word that the student wrote there does not.
+
+    Raises:
+        ValueError: the recipe has no task.
+    """
+    if probe.task is None:
+        raise ValueError("a recipe without a task has no grader to label questions by: name a file with --questions")
+    grader = next(iter(probe.task.graders.values()))
+    questions, _, _ = probe.step(spread(probe.told, prompts))
+    questions = [question for question in questions if question.candidates]
+    edits = [(question, candidate) for question in questions for candidate in question.candidates]
+    prompt_ids = []
+    for question, candidate in edits:
+        edited = "".join(question.tokens[: candidate.position]) + candidate.promoted
+        answer = probe.tokenizer(edited, add_special_tokens=False)["input_ids"]
+        prompt_ids.append(encode(probe.tokenizer, question.teacher_prompt or question.privileged_context) + answer)
+    relevant: dict[int, set[int]] = {}
+    for (question, candidate), text in zip(edits, probe.continued(prompt_ids, WORD_TOKENS), strict=True):
+        at, tokens = candidate.position, question.tokens
+        edited = word_at("".join(tokens[:at]), candidate.promoted, text)
+        written = word_at("".join(tokens[:at]), tokens[at], "".join(tokens[at + 1 :]))
+        if grader(edited) and not grader(written):
+            relevant.setdefault(id(question), set()).add(at)
+    return [Labelled(question, frozenset(relevant.get(id(question), ()))) for question in questions]
+
+
+def word_at(before: str, token: str, after: str) -> str:
+    """The word that `token` goes on with or begins, to its end: ("is pi", "n", "apple, not") gives "pinapple"."""
+    first = re.search(r"\w", token)
+    if first is None:
+        return ""
+    begun = re.search(r"\w*$", before).group() if first.start() == 0 else ""
+    return begun + re.match(r"\w+", token[first.start() :] + after).group()
+
+
+def _table(marks: dict[str, Marks], labelled: list[Labelled]) -> str:
+    beside = [name for name in ("contrast", "context") if name in marks]
+    heads = [
+        "judge",
+        "kept",
+        "precision",
+        "recall",
+        "agreement",
+        *(f"with {name}" for name in beside),
+        "reversed",
+        "s",
+        "tokens",
+    ]
+    rows = [heads]
+    for name, one in marks.items():
+        numbers = [
+            one.precision,
+            one.recall,
+            one.agreement,
+            *(agreement(one, marks[other], labelled) for other in beside),
+        ]
+        shares = ["-" if value is None else f"{value:.2f}" for value in (*numbers, one.same_reversed)]
+        tokens = "-" if one.tokens is None else f"{one.tokens:.0f}"
+        rows.append([name, str(one.kept), *shares, f"{one.seconds:.2f}", tokens])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,77 @@
+"""What preflight says of a recipe before it is run."""
+
+import pytest
+import tiny
+
+from rmsd.run.judging import judge
+from rmsd.run.preflight import Findings, preflight, verdict
+from rmsd.run.recipe import load_recipe
+
+
+def found(*shares, untold=0.0, **more):
+    return "\n".join(verdict(Findings(told=list(shares), untold=untold, **more)))
+
+
+def test_a_teacher_that_does_not_obey_cannot_teach():
+    said = found(0.0, 0.12, 0.0)
+    assert said.startswith("verdict: no. The told teacher obeys in 4% of answers (untold 0%): training cannot teach it")
+    assert "phrasing" not in said
+    said = found(0.0, 0.0, 0.0, 0.0, 0.0, 0.38)
+    assert said.startswith("verdict: no. The told teacher obeys in 6%") and "It obeys phrasing 6 (38%)" in said
+
+
+def test_phrasings_that_work_are_named_best_first():
+    said = found(0.0, 0.25, 0.5, 0.1)
+    assert said.startswith("verdict: yes, by 2 of 4 phrasings.")
+    assert "obeys phrasing 3 (50%), 2 (25%)" in said and "50% is a ceiling" in said
+    assert found(0.9, 0.8) == "verdict: yes. The told teacher obeys in 85% of answers (untold 0%)."
+
+
+def test_what_is_done_untold_is_no_lesson():
+    assert found(1.0, untold=0.95).startswith("verdict: no. The student does it untold in 95%")
+    assert found(0.5, untold=0.45).startswith("verdict: no."), "hardly more than untold"
+
+
+def test_a_lesson_that_spreads_wants_anchors():
+    assert "No anchors: told, it does so in 40%" in found(0.9, leaks=0.4)
+    assert "No anchors" not in found(0.9, leaks=0.4, anchors=5) and "No anchors" not in found(0.9, leaks=0.05)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    folder = tmp_path / "base"
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""
+model: {folder}
+task: house_tool
+output_dir: {tmp_path / "run"}
+judge: {{kind: contrast}}
+evaluate: {{max_new_tokens: 3}}
+train: {{use_cpu: true, max_steps: 5, per_device_train_batch_size: 4, max_completion_length: 6, threshold: 0.0}}
+"""
+    )
+    return path
+
+
+@pytest.mark.parametrize("overrides", [[], ["lora.r=2"]])
+def test_a_random_model_is_told_no_and_nothing_is_written(recipe, tmp_path, overrides):
+    said = preflight(load_recipe(recipe, overrides), prompts=2)
+    assert "verdict: no. The told teacher obeys in 0% of answers" in said
+    assert "anchors: 16 of 32 rows" in said and "contrast contexts: 16 rows by column" in said
+    for name in ("magnitude", "context", "contrast"):
+        assert f"judge {name}: keeps" in said
+    assert "minutes for the run's 20" in said and " -> " in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_judges_are_measured_on_questions_that_are_kept(recipe, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    said = judge(load_recipe(recipe), questions, prompts=2)
+    assert "labelled by the task's grader, written to" in said
+    again = judge(load_recipe(recipe), questions)
+    lines = {line.split()[0]: line for line in again.splitlines() if line.strip()}
+    assert {"magnitude", "context", "contrast"} <= lines.keys()
+    assert said.splitlines()[0].split(" (")[0] == again.splitlines()[0].split(" (")[0]
