@@ -64,6 +64,16 @@ def server():
     made.http.server_close()
 
 
+@pytest.fixture
+def hub():
+    from hub_server import Hub
+
+    made = Hub()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request) -> str:
     skip_unless_served(request.param)

@@ -101,7 +101,7 @@ def test_an_episode_is_the_conversation_and_each_token_is_whose_it_is():
     # Token in, token out: each turn is asked for after exactly what stands before it.
     whole = rollouts.prompt_ids[0] + rollouts.completion_ids[0].tolist()
     assert all(whole[: len(prompt_ids[0])] == prompt_ids[0] for prompt_ids, _, _ in write.asked)
-    assert len({seed for *_, seed in write.asked}) == 3, "each turn draws anew"
+    assert len({seed for *_, seeds in write.asked for seed in seeds}) == 3, "each turn draws anew"
 
 
 def test_rollouts_of_unequal_length_stand_beside_each_other_each_with_its_own_environment():

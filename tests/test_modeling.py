@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rmsd.answers.rollout import eos_ids_of, generate
+from rmsd.answers.sampling import Draw
 from rmsd.models.heads import OutputHead
 from rmsd.models.hidden import completion_hidden
 
@@ -87,22 +88,39 @@ def test_answers_are_drawn_from_what_is_scored_whatever_the_generation_config_sa
     assert model.generation_config is own, "as it was found"
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.8, 20), (0.0, 1.0, 0)])
-def test_seeded_rollouts_are_those_of_transformers_generate(temperature, top_p, top_k):
+def test_greedy_rollouts_are_those_of_transformers_generate():
     model, ids = tiny.model(), torch.tensor([[7, 8, 9]])
-    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
-    torch.manual_seed(5)
-    expected = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=8,
-        pad_token_id=0,
-        eos_token_id=[0],
-        **(sampling if temperature else dict(do_sample=False)),
-    )[:, 3:]
-    options = dict(temperature=temperature, top_p=top_p, top_k=top_k)
-    got = generate(model, ids.tolist(), max_new_tokens=8, pad_id=0, eos_ids=[0], seed=5, **options)
+    options = dict(max_new_tokens=8, pad_token_id=0, eos_token_id=[0], do_sample=False)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, 3:]
+    got = generate(model, ids.tolist(), max_new_tokens=8, pad_id=0, eos_ids=[0], temperature=0.0)
     assert torch.equal(got.completion_ids, expected)
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.8, 0), (2.0, 1.0, 3)])
+def test_tokens_are_drawn_from_the_distribution_that_the_options_say(temperature, top_p, top_k):
+    """4,000 draws of one token beside the probabilities that transformers' own warpers give."""
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
+    logits[0, -1] = -torch.inf
+    warped = TemperatureLogitsWarper(temperature)(None, logits)
+    warped = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k or 12)(None, warped))
+    draw = Draw(range(4000), 1, "cpu", temperature=temperature, top_p=top_p, top_k=top_k)
+    drawn = draw(None, logits.repeat(4000, 1)).argmax(-1).bincount(minlength=12) / 4000
+    expected = warped.softmax(-1)[0]
+    assert (drawn - expected).abs().max() < 3 * 0.5 / 4000**0.5
+    assert (drawn[expected == 0] == 0).all()
+
+
+def test_an_answer_is_drawn_by_its_own_seed_whatever_else_is_in_the_batch():
+    model, prompts, seeds = tiny.model(initializer_range=0.2), [[7, 8], [9, 10, 11], [12], [7, 8]], [5, 6, 2**63 - 1, 8]
+    options = dict(max_new_tokens=8, pad_id=0, eos_ids=[0], temperature=0.9, top_p=0.95, top_k=50)
+    together = generate(model, prompts, seed=seeds, **options)
+    for b in (3, 0, 2, 1):
+        alone = generate(model, [prompts[b]], seed=[seeds[b]], **options)
+        mask = together.completion_mask[b]
+        assert alone.completion_ids[0].tolist() == together.completion_ids[b][mask].tolist()
+    assert together.completion_ids[0].tolist() != together.completion_ids[3].tolist(), "one prompt, two seeds"
+    with pytest.raises(ValueError, match="one for each of 4 answers, not 2"):
+        generate(model, prompts, seed=[1, 2], **options)
 
 
 def test_completion_ends_with_its_first_end_token():

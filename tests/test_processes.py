@@ -40,7 +40,7 @@ LAUNCHERS = {
 
 @pytest.fixture
 def recipe(tmp_path, server, monkeypatch):
-    """Greedy answers, so that two processes write what one does; SGD, for Adam would turn rounding into whole steps; a
+    """Sampled answers, which two processes draw as one does; SGD, for Adam would turn rounding into whole steps; a
     threshold, for an anchor's gaps are rounding until something is learned."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
 
@@ -55,7 +55,6 @@ def recipe(tmp_path, server, monkeypatch):
             optim="sgd",
             max_grad_norm=0.0,
             max_completion_length=6,
-            sampling_temperature=0,
             threshold=1e-5,
             vocab_topk=None,
             save_strategy="no",

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from fake_run import write_lines
+from huggingface_hub import HfApi
 
 from rmsd.run import evaluate as evaluation
 from rmsd.run.judges import build_judge
@@ -200,3 +201,12 @@ def test_the_trained_model_is_loaded_with_the_recipes_trust_in_its_code(recipe, 
     folder = str(tmp_path / "trained")
     evaluate(load_recipe(recipe, [f"trust_remote_code={str(trust).lower()}"]), folder)
     assert loaded == {str(tmp_path / "tiny"): trust, folder: trust}
+
+
+def test_what_a_run_pushes_to_the_hub_holds_no_privileged_context(recipe, hub, monkeypatch):
+    monkeypatch.setattr("transformers.utils.hub._hf_api", HfApi(endpoint=hub.url, token="hf_test"))
+    train(load_recipe(recipe, ["train.push_to_hub=true", "train.hub_model_id=me/model", "train.max_steps=1"]))
+    assert {"README.md", "model.safetensors", "recipe.yaml", "metrics.jsonl"} <= set(hub.files)
+    told = load_task("house_tool").train[0]["privileged_context"]
+    assert told in (recipe.parent / "run" / "rollouts.jsonl").read_text()
+    assert not [path for path, contents in hub.files.items() if told.encode() in contents or path.startswith("model/")]

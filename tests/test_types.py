@@ -60,7 +60,7 @@ def exported() -> list:
             public = name in ("__init__", "__call__") or not name.startswith("_")
             hook = name != "__init__" and any(hasattr(base, name) for base in cls.__bases__)
             own = inspect.isfunction(method) and method.__module__.startswith("rmsd")
-            if own and public and not hook and cls is not rmsd.RMSDTrainer:
+            if own and public and not hook:
                 functions.append(method)
     return functions
 

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..models.parts import causal_lm
 from .past import Past, continued
 from .rollout import Recorded, Rollouts, generate
+from .sampling import seeds_of
 
 ENGINES = ("transformers", "vllm")
 MAX_GAP = 0.5  # nats a token; bf16 engines are seen at some hundredths
@@ -41,9 +42,10 @@ class Engine(Protocol):
         temperature: float,
         top_p: float,
         top_k: int,
-        seed: int,
+        seed: int | Sequence[int],
     ) -> Rollouts:
-        """One answer a prompt, a function of the weights and these arguments alone."""
+        """One answer a prompt, a function of the weights and these arguments alone. `seed` is one for each answer, or
+        one from which they follow (sampling.seeds_of): an answer depends on its own."""
 
     def turns(self) -> contextlib.AbstractContextManager:
         """Calls inside are turns of the same rollouts: an engine may keep what it has read of them."""
@@ -153,7 +155,7 @@ class VLLMEngine:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> Rollouts:
         from vllm import SamplingParams
 
@@ -164,11 +166,11 @@ class VLLMEngine:
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
-                seed=(seed + i) % 2**63,
+                seed=number,
                 logprobs=self._num_top,  # and of the sampled token, before temperature and top-k
                 detokenize=False,
             )
-            for i in range(len(prompt_ids))
+            for number in seeds_of(seed, len(prompt_ids))
         ]
         outputs = self._outputs(prompt_ids, sampling)
         answers = [list(output.outputs[0].token_ids) for output in outputs]

@@ -10,6 +10,7 @@ from torch import Tensor
 from .calls import calls_of
 from .environments import Environments, Episode
 from .rollout import Rollouts
+from .sampling import seeds_of
 from .tools import run_turns
 from .turns import TurnSuffix
 
@@ -51,7 +52,7 @@ class Episodes:
 
     def play(
         self, write: Write, episodes: Sequence[Episode], prompt_ids: list[list[int]], *,
-        max_new_tokens: int, pad_id: int, eos_ids: Sequence[int], seed: int, device,
+        max_new_tokens: int, pad_id: int, eos_ids: Sequence[int], seed: int | Sequence[int], device,
     ) -> Rollouts:  # fmt: skip
         """The episodes' rollouts, up to `max_new_tokens` each, what their tools said included. The episodes' own
         transcripts, counts, rewards and feedback are written into them.
@@ -59,6 +60,7 @@ class Episodes:
         A rollout whose environment died has no token that the model wrote: nothing of it is scored or trained on.
         """
         tokens = [_Tokens(ids) for ids in prompt_ids]
+        seeds = seeds_of(seed, len(prompt_ids))
         active = [i for i, episode in enumerate(episodes) if not episode.died]
         for turn in range(1, self.max_turns + 1):
             if not active:
@@ -69,7 +71,7 @@ class Episodes:
                 max_new_tokens=max(room),
                 pad_id=pad_id,
                 eos_ids=list(eos_ids),
-                seed=_seed(seed, turn),
+                seed=[_seed(seeds[i], turn) for i in active],
             )
             calls = {}
             for row, (i, most) in enumerate(zip(active, room, strict=True)):

@@ -1,16 +1,18 @@
 """The student's answers, and the hidden states that their tokens were drawn from."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from ..models.hidden import completion_hidden, left_padded
 from ..models.parts import captured_hidden, causal_lm, last_position_head
 from .past import CACHE_ARGUMENT, Past
+from .sampling import Draw, seeds_of
 
 
 class Recorded(NamedTuple):
@@ -63,13 +65,15 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     past: Past | None = None,
 ) -> Rollouts:
     """One answer a prompt, drawn from the model's own distribution under these options and no others: what its
     generation_config would change (repetition_penalty, suppress_tokens, ...) is left out, for what is scored and
-    trained on knows none of it. `temperature=0` is greedy. With `seed`, the answers follow from it alone: the global
-    random state is neither read nor moved, so a resumed run writes what the interrupted one would have.
+    trained on knows none of it. `temperature=0` is greedy. With `seed`, one for each answer or one from which those
+    follow (sampling.seeds_of), each answer follows from its own: not from the global random state, which is neither
+    read nor moved, nor from what else is in the batch. So a resumed run writes what the interrupted one would have, and
+    several processes what one would.
 
     What `past` holds of the prompts is not read again; without one that is the beginning that they share. A given one
     holds the answers afterwards too."""
@@ -85,25 +89,16 @@ def generate(
         input_ids = torch.cat([started.ids, input_ids], 1)
         attention_mask = torch.cat([started.mask, attention_mask], 1)
     width = input_ids.shape[1]
-    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=eos_ids,
-        **(sampling if temperature else dict(do_sample=False)),
-    )
-    devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices, enabled=seed is not None),
-        captured_hidden(model) as captured,
-        last_position_head(model),
-        _generation_config(model, config),
-    ):
-        if seed is not None:
-            torch.manual_seed(seed)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=eos_ids, do_sample=False)
+    drawn = LogitsProcessorList()
+    if temperature:
+        seeds = seeds_of(seed, len(prompt_ids))
+        drawn.append(Draw(seeds, max_new_tokens, model.device, temperature=temperature, top_p=top_p, top_k=top_k))
+    with captured_hidden(model) as captured, last_position_head(model), _generation_config(model, config):
         sequences = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            logits_processor=drawn,
             **({CACHE_ARGUMENT: started.cache} if started is not None else {}),
             synced_gpus=False,  # sharded weights are whole here (sharding.whole): no rank waits for another
         )

@@ -10,10 +10,14 @@ from transformers import TrainerCallback
 from ..judge import Question
 from ..step.micro_batch import MicroBatch
 
+# What a push to the Hub leaves here, in the words of the .gitignore that the Hub heeds: files that hold prompts and
+# privileged contexts, and the folder of a model whose files lie beside it already.
+KEPT_FROM_THE_HUB = ("rollouts.jsonl", "report.html", "model/")
+
 
 class RunRecord(TrainerCallback):
     """Writes every log entry and the rollouts it is given. On resume, lines of steps after the checkpoint are dropped:
-    those steps are about to be made again."""
+    those steps are about to be made again. Where the run is pushed to the Hub, the rollouts stay here."""
 
     def __init__(self, output_dir: str | Path, resume: bool = False):
         self.directory = Path(output_dir)
@@ -31,6 +35,9 @@ class RunRecord(TrainerCallback):
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             partial.replace(path)
+        ignored = self.directory / ".gitignore"
+        if args.push_to_hub and not ignored.exists():
+            ignored.write_text("\n".join(KEPT_FROM_THE_HUB) + "\n", encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import Trainer
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..answers.data import check_lengths, check_row, checked_rows, context_of, prompt_text
 from ..answers.engines import TOP, engine_for
@@ -50,13 +52,13 @@ class RMSDTrainer(Trainer):
 
     def __init__(
         self,
-        model,
+        model: torch.nn.Module,
         args: RMSDConfig,
-        train_dataset,
-        processing_class,
+        train_dataset: list[dict] | Dataset,
+        processing_class: PreTrainedTokenizerBase,
         judge: Judge | None = None,
         evaluator: Callable[[torch.nn.Module], dict[str, float]] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         if isinstance(train_dataset, list):
             train_dataset = checked_rows(train_dataset)
@@ -173,7 +175,7 @@ class RMSDTrainer(Trainer):
                 temperature=args.sampling_temperature,
                 top_p=args.top_p,
                 top_k=args.top_k,
-                seed=self._seed(number),
+                seed=self._seeds(number, len(batch.rows)),
             )
 
     def _scored(self, batches: list[MicroBatch]) -> Iterator[MicroBatch]:
@@ -251,10 +253,13 @@ class RMSDTrainer(Trainer):
     def student_head(self) -> OutputHead:
         return OutputHead.current(self.student, self.head_transform)
 
-    def _seed(self, micro_batch: int) -> int:
-        """A seed for every micro-batch of every step and rank, so that a resumed run samples what it would have."""
-        place = (self.args.seed, self.state.global_step, micro_batch, self.accelerator.process_index)
-        return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8]) >> 1
+    def _seeds(self, micro_batch: int, count: int) -> list[int]:
+        """One for every row of every step: a resumed run samples what it would have, and several processes what one
+        with the whole batch does, of which this micro-batch is the (micro_batch * ranks + rank)-th part."""
+        part = micro_batch * self.accelerator.num_processes + self.accelerator.process_index
+        first = part * self.args.train_batch_size
+        places = [(self.args.seed, self.state.global_step, first + i) for i in range(count)]
+        return [int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8]) >> 1 for place in places]
 
     # ---- the teacher's weights -------------------------------------------------------------------------------------
 
