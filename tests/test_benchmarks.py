@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks import common, real
 from benchmarks.results import table
 from rmsd_kernels import linear_token_divergence, linear_token_scores
 
@@ -125,3 +125,25 @@ def test_a_table_of_results_leaves_blank_what_a_run_did_not_measure():
         "| N | 1 | 1.000 |  |",
         "| **N** | mean | 1.000 |  |",
     ]
+
+
+def test_the_real_models_table_tells_how_each_run_ended():
+    steps = [{"step": i + 1, "tail_mass": 0.1 * i, "repetition": 0.0, "student_entropy": 1.0} for i in range(10)]
+    well = dict(
+        run="rmsd",
+        seed=0,
+        ended=None,
+        steps=steps,
+        human_eval="9 of 20",
+        answers={real.QUESTIONS[0]: "Madrid |\nSpain"},
+        evaluations=[dict(step=0, target_greedy=0.0), dict(step=10, target_greedy=0.5, specificity=1.0, drift=0.02)],
+    )
+    stopped = dict(run="rmsd-3x", seed=0, ended="training has collapsed", steps=steps[:9], evaluations=[dict(step=0)])
+    base = dict(human_eval="10 of 20", answers={real.QUESTIONS[0]: "Madrid"})
+    *_, before, first, second = real.table([well, stopped], base).splitlines()
+    assert before == "| before training |  | 0 | 0.00 |  |  |  |  |  | 10 of 20 | Madrid |"
+    assert first == (
+        "| rmsd | 0 | 10 | 0.50 | 1.00 | 0.02 | 0.100 to 0.700 | 0.000 to 0.000 | 1.000 to 1.000 | 9 of 20 | "
+        "Madrid Spain |"
+    )
+    assert second.startswith("| rmsd-3x | 0 | 9, stopped |  |  |  | 0.100 to 0.600 |")

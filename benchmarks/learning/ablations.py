@@ -26,8 +26,8 @@ GROUPS = {
     "divergence": {"reverse KL": {}, "forward KL": dict(divergence="forward_kl"), "JSD": JSD},
     "vocabulary top-k": {
         "K 500, the whole vocabulary": {},
-        "K 20, drop": dict(vocab_topk=20, tail="drop"),
-        "K 3, drop": dict(vocab_topk=3, tail="drop"),
+        "K 20, drop": dict(vocab_topk=20, tail="drop", on_collapse="warn"),
+        "K 3, drop": dict(vocab_topk=3, tail="drop", on_collapse="warn"),
         "K 3, bucket": dict(vocab_topk=3, tail="bucket"),
         "K 3, renorm": dict(vocab_topk=3, tail="renorm"),
     },

@@ -16,6 +16,7 @@ from ..tasks import Task, load_task
 from ..training.checkpoint import holds_optimizer, last_whole_checkpoint
 from ..training.console import show_lines
 from ..training.continuation import check_metric
+from ..training.health import Collapsed
 from ..training.record import RunRecord, read_lines
 from ..training.trainer import RMSDTrainer
 from .evaluate import Evaluator
@@ -70,7 +71,12 @@ def train(recipe: Recipe) -> str:
         callbacks=[RunRecord(out, resume=checkpoint is not None)],
     )
     show_lines(trainer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Collapsed:
+        if args.should_save:
+            _report(out)  # which shows how
+        raise
     # The best weights, once they are loaded, are those that are saved; the last step's were evaluated.
     if evaluator and (args.load_best_model_at_end or not _evaluated(trainer.state)):
         trainer.evaluate()
@@ -80,10 +86,13 @@ def train(recipe: Recipe) -> str:
     if not args.should_save:
         return ""
 
+    return f"{table(out)}\n\nmodel   {out / 'model'}\nreport  {_report(out)}"
+
+
+def _report(run: Path) -> Path:
     from ..report import write_report
 
-    page = write_report([out])
-    return f"{table(out)}\n\nmodel   {out / 'model'}\nreport  {page}"
+    return write_report([run])
 
 
 def evaluate(recipe: Recipe, model: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import zipfile
 from pathlib import Path
 
@@ -10,10 +11,13 @@ from safetensors import SafetensorError, safe_open
 log = logging.getLogger("rmsd")
 
 
-def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that was written to its end; torn ones are named in a warning and passed over."""
-    found = sorted(Path(output_dir).glob("checkpoint-*"), key=_step, reverse=True)
+def last_whole_checkpoint(output_dir: str | Path, before: float = math.inf) -> Path | None:
+    """The newest checkpoint that was written to its end, of a step under `before`; torn ones are named in a warning
+    and passed over."""
+    found = sorted(Path(output_dir).glob("checkpoint-*"), key=step_of, reverse=True)
     for checkpoint in found:
+        if step_of(checkpoint) >= before:
+            continue
         problem = _problem(checkpoint)
         if problem is None:
             return checkpoint
@@ -27,7 +31,7 @@ def holds_optimizer(checkpoint: Path) -> bool:
     return any(any(checkpoint.glob(pattern)) for pattern in ("*optimizer*", "global_step*"))
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 

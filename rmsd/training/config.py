@@ -1,5 +1,6 @@
 """`RMSDConfig`, the trainer's arguments: transformers' own, and the method's."""
 
+import copy
 import os
 from dataclasses import dataclass, field
 
@@ -11,8 +12,11 @@ from rmsd_kernels.checks import check_options, check_selection
 from ..answers.data import TEACHER_TEMPLATE
 from ..answers.engines import ENGINES, check_vllm
 from ..answers.teacher import KINDS
+from .health import ACTIONS
 
 METHODS = ("rmsd", "opsd")
+# docs/real.md says what supports them, and what three times each does.
+LORA_LEARNING_RATE, LEARNING_RATE = 1e-4, 2e-5
 
 _LEAST = dict(
     sampling_temperature=0,
@@ -75,12 +79,18 @@ class RMSDConfig(TrainingArguments):
     max_skipped_steps: int = field(
         default=5, metadata={"help": "Steps in a row skipped for a gradient that is not finite before training stops."}
     )
+    on_collapse: str = field(
+        default="stop",
+        metadata={"help": "stop, rollback (once, at half the rate) or warn, where the log shows a collapse."},
+    )
     recorded_rollouts: int = field(default=8, metadata={"help": "Rollouts a step written for the report, at most."})
 
     per_device_train_batch_size: int = field(
         default=8, metadata={"help": "Prompts, so rollouts, a micro-batch a device."}
     )
-    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Initial learning rate; null: 1e-4 for an adapter, 2e-5 for all weights."}
+    )
     logging_steps: float = field(default=1, metadata={"help": "Steps between log entries."})
     report_to: str | list[str] = field(default="none", metadata={"help": "Integrations to report to."})
     # Trainer takes a bool; its own annotation, str, would have a recipe's `fsdp: true` refused.
@@ -110,6 +120,10 @@ class RMSDConfig(TrainingArguments):
             vocab_topk=self.vocab_topk,
             tail=self.tail,
         )
+        if self.on_collapse not in ACTIONS:
+            raise ValueError(f"on_collapse must be one of {', '.join(ACTIONS)}, not {self.on_collapse!r}")
+        if self.on_collapse == "rollback" and (self.save_strategy == "no" or self.save_only_model):
+            raise ValueError("on_collapse=rollback needs checkpoints that hold the optimizer: set save_strategy=steps")
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
         if self.engine_scores:
@@ -161,6 +175,14 @@ class RMSDConfig(TrainingArguments):
         for name, value in values.items():
             if value not in told:
                 raise ValueError(f"teacher_template must hold {{{name}}}, not {self.teacher_template!r}")
+
+    def with_learning_rate(self, has_adapter: bool) -> "RMSDConfig":
+        """Itself, or where it leaves the rate open a copy with the one for what is trained."""
+        if self.learning_rate is not None:
+            return self
+        known = copy.copy(self)
+        known.learning_rate = LORA_LEARNING_RATE if has_adapter else LEARNING_RATE
+        return known
 
     @property
     def n_gpu(self) -> int:

@@ -24,6 +24,10 @@ STEP_METRICS = (
     "skipped_steps",
     "prepare_seconds",
     "judge_seconds",
+    "student_entropy",
+    "anchor_divergence",
+    "repetition",
+    "clipped_share",
 )
 
 

@@ -1,15 +1,26 @@
 """What the steps since the last log entry counted: kept on the device, brought to the host once an entry."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
 from ..judge import LLMJudge
+from ..step.judging import told_text
 from ..step.micro_batch import MicroBatch
+from .health import repeated_ngrams
 
 # Means: their sums, and the counts that divide them, which are no entry's numbers where they have a "_" before them.
-_MEANS = {"divergence": "_scored_tokens", "tail_mass": "candidates"}
+_MEANS = {
+    "divergence": "_scored_tokens",
+    "student_entropy": "_scored_tokens",
+    "anchor_divergence": "_anchor_tokens",
+    "tail_mass": "candidates",
+    "repetition": "_ngrams",
+    "clipped_share": "_rollouts",
+}
 
 
 class StepMetrics:
@@ -21,11 +32,14 @@ class StepMetrics:
         self._asked: dict[str, int] = {}
         self.skipped_steps = 0  # in the whole run, on every rank alike
 
-    def count(self, batch: MicroBatch) -> None:
-        """Of a settled micro-batch. What is unknown, a divergence of Logprobs or a tail_mass of None, is no number of
-        the entry."""
+    def count(self, batch: MicroBatch, eos_ids: Sequence[int]) -> None:
+        """Of a settled micro-batch; `eos_ids` end an answer. What is unknown, a divergence of Logprobs or a
+        tail_mass of None, is no number of the entry."""
         mask, scores, tail_mass = batch.rollouts.completion_mask, batch.scores, batch.wishes.tail_mass
         keep = batch.keep.to(mask.device, non_blocking=True)
+        ids = batch.rollouts.completion_ids
+        ended = (torch.isin(ids, torch.tensor(eos_ids, dtype=ids.dtype, device=ids.device)) & mask).any(1)
+        repeated, ngrams = repeated_ngrams(ids, mask)
         self.own |= batch.engine_gaps
         self.add_seconds("judge_seconds", batch.judge_seconds)
         numbers = {
@@ -34,10 +48,22 @@ class StepMetrics:
             "candidates": (batch.candidates >= 0).sum(),
             "kept_tokens": keep.sum(),
             "kept_sequences": keep.any(1).sum(),
+            "repetition": repeated,
+            "_ngrams": ngrams,
+            "clipped_share": (mask.any(1) & ~ended).sum(),
+            "_rollouts": mask.any(1).sum(),
         }
         if isinstance(scores, TokenScores):
             finite = mask & scores.divergence.isfinite()
-            numbers |= {"divergence": scores.divergence.where(finite, 0.0).sum(), "_scored_tokens": finite.sum()}
+            divergence = scores.divergence.where(finite, 0.0)
+            anchors = torch.tensor([not told_text(row).strip() for row in batch.rows], device=mask.device).unsqueeze(1)
+            numbers |= {
+                "divergence": divergence.sum(),
+                "student_entropy": scores.student_entropy.where(finite, 0.0).sum(),
+                "_scored_tokens": finite.sum(),
+                "anchor_divergence": (divergence * anchors).sum(),
+                "_anchor_tokens": (finite & anchors).sum(),
+            }
         if tail_mass is not None:
             numbers["tail_mass"] = tail_mass.sum()
         self._sums = {name: self._sums.get(name, 0.0) + number.float() for name, number in numbers.items()}
@@ -57,6 +83,8 @@ class StepMetrics:
         `nonfinite_rows` and skipped_steps go on counting."""
         sums = {**self._sums, "nonfinite_rows": nonfinite_rows.float()}
         sums = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values()))).tolist(), strict=True))
+        if not sums.get("_anchor_tokens", 1.0):
+            del sums["anchor_divergence"]  # of none it is no number
         means = {name: sums[name] / max(sums[count], 1.0) for name, count in _MEANS.items() if name in sums}
         entry = {name: number for name, number in sums.items() if not name.startswith("_")}
         entry |= {**means, "skipped_steps": self.skipped_steps, **self.own}

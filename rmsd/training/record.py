@@ -29,7 +29,7 @@ class RunRecord(TrainerCallback):
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             path = self.directory / name
-            lines = read_lines(path) if self.resume else []
+            lines = read_lines(path) if self.resume or state.global_step else []
             kept = [line for line in lines if line["step"] <= state.global_step]
             # Whole or not at all: a run killed here must find its lines again.
             partial = path.with_suffix(".partial")
@@ -42,7 +42,8 @@ class RunRecord(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        kind = "continuation" if "continuation" in logs else "train" if "loss" in logs else "eval"
+        kinds = {"continuation": "continuation", "rolled_back_from": "rollback", "loss": "train"}
+        kind = next((kind for name, kind in kinds.items() if name in logs), "eval")
         line = {"kind": kind, "step": state.global_step}
         line |= {name.removeprefix("eval_"): value for name, value in logs.items() if isinstance(value, int | float)}
         self._append("metrics.jsonl", line)

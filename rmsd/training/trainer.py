@@ -31,6 +31,7 @@ from ..step.writing import write
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
 from .faults import NonfiniteGradients, saving
+from .health import CollapseWatch
 from .metrics import StepMetrics
 from .record import RunRecord, rollout_lines
 
@@ -65,6 +66,7 @@ class RMSDTrainer(Trainer):
         else:
             for number, row in enumerate(train_dataset):
                 check_row(row, f"row {number}")
+        args = args.with_learning_rate(has_adapter=hasattr(model, "peft_config"))
         super().__init__(
             model=model,
             args=args,
@@ -108,6 +110,8 @@ class RMSDTrainer(Trainer):
             raise ValueError(f"dataloader_drop_last leaves nothing of {len(train_dataset)} rows in batches of {batch}")
         self.record = next((c for c in self.callback_handler.callbacks if isinstance(c, RunRecord)), None)
         self.metrics = StepMetrics()
+        self.watch = CollapseWatch(self.teacher, self.log)
+        self.add_callback(self.watch)
         self.add_callback(TeacherSchedule(self.teacher, self.continue_from_student))
         self.add_callback(NonfiniteGradients(self.metrics, self.loss, self.accelerator))
         config = self.model.config.get_text_config()
@@ -132,6 +136,14 @@ class RMSDTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = check_sharding(self.accelerator, self.args)
+
+    def train(self, *args, **kwargs):
+        """As Trainer's. Raises Collapsed where a sign of collapse has ended the run."""
+        output = super().train(*args, **kwargs)
+        while self.watch.found:
+            checkpoint = self.watch.checkpoint_to_go_on_from(self.args, self.state)
+            output = super().train(resume_from_checkpoint=str(checkpoint))
+        return output
 
     # ---- the step, in the order the data flows ---------------------------------------------------------------------
 
@@ -213,7 +225,7 @@ class RMSDTrainer(Trainer):
         if llm := llm_of(self.judge):
             self.metrics.add_asked(llm)
         for batch in batches:
-            self.metrics.count(batch)
+            self.metrics.count(batch, self.eos_ids)
             if self.record and self.is_world_process_zero():
                 self.record.rollouts(rollout_lines(self.state.global_step + 1, batch, shown))
             shown = max(0, shown - len(batch.rows))

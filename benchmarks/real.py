@@ -1,0 +1,211 @@
+"""Trains a real model for 30 steps by each method, at the default learning rate and at three times it, and prints what
+became of it: what it learned, what it kept, and its signs of health.
+
+    python -m benchmarks.real                      # or `make real`
+    python -m benchmarks.real --seeds 0 1 2 --only rmsd rmsd-3x
+
+Every run is `rmsd train recipes/qwen_coder_pinapple.yaml` with every row hinted, as published. A run that is there is
+read, and one that was interrupted is continued. On one AVX2 core a step takes about a minute.
+"""
+
+import argparse
+import gc
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+from rmsd.answers.data import encode
+from rmsd.answers.rollout import eos_ids_of, generate, pad_id_of
+from rmsd.models.loading import load_model
+from rmsd.run.recipe import load_recipe
+from rmsd.training.config import LORA_LEARNING_RATE
+from rmsd.training.health import START, WINDOW
+from rmsd.training.record import read_lines
+
+from . import human_eval
+
+RECIPE, TASK = "recipes/qwen_coder_pinapple.yaml", "benchmarks/hinted.py"
+THRICE = f"train.learning_rate={3 * LORA_LEARNING_RATE:g}"
+RUNS = {
+    "rmsd": [],
+    "opsd": ["method=opsd"],
+    "rmsd-3x": [THRICE],
+    "opsd-3x": ["method=opsd", THRICE],
+    # What the watch was made by, left to run on: the mass outside the top k left out of the loss.
+    "rmsd-drop": [THRICE, "train.tail=drop", "train.on_collapse=warn"],
+}
+DEFAULT = list(RUNS)[:4]
+QUESTIONS = ("What is the capital of Spain?", "Who wrote Hamlet?", "What fruit is Hawaii famous for?")
+KEPT = (  # of a log entry
+    "step",
+    "loss",
+    "divergence",
+    "student_entropy",
+    "tail_mass",
+    "repetition",
+    "clipped_share",
+    "kept_tokens",
+    "rollout_tokens",
+    "grad_norm",
+    "learning_rate",
+)
+DOCS = Path("docs/real")
+
+
+def train(run: Path, overrides: list[str]) -> str | None:
+    """The line that it ended in, where it did not end well."""
+    command = [sys.executable, "-m", "rmsd", "train", RECIPE, f"task={TASK}", f"output_dir={run}", "resume=true"]
+    with (run.parent / f"{run.name}.log").open("w") as output:
+        done = subprocess.run([*command, *overrides], stdout=output, stderr=subprocess.PIPE, text=True)
+    if done.returncode == 0:
+        return None
+    return next(line for line in reversed(done.stderr.splitlines()) if line.startswith("rmsd: ")).removeprefix("rmsd: ")
+
+
+def check(model, tokenizer, count: int) -> dict:
+    """What the model answers, and how many of HumanEval's first problems it solves."""
+    eos_ids = eos_ids_of(model, tokenizer)
+    prompts = [encode(tokenizer, question) for question in QUESTIONS]
+    options = dict(max_new_tokens=32, pad_id=pad_id_of(tokenizer, eos_ids), eos_ids=eos_ids, temperature=0.0)
+    said = generate(model, prompts, **options)
+    texts = [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(said.completion_ids, said.completion_mask, strict=True)
+    ]
+    checked = {"answers": dict(zip(QUESTIONS, texts, strict=True))}
+    if count:
+        asked = human_eval.problems(count)
+        answers = human_eval.answers(model, tokenizer, asked)
+        passed = [human_eval.passes(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
+        checked["human_eval"] = f"{sum(passed)} of {count}"
+    return checked
+
+
+def checked(run: Path, name: str, count: int) -> dict:
+    """Of the run's model, or of the base model where the run has none; kept beside it."""
+    kept = run / f"check-{count}.json"
+    if not kept.exists():
+        model, tokenizer = load_model(name)
+        if (run / "model").exists():
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, run / "model").merge_and_unload()
+        run.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(check(model.eval(), tokenizer, count), indent=1))
+        del model
+        gc.collect()
+    return json.loads(kept.read_text())
+
+
+def marks(run: Path, name: str, seed: int, ended: str | None, after: dict) -> dict:
+    lines = read_lines(run / "metrics.jsonl")
+    steps = [{key: _rounded(line[key]) for key in KEPT if key in line} for line in lines if line["kind"] == "train"]
+    evaluations = [{k: _rounded(v) for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == "eval"]
+    return dict(run=name, seed=seed, overrides=RUNS[name], ended=ended, evaluations=evaluations, steps=steps, **after)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+COLUMNS = (
+    "run",
+    "seed",
+    "steps",
+    "target",
+    "specificity",
+    "drift",
+    "tail mass",
+    "repetition",
+    "entropy",
+    "HumanEval",
+    "capital of Spain",
+)
+
+
+def table(found: list[dict], base: dict) -> str:
+    """Markdown, a row a run. Of a sign of health: the mean of the first steps and of the last."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    blank = [""] * 3
+    rows.append(["before training", "", "0", "0.00", *blank, "", "", base.get("human_eval", ""), _answer(base)])
+    for one in found:
+        last = one["evaluations"][-1] if one["evaluations"] and not one["ended"] else {}
+        graded = [f"{last[name]:.2f}" if name in last else "" for name in ("target_greedy", "specificity", "drift")]
+        signs = [_from_to(one["steps"], name) for name in ("tail_mass", "repetition", "student_entropy")]
+        steps = f"{one['steps'][-1]['step']}{', stopped' if one['ended'] else ''}"
+        rows.append([one["run"], str(one["seed"]), steps, *graded, *signs, one.get("human_eval", ""), _answer(one)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _from_to(steps: list[dict], name: str) -> str:
+    values = [entry[name] for entry in steps if name in entry]
+    return f"{mean(values[:START]):.3f} to {mean(values[-WINDOW:]):.3f}" if values else ""
+
+
+def _answer(one: dict) -> str:
+    answer = one.get("answers", {}).get(QUESTIONS[0], "")
+    return re.sub(r"[\s|]+", " ", answer)[:60]
+
+
+def write(found: list[dict], base: dict) -> None:
+    """The JSON of every run, and the table between its marks in docs/real.md."""
+    DOCS.mkdir(parents=True, exist_ok=True)
+    for one in found:
+        text = json.dumps({**one, "steps": None}, indent=1, ensure_ascii=False)
+        steps = ",\n  ".join(json.dumps(entry) for entry in one["steps"])
+        text = text.replace('"steps": null', f'"steps": [\n  {steps}\n ]')
+        (DOCS / f"{one['run']}-{one['seed']}.json").write_text(text + "\n", encoding="utf-8")
+    (DOCS / "base.json").write_text(json.dumps(base, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    rewrite()
+
+
+def rewrite() -> None:
+    """docs/real.md's table, from what docs/real/ holds."""
+    page = DOCS.with_suffix(".md")
+    base = json.loads((DOCS / "base.json").read_text(encoding="utf-8")) if (DOCS / "base.json").exists() else {}
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in DOCS.glob("*.json") if path.stem != "base"]
+    found.sort(key=lambda one: (list(RUNS).index(one["run"]), one["seed"]))
+    text = page.read_text(encoding="utf-8")
+    begin, end = "<!-- table -->\n", "<!-- /table -->"
+    head, _, rest = text.partition(begin)
+    page.write_text(head + begin + table(found, base) + "\n" + end + rest.partition(end)[2], encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=DEFAULT, metavar="RUN", help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--model", default=load_recipe(RECIPE).model, help="a folder, in place of the recipe's name")
+    parser.add_argument("--human-eval", type=int, default=20, metavar="N", help="problems; 0 for none")
+    parser.add_argument("--runs", type=Path, default=Path("runs/real"))
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value")
+    parser.add_argument("--no-write", action="store_true", help="print alone; docs/real stays")
+    options = parser.parse_args()
+    try:
+        if options.human_eval:
+            human_eval.problems(0)
+        base = checked(options.runs / "base", options.model, options.human_eval)
+    except FileNotFoundError as error:
+        print(f"skipped, nothing is run: {error}")
+        return
+    found = []
+    for seed in options.seeds:
+        for name in options.only:
+            run = options.runs / f"{name}-{seed}"
+            ended = None
+            if not (run / "model").exists():
+                overrides = [f"model={options.model}", f"seed={seed}", *RUNS[name], *options.overrides]
+                ended = train(run, overrides)
+            after = {} if ended else checked(run, options.model, options.human_eval)
+            found.append(marks(run, name, seed, ended, after))
+            print(table(found[-1:], base).splitlines()[-1], ended or "", flush=True)
+            if not options.no_write:
+                write(found, base)
+    print(table(found, base))
+
+
+if __name__ == "__main__":
+    main()
