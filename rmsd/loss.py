@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from rmsd_kernels import (
     TokenScores,
-    criterion_score,
     linear_token_divergence,
     linear_token_scores,
     scores_and_candidates,
     select_tokens,
     token_divergence,
+    token_scores,
 )
 from rmsd_kernels.checks import check_ids, check_mask, check_options, check_selection
+
+from .criteria import FUSED, check_criterion, contrast_at, scored_by
 
 log = logging.getLogger("rmsd")
 
@@ -38,7 +40,7 @@ class RMSDLoss(nn.Module):
 
     Args:
         num_candidates, num_kept: T and S of the method.
-        criterion: "logprob_gap", "divergence" or "entropy_gap"; a token must exceed `threshold`.
+        criterion: "logprob_gap", "divergence", "entropy_gap", or one of rmsd.criteria; a token must exceed `threshold`.
         divergence, beta, vocab_topk, tail, temperature, backend: as in `rmsd_kernels.token_divergence`.
 
     `nonfinite_rows` counts, on the device, the kept rows whose divergence was not finite and which were left out.
@@ -63,14 +65,15 @@ class RMSDLoss(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        check_selection(criterion=criterion, num_tokens=num_candidates, threshold=threshold, name="num_candidates")
+        check_criterion(criterion)
+        check_selection(num_tokens=num_candidates, threshold=threshold, name="num_candidates")
         check_selection(num_tokens=num_kept, threshold=threshold, name="num_kept")
         options: dict[str, Any] = dict(divergence=divergence, beta=beta, temperature=temperature)
         check_options(**options, teacher_temperature=None, vocab_size=None, width=1, vocab_topk=vocab_topk, tail=tail)
         if tail == "drop" and vocab_topk is not None:
             _warn_of_dropped_mass()
         self.num_candidates, self.num_kept = num_candidates, min(num_kept, num_candidates)
-        self.criterion, self.threshold = criterion, threshold
+        self.criterion, self.threshold, self.temperature = criterion, threshold, temperature
         self.score_options = dict(**options, backend=backend)
         self.divergence_options = dict(**options, backend=backend, vocab_topk=vocab_topk, tail=tail)
         self.register_buffer("nonfinite_rows", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -84,6 +87,22 @@ class RMSDLoss(nn.Module):
     ) -> tuple[TokenScores, Tensor]:
         """TokenScores of (B, L) and the candidates' positions, (B, num_candidates) int64, -1 where fewer qualify."""
         return self._select(student_logits, teacher_logits, sampled_ids, completion_mask, self.num_candidates)
+
+    def contrast(
+        self,
+        student_logits: Tensor,  # (B, L, V)
+        teacher_logits: Tensor,  # (B, L, V)
+        contrast_logits: Tensor,  # (B, L, V): the teacher's, told something else in the same form
+        sampled_ids: Tensor,  # (B, L) int64
+        candidates: Tensor,  # (B, T) int64, -1 for none
+    ) -> Tensor:
+        """(B, T) fp32, nats by which each candidate hangs on what the context says; NaN where there is none. One that
+        exceeds a floor, 0.5 or more, is relevant (ContrastJudge)."""
+        row = torch.arange(candidates.shape[0], device=candidates.device).unsqueeze(1)
+        at = row, candidates.clamp_min(0)
+        student, teacher, contrast = (x[at].flatten(0, 1) for x in (student_logits, teacher_logits, contrast_logits))
+        nats = contrast_at(student, teacher, contrast, sampled_ids[at].flatten(), self.temperature)
+        return nats.view(candidates.shape).masked_fill(candidates < 0, torch.nan)
 
     def forward(
         self,
@@ -110,6 +129,10 @@ class RMSDLoss(nn.Module):
 
     def _select(self, student_logits, teacher_logits, sampled_ids, completion_mask, num_tokens):
         check_mask(completion_mask, sampled_ids.shape, sampled_ids.device, "completion_mask")
+        if self.criterion not in FUSED:
+            ids = sampled_ids.where(completion_mask, 0)
+            scores = token_scores(student_logits, teacher_logits, ids, **self.score_options)
+            return self._selected(scores, completion_mask, num_tokens)
         return scores_and_candidates(
             student_logits,
             teacher_logits,
@@ -120,6 +143,10 @@ class RMSDLoss(nn.Module):
             threshold=self.threshold,
             **self.score_options,
         )
+
+    def _selected(self, scores, completion_mask, num_tokens):
+        score = scored_by(self.criterion, scores, completion_mask)
+        return scores, select_tokens(score, completion_mask, num_tokens=num_tokens, threshold=self.threshold)
 
     def _mean(self, divergence: Tensor, rows: Tensor, shape: torch.Size, num_sequences) -> Tensor:
         """(R,) divergences at (R,) rows of the flattened (B, L) axis -> the loss."""
@@ -157,6 +184,39 @@ class LinearRMSDLoss(RMSDLoss):
         heads = (student_hidden, student_weight, teacher_hidden, teacher_weight)
         return self._select_linear(heads, sampled_ids, completion_mask, self.num_candidates, head)
 
+    def contrast(  # type: ignore[override]
+        self,
+        student_hidden: Tensor,  # (B, L, H)
+        student_weight: Tensor,  # (V, H)
+        teacher_hidden: Tensor,  # (B, L, H')
+        teacher_weight: Tensor,  # (V, H')
+        contrast_hidden: Tensor,  # (B, L, H'): the teacher's, told something else in the same form
+        sampled_ids: Tensor,  # (B, L) int64
+        candidates: Tensor,  # (B, T) int64, -1 for none
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """As RMSDLoss.contrast. Only the candidates' rows are projected, a sequence at a time."""
+
+        def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * logit_scale
+            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+        nats = torch.full(candidates.shape, torch.nan, device=candidates.device)
+        with torch.no_grad():
+            for b, index in enumerate(candidates):
+                at = index.clamp_min(0)
+                logits = (
+                    projected(student_hidden[b, at], student_weight, student_bias),
+                    projected(teacher_hidden[b, at], teacher_weight, teacher_bias),
+                    projected(contrast_hidden[b, at], teacher_weight, teacher_bias),
+                )
+                nats[b] = contrast_at(*logits, sampled_ids[b, at], self.temperature)
+        return nats.masked_fill(candidates < 0, torch.nan)
+
     def forward(  # type: ignore[override]
         self,
         student_hidden: Tensor,  # (B, L, H), differentiable
@@ -188,8 +248,7 @@ class LinearRMSDLoss(RMSDLoss):
     def _select_linear(self, heads, sampled_ids, completion_mask, num_tokens, head):
         check_mask(completion_mask, sampled_ids.shape, sampled_ids.device, "completion_mask")
         scores = linear_token_scores(*heads, sampled_ids.where(completion_mask, 0), **head, **self.score_options)
-        score = criterion_score(scores, self.criterion)
-        return scores, select_tokens(score, completion_mask, num_tokens=num_tokens, threshold=self.threshold)
+        return self._selected(scores, completion_mask, num_tokens)
 
 
 def _rows_at(index: Tensor, length: int) -> Tensor:

@@ -144,7 +144,7 @@ class Keeps:
     """A contrast judge that notes what it is asked."""
 
     def __init__(self, rows):
-        self.judge, self.asked = ContrastJudge(rows, floor=0.0), []
+        self.judge, self.asked = ContrastJudge(rows, floor=0.0, min_gap=0.0), []
         self.contrasts = self.judge.contrasts
 
     def __call__(self, questions):
@@ -194,6 +194,7 @@ def test_what_hangs_on_the_context_s_content_is_kept_in_the_order_of_candidates(
     assert judge([question([0.4, 0.6, -3.0, 9.0, torch.nan, 2.0])]) == [[1, 3, 5]]
     assert judge([question([1.0, 2.0, 3.0], max_kept=2)]) == [[0, 1]]
     assert ContrastJudge([told("It is zorblat.")], floor=5.0)([question([0.6, 9.0])]) == [[1]]
+    assert ContrastJudge([told("It is zorblat.")], min_gap=1.0)([question([9.0])]) == [[]], "all gaps are of 1 nat"
 
 
 def test_on_topic_keeps_nothing_of_an_answer_about_something_else():

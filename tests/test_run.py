@@ -1,5 +1,7 @@
 """A recipe from its files to its table: tiny models and a real task."""
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -210,3 +212,20 @@ def test_what_a_run_pushes_to_the_hub_holds_no_privileged_context(recipe, hub, m
     told = load_task("house_tool").train[0]["privileged_context"]
     assert told in (recipe.parent / "run" / "rollouts.jsonl").read_text()
     assert not [path for path, contents in hub.files.items() if told.encode() in contents or path.startswith("model/")]
+
+
+def test_a_run_that_drifts_too_far_is_stopped_and_says_so(recipe, tmp_path, caplog):
+    steps = ["train.max_steps=6", "train.learning_rate=0.1", "train.save_strategy=no", "evaluate.every=1"]
+    train(load_recipe(recipe, [*steps, "evaluate.max_drift=1e-6"]))
+    assert evaluated(tmp_path / "run") == [0, 1]
+    assert "stopped at step 1: drift is" in caplog.text and "evaluate.max_drift=1e-06" in caplog.text
+    train(load_recipe(recipe, [*steps, "evaluate.max_drift=1e6", f"output_dir={tmp_path / 'whole'}"]))
+    assert evaluated(tmp_path / "whole")[-1] == 6
+
+
+def test_the_score_weighs_target_against_specificity_and_drift(recipe, tmp_path):
+    train(load_recipe(recipe, ["train.max_steps=1"]))
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    for line in (line for line in lines if line["kind"] == "eval"):
+        expected = line["target_greedy"] * line["specificity"] * math.exp(-line["drift"])
+        assert line["score"] == pytest.approx(expected)

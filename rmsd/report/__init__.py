@@ -32,6 +32,7 @@ EXPLAIN = {
     "sampled": "the same for sampled answers, several a prompt: how reliable the habit is; higher is better",
     "specificity": "share of unrelated prompts whose answer stays free of the behaviour; 1 is best",
     "drift": "KL divergence from the base model on unrelated prompts, in nats a token; 0 is unmoved",
+    "score": "target x specificity x exp(-drift): what is learned, less what is forgotten for it; higher is better",
 }
 GRADERS = {"target": "shows the wanted behaviour", "target_only": "shows it and nothing of the old habit"}
 TRAIN_FIRST = ("loss", "divergence", "kept_tokens", "grad_norm", "learning_rate", "rollout_tokens")

@@ -1,6 +1,7 @@
 """Was the behaviour learned, does it stay where it belongs, and how far has the model moved?"""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +24,7 @@ class Evaluator:
             graders, decoded greedily and sampled (`samples` answers a prompt).
         specificity: share of greedy answers to unrelated prompts that do not show the behaviour.
         drift: mean KL(base || student) per token, in nats, over the base model's greedy answers to unrelated prompts.
+        score: the first grader's greedy share x specificity x exp(-drift): what is learned, less what is forgotten.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class Evaluator:
                 metrics[f"{name}_sampled"] = _share(map(grader, sampled))
         metrics["specificity"] = 1.0 - _share(map(self.task.leaks, unrelated))
         metrics["drift"] = self._drift(model)
+        target = metrics[f"{next(iter(self.task.graders))}_greedy"]
+        metrics["score"] = target * metrics["specificity"] * math.exp(-metrics["drift"])
         model.train(was_training)
         return metrics
 

@@ -17,8 +17,13 @@ def build_judge(section: JudgeSection, rows: Sequence[dict], dry_run: bool = Fal
         asked = CachedJudge(asked, section.cache, replay=section.replay)
     if section.kind != "contrast":
         return asked
-    options = dict(floor=section.contrast_floor, contrast_context=section.contrast_context, on_topic=section.on_topic)
-    return ContrastJudge(rows, **options, then=asked)
+    return ContrastJudge(rows, **contrast_options(section), on_topic=section.on_topic, then=asked)
+
+
+def contrast_options(section: JudgeSection) -> dict:
+    return dict(
+        floor=section.contrast_floor, min_gap=section.contrast_min_gap, contrast_context=section.contrast_context
+    )
 
 
 def _asked_judge(section: JudgeSection, rows: Sequence[dict], dry_run: bool) -> Judge | None:

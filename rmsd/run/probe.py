@@ -11,7 +11,7 @@ from ..judge import ContextJudge, ContrastJudge, Judge, MagnitudeJudge, Question
 from ..models.loading import with_lora
 from ..tasks import load_task
 from ..training.trainer import RMSDTrainer
-from .judges import build_judge
+from .judges import build_judge, contrast_options
 from .recipe import Recipe, trainer_config
 from .train import load, rows_of
 
@@ -94,8 +94,7 @@ class Probe:
             "context": ContextJudge(prompt_text(row["prompt"]) for row in self.rows),
         }
         if self.contrasts:
-            options = dict(floor=section.contrast_floor, contrast_context=section.contrast_context)
-            judges["contrast"] = ContrastJudge(self.rows, **options)
+            judges["contrast"] = ContrastJudge(self.rows, **contrast_options(section))
         asks = section.kind == "llm" or (section.kind == "contrast" and section.model)
         if asks or (section.on_topic and section.kind in ("context", "contrast")):
             try:

@@ -37,6 +37,7 @@ class JudgeSection(_Section):
     contrast_floor: float = _key(
         0.5, "contrast: nats by which a wish must weaken when the context says something else.", ge=0
     )
+    contrast_min_gap: float = _key(0.1, "contrast: nats; candidates with a smaller gap are not kept.", ge=0)
     contrast_context: str | None = _key(
         None, "contrast: what the teacher is told instead, where rows have no such column; {column} is a row's."
     )
@@ -66,6 +67,7 @@ class EvaluateSection(_Section):
     samples: int = _key(4, "Sampled answers a target prompt, beside a greedy one.", ge=0)
     temperature: float = _key(0.5, "Of the sampled answers.", gt=0)
     max_new_tokens: int = _key(24, "Of an answer.", ge=1)
+    max_drift: float | None = _key(None, "Training stops where an evaluation finds more drift, in nats a token.", gt=0)
 
 
 class LoraSection(_Section):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from ..answers.data import checked_rows, fix_template_variables, load_rows
@@ -16,6 +16,7 @@ from ..tasks import Task, load_task
 from ..training.checkpoint import holds_optimizer, last_whole_checkpoint
 from ..training.console import show_lines
 from ..training.continuation import check_metric
+from ..training.forgetting import DriftLimit
 from ..training.health import Collapsed
 from ..training.record import RunRecord, read_lines
 from ..training.trainer import RMSDTrainer
@@ -61,15 +62,10 @@ def train(recipe: Recipe) -> str:
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         (out / "recipe.yaml").write_text(text, encoding="utf-8")
-    trainer = RMSDTrainer(
-        model,
-        args,
-        rows,
-        tokenizer,
-        judge=judge,
-        evaluator=evaluator,
-        callbacks=[RunRecord(out, resume=checkpoint is not None)],
-    )
+    callbacks: list[TrainerCallback] = [RunRecord(out, resume=checkpoint is not None)]
+    if evaluator and recipe.evaluate.max_drift:
+        callbacks.append(DriftLimit(recipe.evaluate.max_drift))
+    trainer = RMSDTrainer(model, args, rows, tokenizer, judge=judge, evaluator=evaluator, callbacks=callbacks)
     show_lines(trainer)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -168,7 +164,7 @@ def load(recipe: Recipe, device: torch.device):
 
 
 def _evaluator(recipe: Recipe, base, tokenizer) -> Evaluator:
-    options = recipe.evaluate.model_dump(exclude={"every"})
+    options = recipe.evaluate.model_dump(exclude={"every", "max_drift"})
     autocast = _autocast(recipe.train, base.device)
     return Evaluator(base, tokenizer, load_task(recipe.task), autocast=autocast, **options)
 

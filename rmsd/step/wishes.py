@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..answers.rollout import Recorded
+from ..criteria import contrast_of
 from ..models.heads import Reading
 
 ROWS_AT_ONCE = 64  # candidate rows whose logits are held together: 12 MB each for student and teacher at V = 50k
@@ -79,14 +80,6 @@ def wishes(
         each(tails),
         None if contrast_hidden is None else each(contrasts),
     )
-
-
-def contrast_of(student: Tensor, teacher: Tensor, contrast: Tensor) -> Tensor:
-    """Nats, (...,), from log-probabilities of (..., 2): of the promoted and of the written token. The written one
-    counts where the teacher wants it gone."""
-    promoted = teacher[..., 0] - contrast[..., 0]
-    unwritten = contrast[..., 1] - teacher[..., 1]
-    return torch.where(teacher[..., 1] < student[..., 1], promoted.maximum(unwritten), promoted)
 
 
 def recorded_wishes(

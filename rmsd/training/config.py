@@ -12,6 +12,7 @@ from rmsd_kernels.checks import check_options, check_selection
 from ..answers.data import TEACHER_TEMPLATE
 from ..answers.engines import ENGINES, check_vllm
 from ..answers.teacher import KINDS
+from ..criteria import CRITERIA, check_criterion
 from .health import ACTIONS
 
 METHODS = ("rmsd", "opsd")
@@ -40,7 +41,7 @@ class RMSDConfig(TrainingArguments):
     )
     num_candidates: int = field(default=20, metadata={"help": "T: candidates a rollout, by the criterion."})
     num_kept: int = field(default=5, metadata={"help": "S: kept tokens a rollout, at most."})
-    criterion: str = field(default="logprob_gap", metadata={"help": "logprob_gap, divergence or entropy_gap."})
+    criterion: str = field(default="logprob_gap", metadata={"help": f"Of candidates: {', '.join(CRITERIA)}."})
     threshold: float = field(default=0.0, metadata={"help": "A candidate's criterion must exceed this, in nats."})
     divergence: str = field(default="reverse_kl", metadata={"help": "reverse_kl, forward_kl or jsd."})
     beta: float = field(default=0.5, metadata={"help": "The teacher's weight in the jsd's mixture."})
@@ -106,9 +107,8 @@ class RMSDConfig(TrainingArguments):
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        check_selection(
-            criterion=self.criterion, num_tokens=self.num_candidates, threshold=self.threshold, name="num_candidates"
-        )
+        check_criterion(self.criterion)
+        check_selection(num_tokens=self.num_candidates, threshold=self.threshold, name="num_candidates")
         check_selection(num_tokens=self.num_kept, threshold=self.threshold, name="num_kept")
         check_options(
             divergence=self.divergence,

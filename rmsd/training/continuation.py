@@ -36,7 +36,7 @@ def logged(task: Task | None, samples: int) -> tuple[str, ...]:
     if task is None:
         return STEP_METRICS
     graded = [f"{name}_{how}" for name in task.graders for how in ("greedy", "sampled")[: 2 if samples else 1]]
-    return (*STEP_METRICS, *(f"eval_{name}" for name in (*graded, "specificity", "drift")))
+    return (*STEP_METRICS, *(f"eval_{name}" for name in (*graded, "specificity", "drift", "score")))
 
 
 def check_metric(metric: str, task: Task | None, samples: int, argument: str = "continuation_metric") -> None:
