@@ -14,7 +14,7 @@ from ..backends import resolve_backend
 from ..checks import check_head, check_heads, check_ids, check_options, check_rows, check_transform
 from ..functional import _scores, divergence_of_rows, gradient_of_rows
 from ..reference import TokenScores
-from .partials import merged_scores, shard_scores
+from .partials import ShardScores, merged_scores, shard_scores
 from .projection import (
     Heads,
     add_weight_gradient,
@@ -108,10 +108,11 @@ def _merged_tiles(logits, heads, tile_width, parts, workspace, flat_ids, *, voca
         room = None if workspace is None else workspace[:, : tile.stop - start]
         local_ids = (flat_ids - start).clamp(0, tile.stop - start - 1)
         chunks = [shard_scores(*logits(part, columns, room), local_ids[part], backend, options) for part in parts]
-        found.append(torch.cat(chunks, 1))
+        found.append(ShardScores(*map(torch.cat, zip(*chunks, strict=True))))
         owners.append((flat_ids >= start) & (flat_ids < tile.stop))
-    merged = merged_scores(torch.stack(found).double(), torch.stack(owners), options["divergence"])
-    return (score.to(found[0].dtype) for score in merged)
+    shards = ShardScores(*(torch.stack(tiles).double() for tiles in zip(*found, strict=True)))
+    merged = merged_scores(shards, torch.stack(owners), options["divergence"])
+    return (score.to(found[0].student_lse.dtype) for score in merged)
 
 
 class TokenLogprobs(NamedTuple):

@@ -11,6 +11,7 @@ where KL_i and H_i are of the shard's own, normalised distributions: what `token
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,17 +42,34 @@ def scaled_pair(student_logits: Tensor, teacher_logits: Tensor, options: dict) -
 # ---- the whole vocabulary ------------------------------------------------------------------------------------------
 
 
+class ShardScores(NamedTuple):
+    """What a shard knows of TokenScores, row for row in its order: of the shard's own distributions, and the sampled
+    token's scaled logits in place of its log-probabilities. Tensors are (n,) of one shard, (P, n) of all."""
+
+    student_logit: Tensor
+    teacher_logit: Tensor
+    divergence: (
+        Tensor  # +inf where only the distribution that the divergence is taken to has no mass, 0 where the other
+    )
+    student_lse: Tensor  # -inf without mass
+    teacher_lse: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+
+
 def shard_scores(
     student_logits: Tensor,  # (n, V_i) fp32 | fp64, maybe V_i = 0; written to where a row has no mass
     teacher_logits: Tensor,  # (n, V_i)
     sampled_ids: Tensor,  # (n,) int64 within the shard; any id of it where another shard holds the token
     backend: str,
     options: dict,
-) -> Tensor:  # (7, n): log-sum-exps, divergence, entropies, the token's scaled logits; student before teacher
+) -> ShardScores:
     if student_logits.shape[-1] == 0:
-        partial = student_logits.new_zeros(7, len(student_logits))
-        partial[[0, 1, 5, 6]] = -_INF
-        return partial
+        zero, none = (
+            student_logits.new_zeros(len(student_logits)),
+            student_logits.new_full((len(student_logits),), -_INF),
+        )
+        return ShardScores(none, none, zero, none, none, zero, zero)
     column = sampled_ids.unsqueeze(-1)
     tokens = scaled_pair(student_logits.gather(-1, column), teacher_logits.gather(-1, column), options)
 
@@ -78,39 +96,44 @@ def shard_scores(
     numerator, denominator = student_empty, teacher_empty
     if options["divergence"] == "forward_kl":
         numerator, denominator = teacher_empty, student_empty
-    return torch.stack(
-        [
-            scores.student_lse.masked_fill(student_empty, -_INF),
-            scores.teacher_lse.masked_fill(teacher_empty, -_INF),
-            scores.divergence.masked_fill(denominator, _INF).masked_fill(numerator, 0.0),
-            scores.student_entropy,
-            scores.teacher_entropy,
-            *(token.squeeze(-1) for token in tokens),
-        ]
+    student_token, teacher_token = (token.squeeze(-1) for token in tokens)
+    return ShardScores(
+        student_logit=student_token,
+        teacher_logit=teacher_token,
+        divergence=scores.divergence.masked_fill(denominator, _INF).masked_fill(numerator, 0.0),
+        student_lse=scores.student_lse.masked_fill(student_empty, -_INF),
+        teacher_lse=scores.teacher_lse.masked_fill(teacher_empty, -_INF),
+        student_entropy=scores.student_entropy,
+        teacher_entropy=scores.teacher_entropy,
     )
 
 
-def merged_scores(partials: Tensor, owner: Tensor, divergence: str) -> TokenScores:
-    """(P, 7, n) partials in fp64 and (P, n) bool, which shard holds the sampled token -> the whole row's scores, fp64.
-    The divergence of a jsd is not among them: see `shard_jsd`."""
-    student_lses, teacher_lses, divergences, *entropies, student_token, teacher_token = partials.unbind(1)
-    student_lse, teacher_lse = student_lses.logsumexp(0), teacher_lses.logsumexp(0)
-    student_shift, teacher_shift = student_lses - student_lse, teacher_lses - teacher_lse
+def _mean_over_shards(values: Tensor, shift: Tensor) -> Tensor:
+    """(P, n) -> (n,): by the shards' mass, e^shift of the row's."""
+    return torch.where(shift > -_INF, shift.exp() * values, 0.0).sum(0)
 
-    def mean(values, shift):  # over shards, by their mass
-        return torch.where(shift > -_INF, shift.exp() * values, 0.0).sum(0)
 
+def merged_divergence(divergences: Tensor, student_shift: Tensor, teacher_shift: Tensor, divergence: str) -> Tensor:
+    """(n,) of a KL, from (P, n) fp64: the shards' divergences, and their log-sum-exps less the row's."""
     first, second = (student_shift, teacher_shift) if divergence != "forward_kl" else (teacher_shift, student_shift)
+    merged = _mean_over_shards(divergences + first - second, first)
     # Infinite also where the shard's mass underflows: e^(l_i - l) may be 0, but a finite logit has mass.
-    merged = mean(divergences + first - second, first).masked_fill((divergences == _INF).any(0), _INF)
+    return merged.masked_fill((divergences == _INF).any(0), _INF)
+
+
+def merged_scores(shards: ShardScores, owner: Tensor, divergence: str) -> TokenScores:
+    """fp64 (P, n) and (P, n) bool, which shard holds the sampled token -> the whole row's scores, fp64.
+    The divergence of a jsd is not among them: see `shard_jsd`."""
+    student_lse, teacher_lse = shards.student_lse.logsumexp(0), shards.teacher_lse.logsumexp(0)
+    student_shift, teacher_shift = shards.student_lse - student_lse, shards.teacher_lse - teacher_lse
     scores = TokenScores(
-        student_logprob=student_token.masked_fill(~owner, -_INF).amax(0) - student_lse,
-        teacher_logprob=teacher_token.masked_fill(~owner, -_INF).amax(0) - teacher_lse,
-        divergence=merged,
+        student_logprob=shards.student_logit.masked_fill(~owner, -_INF).amax(0) - student_lse,
+        teacher_logprob=shards.teacher_logit.masked_fill(~owner, -_INF).amax(0) - teacher_lse,
+        divergence=merged_divergence(shards.divergence, student_shift, teacher_shift, divergence),
         student_lse=student_lse,
         teacher_lse=teacher_lse,
-        student_entropy=mean(entropies[0] - student_shift, student_shift),
-        teacher_entropy=mean(entropies[1] - teacher_shift, teacher_shift),
+        student_entropy=_mean_over_shards(shards.student_entropy - student_shift, student_shift),
+        teacher_entropy=_mean_over_shards(shards.teacher_entropy - teacher_shift, teacher_shift),
     )
     valid = student_lse.isfinite() & teacher_lse.isfinite() & owner.any(0)
     return TokenScores(*(torch.where(valid, score, math.nan) for score in scores))

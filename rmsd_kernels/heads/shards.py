@@ -85,7 +85,7 @@ def agree(
         raise ValueError("group must be one that this process belongs to")
     error, last_id, shared = None, -1, {}
     try:
-        check_heads(*(heads[i] for i in (0, 1, 3, 4, 2, 5)))
+        check_heads(**heads._asdict())
         check_transform(options["logit_scale"], options["softcap"], workspace_mb)
         leading, device = heads.student_hidden.shape[:-1], heads.student_hidden.device
         if sampled_ids is not None:

@@ -204,11 +204,10 @@ def _scores(shard, heads, sampled_ids, options, workspace_mb) -> TokenScores:
     """Seven (N,) scores in fp64."""
     chunks = shard.chunks(heads, workspace_mb)
     local_ids = (sampled_ids - shard.start).clamp(0, max(shard.width - 1, 0))
-    every = torch.cat(
-        [_shard_scores(heads.logits(part), local_ids[part], shard.backend, options) for part in chunks], 1
-    )
+    mine = _shard_scores(shard, heads, local_ids, options, chunks)
+    every = partials.ShardScores(*shard.gather(torch.stack(mine)).unbind(1))
     owner = torch.stack([(sampled_ids >= start) & (sampled_ids < stop) for start, stop in shard.ranges])
-    scores = partials.merged_scores(shard.gather(every), owner, options["divergence"])
+    scores = partials.merged_scores(every, owner, options["divergence"])
     if options["divergence"] != "jsd":
         return scores
     divergence = _jsd(shard, heads, scores.student_lse, scores.teacher_lse, options, chunks)
@@ -218,21 +217,25 @@ def _scores(shard, heads, sampled_ids, options, workspace_mb) -> TokenScores:
 def _divergence(shard, heads, options, chunks) -> tuple[Tensor, ...]:
     """(R,) divergence and both log-sum-exps, in fp64."""
     no_ids = torch.zeros(len(heads.student_hidden), dtype=torch.int64, device=heads.student_hidden.device)
-    every = [_shard_scores(heads.logits(part), no_ids[part], shard.backend, options)[:3] for part in chunks]
-    merged = shard.gather(torch.cat(every, 1))
-    merged = torch.cat([merged, torch.zeros_like(merged[:, :1]).expand(-1, 4, -1)], 1)
-    owner = torch.ones_like(merged[:, 0], dtype=torch.bool)
-    scores = partials.merged_scores(merged, owner, options["divergence"])
+    mine = _shard_scores(shard, heads, no_ids, options, chunks)
+    wanted = torch.stack([mine.divergence, mine.student_lse, mine.teacher_lse])
+    divergences, student_lses, teacher_lses = shard.gather(wanted).unbind(1)
+    student_lse, teacher_lse = student_lses.logsumexp(0), teacher_lses.logsumexp(0)
     if options["divergence"] == "jsd":
-        divergence = _jsd(shard, heads, scores.student_lse, scores.teacher_lse, options, chunks)
-        scores = scores._replace(divergence=divergence)
-    return scores.divergence, scores.student_lse, scores.teacher_lse
+        return _jsd(shard, heads, student_lse, teacher_lse, options, chunks), student_lse, teacher_lse
+    divergence = partials.merged_divergence(
+        divergences, student_lses - student_lse, teacher_lses - teacher_lse, options["divergence"]
+    )
+    valid = student_lse.isfinite() & teacher_lse.isfinite()
+    return tuple(torch.where(valid, value, math.nan) for value in (divergence, student_lse, teacher_lse))
 
 
-def _shard_scores(logits, local_ids, backend, options) -> Tensor:
+def _shard_scores(shard, heads, local_ids, options, chunks) -> partials.ShardScores:
+    """This rank's, of all rows."""
     if options["divergence"] == "jsd":  # a shard's own jsd is of no use; the other one takes a visit less
         options = dict(options, divergence="reverse_kl")
-    return partials.shard_scores(*logits, local_ids, backend, options)
+    parts = [partials.shard_scores(*heads.logits(part), local_ids[part], shard.backend, options) for part in chunks]
+    return partials.ShardScores(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _jsd(shard, heads, student_lse, teacher_lse, options, chunks) -> Tensor:

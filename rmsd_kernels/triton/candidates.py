@@ -6,6 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import BLOCK_L, launch
+from .layout import (
+    DIVERGENCE_PLANE,
+    STUDENT_ENTROPY_PLANE,
+    STUDENT_LOGPROB_PLANE,
+    TEACHER_ENTROPY_PLANE,
+    TEACHER_LOGPROB_PLANE,
+)
 from .tiles import INF
 
 # Below every key: a float's order-preserving key lies above -2139095042 * 2^32.
@@ -13,11 +20,9 @@ _NONE = tl.constexpr(-9223372036854775807)
 
 
 @triton.jit
-def load_keys(
-    score_ptr, mask_ptr, first, positions, length, plane, threshold, CRITERION: tl.constexpr
-):  # int64, distinct  # fmt: skip
-    """The score as an integer of the same order, above, and the position reversed, below: larger is better, earlier
-    wins a tie, and no two positions are equal. `_NONE` where the position does not qualify."""
+def load_keys(score_ptr, mask_ptr, first, positions, length, plane, threshold, CRITERION: tl.constexpr):
+    """Distinct int64, the score as an integer of the same order above and the position reversed below: larger is
+    better and earlier wins a tie. `_NONE` where the position does not qualify."""
     wanted = positions < length
     wanted = wanted & (tl.load(mask_ptr + first + positions, mask=wanted, other=0) != 0)
     # L2 level: another program, on another processor, may have written the scores in this very launch.
@@ -25,15 +30,16 @@ def load_keys(
     if CRITERION == "score":
         score = tl.load(rows_ptr, mask=wanted, other=-INF, cache_modifier=".cg")
     else:
-        # Planes in the order of TokenScores: 0, 1 log-probabilities, 2 divergence, 5, 6 entropies.
-        divergence = tl.load(rows_ptr + 2 * plane, mask=wanted, other=INF, cache_modifier=".cg")
+        divergence = tl.load(rows_ptr + DIVERGENCE_PLANE * plane, mask=wanted, other=INF, cache_modifier=".cg")
         wanted = wanted & (tl.abs(divergence) < INF)
         if CRITERION == "divergence":
             score = divergence
         else:
-            student_plane: tl.constexpr = 0 if CRITERION == "logprob_gap" else 5
-            student = tl.load(rows_ptr + student_plane * plane, mask=wanted, other=0.0, cache_modifier=".cg")
-            teacher = tl.load(rows_ptr + (student_plane + 1) * plane, mask=wanted, other=0.0, cache_modifier=".cg")
+            BY_LOGPROB: tl.constexpr = CRITERION == "logprob_gap"
+            student_ptr = rows_ptr + (STUDENT_LOGPROB_PLANE if BY_LOGPROB else STUDENT_ENTROPY_PLANE) * plane
+            teacher_ptr = rows_ptr + (TEACHER_LOGPROB_PLANE if BY_LOGPROB else TEACHER_ENTROPY_PLANE) * plane
+            student = tl.load(student_ptr, mask=wanted, other=0.0, cache_modifier=".cg")
+            teacher = tl.load(teacher_ptr, mask=wanted, other=0.0, cache_modifier=".cg")
             score = tl.abs(teacher - student)
     wanted = wanted & (score > threshold)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0.0 ties with 0.0
@@ -43,9 +49,17 @@ def load_keys(
 
 @triton.jit
 def select_sequence(
-    score_ptr, mask_ptr, index_ptr, sequence, length, plane, num_tokens, threshold,
-    CRITERION: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
+    score_ptr,
+    mask_ptr,
+    index_ptr,
+    sequence,
+    length,
+    plane,
+    num_tokens,
+    threshold,
+    CRITERION: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
     """Writes index[sequence]. Lane i keeps the best key left among positions i, i + BLOCK_L, ...; the best of all lanes
     is written out, and only its lane looks again. So a rank costs two reductions whatever the length."""
     first = sequence * length
@@ -82,9 +96,17 @@ def select_kernel(
     BLOCK_L: tl.constexpr,
 ):
     select_sequence(
-        score_ptr, mask_ptr, index_ptr, tl.program_id(0).to(tl.int64), length, 0, num_tokens, threshold,
-        "score", BLOCK_L,
-    )  # fmt: skip
+        score_ptr,
+        mask_ptr,
+        index_ptr,
+        sequence=tl.program_id(0).to(tl.int64),
+        length=length,
+        plane=0,  # the score alone
+        num_tokens=num_tokens,
+        threshold=threshold,
+        CRITERION="score",
+        BLOCK_L=BLOCK_L,
+    )
 
 
 def select(score: Tensor, mask: Tensor, num_tokens: int, threshold: float) -> Tensor:
@@ -92,8 +114,15 @@ def select(score: Tensor, mask: Tensor, num_tokens: int, threshold: float) -> Te
     index = torch.empty((num_sequences, num_tokens), dtype=torch.int64, device=score.device)
     if index.numel():
         launch(
-            select_kernel, num_sequences, score,
-            score_ptr=score.contiguous(), mask_ptr=mask.contiguous(), index_ptr=index,
-            length=length, num_tokens=num_tokens, threshold=threshold, BLOCK_L=BLOCK_L,
-        )  # fmt: skip
+            select_kernel,
+            num_sequences,
+            score,
+            score_ptr=score.contiguous(),
+            mask_ptr=mask.contiguous(),
+            index_ptr=index,
+            length=length,
+            num_tokens=num_tokens,
+            threshold=threshold,
+            BLOCK_L=BLOCK_L,
+        )
     return index

@@ -5,11 +5,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import ops
 from .launch import launch, log2_scales, row_strides, tile_options
-from .tiles import ALL, FLOOR, INF, INSIDE, LN2, LOG2E, OUTSIDE, row_pointer
-from .topk import kth_largest
+from .layout import (
+    IS_FINITE_SLOT,
+    KTH_LOGIT_SLOT,
+    LAST_TIED_ID_SLOT,
+    MEAN_SLOPE_SLOT,
+    NUM_STATS,
+    OFFSET_LOW_SLOT,
+    OFFSET_SLOT,
+    OUTSIDE_SLOPE_SLOT,
+    REST_LSE_LOW_SLOT,
+    REST_LSE_SLOT,
+    STUDENT_LSE_LOW_SLOT,
+    STUDENT_LSE_SLOT,
+    TEACHER_LSE_LOW_SLOT,
+    TEACHER_LSE_SLOT,
+)
+from .tiles import ALL, FLOOR, INF, INSIDE, LN2, LOG2E, OUTSIDE, ModelRow, Support, TileShape, row_pointer
+from .topk import topk_support
 from .visits import (
+    Normaliser,
     high_low,
     kl_from_cross,
     log_ratio,
@@ -19,8 +35,6 @@ from .visits import (
     normalised_visit,
     online_visit,
 )
-
-NUM_STATS = tl.constexpr(ops.NUM_STATS)
 
 
 @triton.jit
@@ -43,13 +57,23 @@ def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "student_stride_b", "student_stride_l", "teacher_stride_b", "teacher_stride_l", "num_rows", "length", "size",
+        "student_stride_b",
+        "student_stride_l",
+        "teacher_stride_b",
+        "teacher_stride_l",
+        "num_rows",
+        "length",
+        "size",
         "vocab_topk",
     ],
     do_not_specialize_on_alignment=[
-        "student_logits_ptr", "teacher_logits_ptr", "rows_ptr", "divergence_ptr", "stats_ptr",
+        "student_logits_ptr",
+        "teacher_logits_ptr",
+        "rows_ptr",
+        "divergence_ptr",
+        "stats_ptr",
     ],
-)  # fmt: skip
+)
 def divergence_kernel(
     student_logits_ptr,  # (B, L, V) fp32 | fp16 | bf16
     teacher_logits_ptr,  # (B, L, V)
@@ -80,6 +104,7 @@ def divergence_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
+    TILE: tl.constexpr = TileShape(UNROLL, LANES, VEC, PAIRED, MASKED=False)
     item = tl.program_id(0).to(tl.int64)
     row = item
     if HAS_ROWS:
@@ -92,32 +117,28 @@ def divergence_kernel(
     student_ptr = row_pointer(student_logits_ptr, row, length, student_stride_b, student_stride_l, ALIGNED)
     teacher_ptr = row_pointer(teacher_logits_ptr, row, length, teacher_stride_b, teacher_stride_l, ALIGNED)
 
+    student = ModelRow(student_ptr, student_scale, student_correction)
+    teacher = ModelRow(teacher_ptr, teacher_scale, teacher_correction)
+
     # Over the whole vocabulary a KL is done in this one visit. `forward` swaps the roles: KL(first || second).
     FORWARD: tl.constexpr = DIVERGENCE == "forward_kl"
-    HAS_CROSS: tl.constexpr = DIVERGENCE != "jsd"
+    HAS_CROSS: tl.constexpr = DIVERGENCE != "jsd" and TAIL == "all"
     if FORWARD:
-        teacher_m, student_m, teacher_z, student_z, _, _, cross, gap = online_visit(
-            teacher_ptr, student_ptr, size, inner_scale, teacher_scale, student_scale, 0.0, 0,
-            HAS_SOFTCAP, False, TAIL == "all", False, ALL, UNROLL, LANES, VEC, PAIRED,
-        )  # fmt: skip
+        sums = online_visit(
+            teacher, student, size, inner_scale, HAS_SOFTCAP, TILE, HAS_CROSS=HAS_CROSS, STUDENT_FIRST=False
+        )
+        teacher_m, student_m, teacher_z, student_z = sums.first_m, sums.second_m, sums.first_z, sums.second_z
     else:
-        student_m, teacher_m, student_z, teacher_z, _, _, cross, gap = online_visit(
-            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, 0.0, 0,
-            HAS_SOFTCAP, False, HAS_CROSS and TAIL == "all", True, ALL, UNROLL, LANES, VEC, PAIRED,
-        )  # fmt: skip
+        sums = online_visit(student, teacher, size, inner_scale, HAS_SOFTCAP, TILE, HAS_CROSS=HAS_CROSS)
+        student_m, teacher_m, student_z, teacher_z = sums.first_m, sums.second_m, sums.first_z, sums.second_z
     valid = (student_z > 0.0) & (teacher_z > 0.0)
 
-    kth_logit, last_tied_id = -INF, size - 1
+    support = Support(-INF, size - 1)
     if TAIL != "all":
-        kth_logit, last_tied_id = kth_largest(
-            student_ptr, size, vocab_topk, student_logits_ptr.dtype.element_ty, UNROLL, LANES, VEC, PAIRED
-        )
+        support = topk_support(student_ptr, size, vocab_topk, student_logits_ptr.dtype.element_ty, TILE)
     if TAIL == "renorm":
-        student_m, teacher_m, student_z, teacher_z, _, _, _, _ = online_visit(
-            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, kth_logit, last_tied_id,
-            HAS_SOFTCAP, False, False, True, INSIDE, UNROLL, LANES, VEC, PAIRED,
-        )  # fmt: skip
-    student_log_z, teacher_log_z = tl.log2(student_z), tl.log2(teacher_z)
+        inside = online_visit(student, teacher, size, inner_scale, HAS_SOFTCAP, TILE, PART=INSIDE, support=support)
+        student_m, teacher_m, student_z, teacher_z = inside.first_m, inside.second_m, inside.first_z, inside.second_z
     # KL(first || second) in nats: the logits' differences times `scale`, less the log-sum-exps' difference.
     centre, scale, exact_gap = 0.0, 1.0, 0.0
     if FORWARD:
@@ -127,18 +148,29 @@ def divergence_kernel(
         scale = nats(teacher_scale, teacher_correction)
         exact_gap = log_ratio(student_m, student_z, teacher_m, teacher_z, student_correction, teacher_correction)
 
-    if HAS_CROSS and TAIL == "all":
-        mass, slope = 1.0, 0.0
-    else:
-        if HAS_CROSS:
-            centre = (exact_gap / scale).to(tl.float32)
-        cross, slope, mass, gap = normalised_visit(
-            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale,
-            student_m, teacher_m, student_log_z, teacher_log_z, beta, centre, kth_logit, last_tied_id,
-            DIVERGENCE, HAS_SOFTCAP, ALL if TAIL == "all" else INSIDE, UNROLL, LANES, VEC, PAIRED,
-        )  # fmt: skip
-
     if HAS_CROSS:
+        cross, mass, slope, gap = sums.cross, 1.0, 0.0, sums.gap
+    else:
+        if DIVERGENCE != "jsd":
+            centre = (exact_gap / scale).to(tl.float32)
+        terms = normalised_visit(
+            student,
+            teacher,
+            Normaliser(student_scale, student_m, tl.log2(student_z)),
+            Normaliser(teacher_scale, teacher_m, tl.log2(teacher_z)),
+            size,
+            inner_scale,
+            beta,
+            centre,
+            DIVERGENCE,
+            HAS_SOFTCAP,
+            TILE,
+            PART=ALL if TAIL == "all" else INSIDE,
+            support=support,
+        )
+        cross, mass, slope, gap = terms.total, terms.mass, terms.slope, terms.gap
+
+    if DIVERGENCE != "jsd":
         divergence = kl_from_cross(cross, mass, centre, scale, exact_gap)
         mean_slope = -mass if FORWARD else divergence  # sum p g, where forward p g = -q
         if DIVERGENCE == "reverse_kl" and TAIL == "drop":
@@ -153,41 +185,41 @@ def divergence_kernel(
     rest_slope = 0.0
     stats_ptr += item * NUM_STATS
     if TAIL == "bucket":
-        rest_student_m, rest_teacher_m, rest_student_z, rest_teacher_z, _, _, _, _ = online_visit(
-            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, kth_logit, last_tied_id,
-            HAS_SOFTCAP, False, False, True, OUTSIDE, UNROLL, LANES, VEC, PAIRED,
-        )  # fmt: skip
+        rest = online_visit(student, teacher, size, inner_scale, HAS_SOFTCAP, TILE, PART=OUTSIDE, support=support)
         rest_log_p = log_ratio(
-            rest_student_m, rest_student_z, student_m, student_z, student_correction, student_correction
+            rest.first_m, rest.first_z, student_m, student_z, student_correction, student_correction
         ).to(tl.float32)
         rest_log_q = log_ratio(
-            rest_teacher_m, rest_teacher_z, teacher_m, teacher_z, teacher_correction, teacher_correction
+            rest.second_m, rest.second_z, teacher_m, teacher_z, teacher_correction, teacher_correction
         ).to(tl.float32)
         rest_term, rest_weighted, rest_slope = bucket_entry(rest_log_p, rest_log_q, beta, DIVERGENCE)
         divergence += rest_term
         mean_slope += rest_weighted
-        rest_lse = log_sum_exp(rest_student_m, rest_student_z, student_correction)
+        rest_lse = log_sum_exp(rest.first_m, rest.first_z, student_correction)
         rest_lse, rest_lse_low = high_low(rest_lse - tl.maximum(rest_log_q, FLOOR))
-        tl.store(stats_ptr + 7, rest_lse)
-        tl.store(stats_ptr + 11, rest_lse_low)
+        tl.store(stats_ptr + REST_LSE_SLOT, rest_lse)
+        tl.store(stats_ptr + REST_LSE_LOW_SLOT, rest_lse_low)
 
     divergence = tl.where(valid, divergence, float("nan")).to(tl.float32)
     is_finite = tl.abs(divergence) < INF
     tl.store(divergence_ptr + item, divergence)
     student_lse, student_lse_low = high_low(log_sum_exp(student_m, student_z, student_correction))
     teacher_lse, teacher_lse_low = high_low(log_sum_exp(teacher_m, teacher_z, teacher_correction))
-    # What the reverse KL's backward subtracts from the logits' difference to have g - mean_slope.
-    offset, offset_low = high_low(exact_gap + mean_slope - (1.0 if TAIL == "drop" else 0.0))
-    tl.store(stats_ptr, student_lse)
-    tl.store(stats_ptr + 1, teacher_lse)
-    tl.store(stats_ptr + 2, offset if DIVERGENCE == "reverse_kl" else mean_slope.to(tl.float32))
-    tl.store(stats_ptr + 3, (rest_slope - mean_slope).to(tl.float32))
-    tl.store(stats_ptr + 4, kth_logit)
-    tl.store(stats_ptr + 5, last_tied_id.to(tl.float32))
-    tl.store(stats_ptr + 6, is_finite.to(tl.float32))
-    tl.store(stats_ptr + 8, student_lse_low)
-    tl.store(stats_ptr + 9, teacher_lse_low)
-    tl.store(stats_ptr + 10, offset_low)
+    tl.store(stats_ptr + STUDENT_LSE_SLOT, student_lse)
+    tl.store(stats_ptr + STUDENT_LSE_LOW_SLOT, student_lse_low)
+    tl.store(stats_ptr + TEACHER_LSE_SLOT, teacher_lse)
+    tl.store(stats_ptr + TEACHER_LSE_LOW_SLOT, teacher_lse_low)
+    if DIVERGENCE == "reverse_kl":
+        # What the backward subtracts from the logits' difference to have g - mean_slope.
+        offset, offset_low = high_low(exact_gap + mean_slope - (1.0 if TAIL == "drop" else 0.0))
+        tl.store(stats_ptr + OFFSET_SLOT, offset)
+        tl.store(stats_ptr + OFFSET_LOW_SLOT, offset_low)
+    else:
+        tl.store(stats_ptr + MEAN_SLOPE_SLOT, mean_slope.to(tl.float32))
+    tl.store(stats_ptr + OUTSIDE_SLOPE_SLOT, (rest_slope - mean_slope).to(tl.float32))
+    tl.store(stats_ptr + KTH_LOGIT_SLOT, support.kth_logit)
+    tl.store(stats_ptr + LAST_TIED_ID_SLOT, support.last_tied_id.to(tl.float32))
+    tl.store(stats_ptr + IS_FINITE_SLOT, is_finite.to(tl.float32))
 
 
 def divergence(

@@ -14,56 +14,72 @@ Everything a row needs is in its stats, so a row is cut into as many programs as
 differentiated, whole, each program writes its zeros itself, and nothing is zeroed before.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergence import NUM_STATS
 from .launch import INTERPRETED, launch, row_strides, scales, tile_options
-from .tiles import FLOOR, LN2, LOG2E, block_ids, in_support, load_tile, row_pointer, softcapped
+from .layout import NUM_STATS, load_stats
+from .tiles import FLOOR, LN2, LOG2E, Support, TileShape, block_ids, in_support, load_tile, row_pointer, softcapped
 from .visits import log_to_mixture
 
 CHUNK_TILES = 4  # 16,384 logits a program: 10 programs a row at V = 152k, so that a few kept rows fill the processors
 
 
+class Factors(NamedTuple):
+    """What is the same for every entry of a row, besides its RowStats."""
+
+    upstream: tl.tensor  # gradient by the row's divergence
+    inner_scale: tl.tensor
+    student_scale: tl.tensor  # nats
+    teacher_scale: tl.tensor
+    raw_scale: tl.tensor  # d(scaled logit) / d(raw logit), but for the softcap
+    beta: tl.tensor
+
+
 @triton.jit
 def gradient(
-    raw_student, raw_teacher, ids, row_stats, scalars,
-    DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    (
-        student_lse, student_lse_low, teacher_lse, teacher_lse_low, mean_slope, offset_low, outside_slope, rest_lse,
-        rest_lse_low, kth_logit, last_tied_id,
-    ) = row_stats  # fmt: skip
-    upstream, inner_scale, student_scale, teacher_scale, raw_scale, beta = scalars
-    student = tl.maximum(softcapped(raw_student, inner_scale, HAS_SOFTCAP), FLOOR)
-    teacher = tl.maximum(softcapped(raw_teacher, inner_scale, HAS_SOFTCAP), FLOOR)
+    raw_student,
+    raw_teacher,
+    ids,
+    stats,  # RowStats
+    factors,
+    DIVERGENCE: tl.constexpr,
+    TAIL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    student_scale, teacher_scale, beta = factors.student_scale, factors.teacher_scale, factors.beta
+    student = tl.maximum(softcapped(raw_student, factors.inner_scale, HAS_SOFTCAP), FLOOR)
+    teacher = tl.maximum(softcapped(raw_teacher, factors.inner_scale, HAS_SOFTCAP), FLOOR)
     # Nats here: a product with log2(e) would round the log-sum-exps again.
-    log_p = tl.fma(student, student_scale, -student_lse) - student_lse_low
-    log_q = tl.fma(teacher, teacher_scale, -teacher_lse) - teacher_lse_low
+    log_p = tl.fma(student, student_scale, -stats.student_lse) - stats.student_lse_low
+    log_q = tl.fma(teacher, teacher_scale, -stats.teacher_lse) - stats.teacher_lse_low
     p = tl.exp2(log_p * LOG2E)
     if DIVERGENCE == "reverse_kl":
         # The logits' difference first, as in the forward: nearly equal rows, and gradients that vanish, stay accurate.
         # Of two scaled products one would be rounded and the other, fused, not: equal rows differed by half a bit.
         difference = tl.fma(student, tl.div_rn(student_scale, teacher_scale), -teacher) * teacher_scale
-        grad = p * ((difference - mean_slope) - offset_low)
+        grad = p * ((difference - stats.offset) - stats.offset_low)
     elif DIVERGENCE == "forward_kl":
-        grad = -tl.exp2(log_q * LOG2E) - p * mean_slope
+        grad = -tl.exp2(log_q * LOG2E) - p * stats.mean_slope
     else:
         to_p, _ = log_to_mixture(log_p * LOG2E, log_q * LOG2E, p, tl.exp2(log_q * LOG2E), beta)
-        grad = p * ((1.0 - beta) * to_p * LN2 - mean_slope)
+        grad = p * ((1.0 - beta) * to_p * LN2 - stats.mean_slope)
     if TAIL != "all":
         if TAIL == "renorm":
             outside = p * 0.0
         elif TAIL == "bucket" and DIVERGENCE == "forward_kl":
             # p rest_slope = -p Q / P of the rest, whose ratio alone may overflow.
-            outside = p * outside_slope
-            outside -= tl.exp2((tl.fma(student, student_scale, -rest_lse) - rest_lse_low) * LOG2E)
+            outside = p * stats.outside_slope
+            outside -= tl.exp2((tl.fma(student, student_scale, -stats.rest_lse) - stats.rest_lse_low) * LOG2E)
         else:
-            outside = p * outside_slope
-        grad = tl.where(in_support(raw_student, ids, kth_logit, last_tied_id), grad, outside)
-    grad *= upstream * raw_scale
+            outside = p * stats.outside_slope
+        support = Support(stats.kth_logit, stats.last_tied_id)
+        grad = tl.where(in_support(raw_student, ids, support), grad, outside)
+    grad *= factors.upstream * factors.raw_scale
     if HAS_SOFTCAP:
         grad *= tl.where(student > -1.0, 1.0 - student * student, 0.0)
     return grad
@@ -71,20 +87,28 @@ def gradient(
 
 @triton.jit
 def gradient_tile(
-    student_ptr, teacher_ptr, grad_ptr, start, size, row_stats, scalars, is_finite,
-    DIVERGENCE: tl.constexpr, TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_ROWS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    # Not as pairs of bf16: the gradients' 16-byte stores need neighbours in one block.
-    student = load_tile(student_ptr, start, size, UNROLL, LANES, VEC, False, MASKED)
-    teacher = load_tile(teacher_ptr, start, size, UNROLL, LANES, VEC, False, MASKED)
-    for block in tl.static_range(UNROLL):
-        ids = block_ids(start, block, LANES, VEC, False)
-        grad = gradient(student[block], teacher[block], ids, row_stats, scalars, DIVERGENCE, TAIL, HAS_SOFTCAP)
+    student_ptr,
+    teacher_ptr,
+    grad_ptr,
+    start,
+    size,
+    stats,  # RowStats
+    factors,
+    DIVERGENCE: tl.constexpr,
+    TAIL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    student = load_tile(student_ptr, start, size, TILE)
+    teacher = load_tile(teacher_ptr, start, size, TILE)
+    for block in tl.static_range(TILE.UNROLL):
+        ids = block_ids(start, block, TILE)
+        grad = gradient(student[block], teacher[block], ids, stats, factors, DIVERGENCE, TAIL, HAS_SOFTCAP)
         if not HAS_ROWS:
-            grad = tl.where(is_finite, grad, 0.0)
+            grad = tl.where(stats.is_finite != 0.0, grad, 0.0)
         grad = grad.to(grad_ptr.dtype.element_ty)
-        if MASKED:
+        if TILE.MASKED:
             tl.store(grad_ptr + ids, grad, mask=ids < size)
         else:
             tl.store(grad_ptr + ids, grad)
@@ -92,13 +116,25 @@ def gradient_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "student_stride_b", "student_stride_l", "teacher_stride_b", "teacher_stride_l", "grad_stride", "num_rows",
-        "length", "size", "num_chunks",
+        "student_stride_b",
+        "student_stride_l",
+        "teacher_stride_b",
+        "teacher_stride_l",
+        "grad_stride",
+        "num_rows",
+        "length",
+        "size",
+        "num_chunks",
     ],
     do_not_specialize_on_alignment=[
-        "grad_divergence_ptr", "student_logits_ptr", "teacher_logits_ptr", "rows_ptr", "stats_ptr", "grad_logits_ptr",
+        "grad_divergence_ptr",
+        "student_logits_ptr",
+        "teacher_logits_ptr",
+        "rows_ptr",
+        "stats_ptr",
+        "grad_logits_ptr",
     ],
-)  # fmt: skip
+)
 def divergence_backward_kernel(
     grad_divergence_ptr,  # (R,) fp32
     student_logits_ptr,  # (B, L, V) fp32 | fp16 | bf16
@@ -131,15 +167,17 @@ def divergence_backward_kernel(
     VEC: tl.constexpr,
     CHUNK_TILES: tl.constexpr,
 ):
-    TILE: tl.constexpr = UNROLL * LANES * VEC
+    # Not as pairs of bf16: the gradients' 16-byte stores need neighbours in one block.
+    TILE: tl.constexpr = TileShape(UNROLL, LANES, VEC, PAIRED=False, MASKED=False)
+    RAGGED: tl.constexpr = TileShape(UNROLL, LANES, VEC, PAIRED=False, MASKED=True)
+    LOGITS: tl.constexpr = UNROLL * LANES * VEC
     item = tl.program_id(0).to(tl.int64) // num_chunks
-    chunk = (tl.program_id(0) % num_chunks) * CHUNK_TILES * TILE
-    stats_ptr += item * NUM_STATS
-    is_finite = tl.load(stats_ptr + 6) != 0.0
+    chunk = (tl.program_id(0) % num_chunks) * CHUNK_TILES * LOGITS
+    stats = load_stats(stats_ptr + item * NUM_STATS)
     row = item
     if HAS_ROWS:
         row = tl.load(rows_ptr + item)
-        if (row < 0) | (row >= num_rows) | (is_finite == 0):
+        if (row < 0) | (row >= num_rows) | (stats.is_finite == 0.0):
             return  # its gradient is zero already
     student_ptr = row_pointer(student_logits_ptr, row, length, student_stride_b, student_stride_l, ALIGNED)
     teacher_ptr = row_pointer(teacher_logits_ptr, row, length, teacher_stride_b, teacher_stride_l, ALIGNED)
@@ -147,27 +185,38 @@ def divergence_backward_kernel(
     grad_ptr = tl.multiple_of(grad_ptr, 16) if ALIGNED else grad_ptr
 
     upstream = tl.load(grad_divergence_ptr + item)
-    student_lse, teacher_lse = tl.load(stats_ptr), tl.load(stats_ptr + 1)
-    student_lse_low, teacher_lse_low = tl.load(stats_ptr + 8), tl.load(stats_ptr + 9)
-    mean_slope, offset_low = tl.load(stats_ptr + 2), tl.load(stats_ptr + 10)  # reverse KL: the offset, high and low
-    outside_slope, rest_lse, rest_lse_low = tl.load(stats_ptr + 3), tl.load(stats_ptr + 7), tl.load(stats_ptr + 11)
-    kth_logit, last_tied_id = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5).to(tl.int32)
-    row_stats = (
-        student_lse, student_lse_low, teacher_lse, teacher_lse_low, mean_slope, offset_low, outside_slope, rest_lse,
-        rest_lse_low, kth_logit, last_tied_id,
-    )  # fmt: skip
-    scalars = (upstream, inner_scale, student_scale, teacher_scale, raw_scale, beta)
-    end, whole = tl.minimum(chunk + CHUNK_TILES * TILE, size), size // TILE * TILE
-    for start in range(chunk, tl.minimum(end, whole), TILE):
+    factors = Factors(upstream, inner_scale, student_scale, teacher_scale, raw_scale, beta)
+    end, whole = tl.minimum(chunk + CHUNK_TILES * LOGITS, size), size // LOGITS * LOGITS
+    for start in range(chunk, tl.minimum(end, whole), LOGITS):
         gradient_tile(
-            student_ptr, teacher_ptr, grad_ptr, start, size, row_stats, scalars, is_finite,
-            DIVERGENCE, TAIL, HAS_SOFTCAP, HAS_ROWS, UNROLL, LANES, VEC, False,
-        )  # fmt: skip
+            student_ptr,
+            teacher_ptr,
+            grad_ptr,
+            start,
+            size,
+            stats,
+            factors,
+            DIVERGENCE,
+            TAIL,
+            HAS_SOFTCAP,
+            HAS_ROWS,
+            TILE,
+        )
     if end > whole:
         gradient_tile(
-            student_ptr, teacher_ptr, grad_ptr, whole, size, row_stats, scalars, is_finite,
-            DIVERGENCE, TAIL, HAS_SOFTCAP, HAS_ROWS, UNROLL, LANES, VEC, True,
-        )  # fmt: skip
+            student_ptr,
+            teacher_ptr,
+            grad_ptr,
+            whole,
+            size,
+            stats,
+            factors,
+            DIVERGENCE,
+            TAIL,
+            HAS_SOFTCAP,
+            HAS_ROWS,
+            RAGGED,
+        )
 
 
 def divergence_backward(

@@ -7,23 +7,37 @@ from torch import Tensor
 
 from .candidates import select_sequence
 from .launch import BLOCK_L, launch, log2_scales, row_strides, tile_options
-from .tiles import ALL, FLOOR, INF, LN2, row_pointer, softcapped
-from .visits import kl_from_cross, log_ratio, log_sum_exp, nats, normalised_visit, online_visit
+from .layout import (
+    DIVERGENCE_PLANE,
+    STUDENT_ENTROPY_PLANE,
+    STUDENT_LOGPROB_PLANE,
+    STUDENT_LSE_PLANE,
+    TEACHER_ENTROPY_PLANE,
+    TEACHER_LOGPROB_PLANE,
+    TEACHER_LSE_PLANE,
+)
+from .tiles import FLOOR, INF, LN2, ModelRow, TileShape, row_pointer, softcapped
+from .visits import Normaliser, kl_from_cross, log_ratio, log_sum_exp, nats, normalised_visit, online_visit
 
 _RUNTIME_SIZES = ["length", "size", "num_candidates"]  # a new L or V compiles nothing
 _POINTERS = [
-    "student_logits_ptr", "teacher_logits_ptr", "sampled_ids_ptr", "mask_ptr", "scores_ptr", "index_ptr",
+    "student_logits_ptr",
+    "teacher_logits_ptr",
+    "sampled_ids_ptr",
+    "mask_ptr",
+    "scores_ptr",
+    "index_ptr",
     "finished_ptr",
-]  # fmt: skip
+]
 _STRIDES = ["student_stride_b", "student_stride_l", "teacher_stride_b", "teacher_stride_l"]
 
 
 @triton.jit
-def sampled_logprob(row_ptr, sampled_id, in_vocab, m, z, inner_scale, scale, correction, HAS_SOFTCAP: tl.constexpr):
+def sampled_logprob(row, sampled_id, in_vocab, m, z, inner_scale, HAS_SOFTCAP: tl.constexpr):
     """One scalar load, in place of a comparison for every logit of the row."""
-    raw = tl.load(row_ptr + sampled_id, mask=in_vocab, other=0.0).to(tl.float32)
-    u = softcapped(raw, inner_scale, HAS_SOFTCAP).to(tl.float64) * tl.cast(scale, tl.float64) - m
-    return (nats(u, correction) - tl.log(z)).to(tl.float32)
+    raw = tl.load(row.logits_ptr + sampled_id, mask=in_vocab, other=0.0).to(tl.float32)
+    u = softcapped(raw, inner_scale, HAS_SOFTCAP).to(tl.float64) * tl.cast(row.scale, tl.float64) - m
+    return (nats(u, row.correction) - tl.log(z)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_RUNTIME_SIZES + _STRIDES, do_not_specialize_on_alignment=_POINTERS)
@@ -60,63 +74,79 @@ def scores_kernel(
     VEC: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
+    TILE: tl.constexpr = TileShape(UNROLL, LANES, VEC, PAIRED, MASKED=False)
     row = tl.program_id(0).to(tl.int64)
     plane = tl.num_programs(0).to(tl.int64)
     student_ptr = row_pointer(student_logits_ptr, row, length, student_stride_b, student_stride_l, ALIGNED)
     teacher_ptr = row_pointer(teacher_logits_ptr, row, length, teacher_stride_b, teacher_stride_l, ALIGNED)
+    student = ModelRow(student_ptr, student_scale, student_correction)
+    teacher = ModelRow(teacher_ptr, teacher_scale, teacher_correction)
 
     # One visit gives KL(first || second).
     if DIVERGENCE == "forward_kl":
-        (
-            teacher_m, student_m, teacher_z, student_z, teacher_e, student_e, cross, gap
-        ) = online_visit(
-            teacher_ptr, student_ptr, size, inner_scale, teacher_scale, student_scale, 0.0, 0,
-            HAS_SOFTCAP, True, True, False, ALL, UNROLL, LANES, VEC, PAIRED,
-        )  # fmt: skip
+        sums = online_visit(
+            teacher,
+            student,
+            size,
+            inner_scale,
+            HAS_SOFTCAP,
+            TILE,
+            HAS_ENTROPY=True,
+            HAS_CROSS=True,
+            STUDENT_FIRST=False,
+        )
+        teacher_m, student_m, teacher_z, student_z = sums.first_m, sums.second_m, sums.first_z, sums.second_z
+        teacher_e, student_e = sums.first_e, sums.second_e
         lse_gap = log_ratio(teacher_m, teacher_z, student_m, student_z, teacher_correction, student_correction)
-        divergence = kl_from_cross(cross, 1.0, 0.0, nats(student_scale, student_correction), lse_gap)
+        divergence = kl_from_cross(sums.cross, 1.0, 0.0, nats(student_scale, student_correction), lse_gap)
     else:
-        (
-            student_m, teacher_m, student_z, teacher_z, student_e, teacher_e, cross, gap
-        ) = online_visit(
-            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale, 0.0, 0,
-            HAS_SOFTCAP, True, DIVERGENCE == "reverse_kl", True, ALL, UNROLL, LANES, VEC, PAIRED,
-        )  # fmt: skip
+        HAS_CROSS: tl.constexpr = DIVERGENCE == "reverse_kl"
+        sums = online_visit(
+            student, teacher, size, inner_scale, HAS_SOFTCAP, TILE, HAS_ENTROPY=True, HAS_CROSS=HAS_CROSS
+        )
+        student_m, teacher_m, student_z, teacher_z = sums.first_m, sums.second_m, sums.first_z, sums.second_z
+        student_e, teacher_e = sums.first_e, sums.second_e
         lse_gap = log_ratio(student_m, student_z, teacher_m, teacher_z, student_correction, teacher_correction)
-        divergence = kl_from_cross(cross, 1.0, 0.0, nats(teacher_scale, teacher_correction), lse_gap)
-    divergence = tl.where(gap > -1.5 * FLOOR, INF, divergence.to(tl.float32))
+        divergence = kl_from_cross(sums.cross, 1.0, 0.0, nats(teacher_scale, teacher_correction), lse_gap)
+    divergence = tl.where(sums.gap > -1.5 * FLOOR, INF, divergence.to(tl.float32))
     if DIVERGENCE == "jsd":
         # The mixture needs both log-sum-exps first, so the rows are visited again, in L2.
-        total, _, _, _ = normalised_visit(
-            student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale,
-            student_m, teacher_m, tl.log2(student_z), tl.log2(teacher_z), beta, 0.0, 0.0, 0,
-            DIVERGENCE, HAS_SOFTCAP, ALL, UNROLL, LANES, VEC, PAIRED,
-        )  # fmt: skip
-        divergence = total * LN2
+        student_normaliser = Normaliser(student_scale, student_m, tl.log2(student_z))
+        teacher_normaliser = Normaliser(teacher_scale, teacher_m, tl.log2(teacher_z))
+        terms = normalised_visit(
+            student,
+            teacher,
+            student_normaliser,
+            teacher_normaliser,
+            size,
+            inner_scale,
+            beta,
+            centre=0.0,
+            DIVERGENCE=DIVERGENCE,
+            HAS_SOFTCAP=HAS_SOFTCAP,
+            TILE=TILE,
+        )
+        divergence = terms.total * LN2
 
     sampled_id = tl.load(sampled_ids_ptr + row)
     in_vocab = (sampled_id >= 0) & (sampled_id < size)
-    student_logprob = sampled_logprob(
-        student_ptr, sampled_id, in_vocab, student_m, student_z, inner_scale, student_scale, student_correction,
-        HAS_SOFTCAP,
-    )  # fmt: skip
-    teacher_logprob = sampled_logprob(
-        teacher_ptr, sampled_id, in_vocab, teacher_m, teacher_z, inner_scale, teacher_scale, teacher_correction,
-        HAS_SOFTCAP,
-    )  # fmt: skip
+    student_logprob = sampled_logprob(student, sampled_id, in_vocab, student_m, student_z, inner_scale, HAS_SOFTCAP)
+    teacher_logprob = sampled_logprob(teacher, sampled_id, in_vocab, teacher_m, teacher_z, inner_scale, HAS_SOFTCAP)
+    student_lse = log_sum_exp(student_m, student_z, student_correction).to(tl.float32)
+    teacher_lse = log_sum_exp(teacher_m, teacher_z, teacher_correction).to(tl.float32)
+    student_entropy = tl.log(student_z) - tl.div_rn(student_e, student_z) * LN2
+    teacher_entropy = tl.log(teacher_z) - tl.div_rn(teacher_e, teacher_z) * LN2
     # NaN and +inf made z NaN, and a row without a finite logit left it 0.
     valid = in_vocab & (student_z > 0.0) & (teacher_z > 0.0)
     nan = float("nan")
     out_ptr = scores_ptr + row
-    tl.store(out_ptr, tl.where(valid, student_logprob, nan))
-    tl.store(out_ptr + plane, tl.where(valid, teacher_logprob, nan))
-    tl.store(out_ptr + 2 * plane, tl.where(valid, divergence, nan))
-    student_lse = log_sum_exp(student_m, student_z, student_correction).to(tl.float32)
-    teacher_lse = log_sum_exp(teacher_m, teacher_z, teacher_correction).to(tl.float32)
-    tl.store(out_ptr + 3 * plane, tl.where(valid, student_lse, nan))
-    tl.store(out_ptr + 4 * plane, tl.where(valid, teacher_lse, nan))
-    tl.store(out_ptr + 5 * plane, tl.where(valid, tl.log(student_z) - tl.div_rn(student_e, student_z) * LN2, nan))
-    tl.store(out_ptr + 6 * plane, tl.where(valid, tl.log(teacher_z) - tl.div_rn(teacher_e, teacher_z) * LN2, nan))
+    tl.store(out_ptr + STUDENT_LOGPROB_PLANE * plane, tl.where(valid, student_logprob, nan))
+    tl.store(out_ptr + TEACHER_LOGPROB_PLANE * plane, tl.where(valid, teacher_logprob, nan))
+    tl.store(out_ptr + DIVERGENCE_PLANE * plane, tl.where(valid, divergence, nan))
+    tl.store(out_ptr + STUDENT_LSE_PLANE * plane, tl.where(valid, student_lse, nan))
+    tl.store(out_ptr + TEACHER_LSE_PLANE * plane, tl.where(valid, teacher_lse, nan))
+    tl.store(out_ptr + STUDENT_ENTROPY_PLANE * plane, tl.where(valid, student_entropy, nan))
+    tl.store(out_ptr + TEACHER_ENTROPY_PLANE * plane, tl.where(valid, teacher_entropy, nan))
 
     if HAS_SELECTION:
         # docs/gpu.md, "Why the memory ordering is right".
@@ -125,9 +155,8 @@ def scores_kernel(
         finished = tl.atomic_add(finished_ptr + sequence, 1, sem="acq_rel", scope="gpu")
         if finished == length - 1:
             select_sequence(
-                scores_ptr, mask_ptr, index_ptr, sequence, length, plane, num_candidates, threshold,
-                CRITERION, BLOCK_L,
-            )  # fmt: skip
+                scores_ptr, mask_ptr, index_ptr, sequence, length, plane, num_candidates, threshold, CRITERION, BLOCK_L
+            )
 
 
 def _launch(

@@ -9,6 +9,8 @@ Logits are held in log2 units, u = log2(e) * logit / temperature, so that each e
 and one MUFU instruction.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -28,38 +30,60 @@ INSIDE = tl.constexpr(1)
 OUTSIDE = tl.constexpr(2)
 
 
-@triton.jit
-def block_ids(start, block: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr):
-    """(LANES, width) int32: vocabulary ids of a tile's block."""
-    lane, element = tl.arange(0, LANES)[:, None] * VEC, tl.arange(0, VEC // 2 if PAIRED else VEC)[None, :]
-    if PAIRED:  # even ids and odd ids of a load are two blocks
-        return start + (block // 2 * LANES * VEC + block % 2) + lane + 2 * element
-    else:
-        return start + block * LANES * VEC + lane + element
-
-
-@triton.jit
-def load_tile(
-    row_ptr, start, size,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The tile's logits as stored, in fp32; past the end of the row -inf, which adds nothing anywhere.
-
-    PAIRED takes two bf16 as one 32-bit word: a shift and a mask widen them, where the element-wise widening compiles
-    to three instructions a pair (19.9 -> 18.8 a pair of logits in the scores).
+class TileShape(NamedTuple):
+    """How a tile is read, as one constexpr. PAIRED takes two bf16 as one 32-bit word: a shift and a mask widen them,
+    where the element-wise widening compiles to three instructions a pair (19.9 -> 18.8 a pair of logits in the scores).
     """
+
+    UNROLL: int
+    LANES: int
+    VEC: int
+    PAIRED: bool
+    MASKED: bool  # reaches behind the end of the row; never paired
+
+
+class ModelRow(NamedTuple):
+    """One model's logits of a row, and what brings them to log2 units."""
+
+    logits_ptr: tl.tensor
+    scale: tl.tensor
+    correction: tl.tensor  # see `visits.nats`
+
+
+class Support(NamedTuple):
+    """Where the student's top k ends, among raw logits: see `in_support`."""
+
+    kth_logit: tl.tensor
+    last_tied_id: tl.tensor
+
+
+@triton.jit
+def block_ids(start, block: tl.constexpr, TILE: tl.constexpr):
+    """(LANES, width) int32: vocabulary ids of a tile's block."""
+    lane = tl.arange(0, TILE.LANES)[:, None] * TILE.VEC
+    if TILE.PAIRED:  # even ids and odd ids of a load are two blocks
+        element = tl.arange(0, TILE.VEC // 2)[None, :]
+        return start + (block // 2 * TILE.LANES * TILE.VEC + block % 2) + lane + 2 * element
+    else:
+        element = tl.arange(0, TILE.VEC)[None, :]
+        return start + block * TILE.LANES * TILE.VEC + lane + element
+
+
+@triton.jit
+def load_tile(row_ptr, start, size, TILE: tl.constexpr):
+    """The tile's logits as stored, in fp32; past the end of the row -inf, which adds nothing anywhere."""
     tile = ()
-    if PAIRED:
+    if TILE.PAIRED:
         words_ptr = tl.multiple_of(row_ptr.to(tl.pointer_type(tl.int32)), 16)
-        pair = tl.arange(0, LANES)[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
-        for load in tl.static_range(UNROLL):
-            words = tl.load(words_ptr + (start // 2 + load * (LANES * VEC // 2) + pair))
+        pair = tl.arange(0, TILE.LANES)[:, None] * (TILE.VEC // 2) + tl.arange(0, TILE.VEC // 2)[None, :]
+        for load in tl.static_range(TILE.UNROLL):
+            words = tl.load(words_ptr + (start // 2 + load * (TILE.LANES * TILE.VEC // 2) + pair))
             even, odd = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
             tile += (even, odd)
     else:
-        for load in tl.static_range(UNROLL):
-            ids = block_ids(start, load, LANES, VEC, False)
-            raw = tl.load(row_ptr + ids, mask=ids < size, other=-INF) if MASKED else tl.load(row_ptr + ids)
+        for load in tl.static_range(TILE.UNROLL):
+            ids = block_ids(start, load, TILE)
+            raw = tl.load(row_ptr + ids, mask=ids < size, other=-INF) if TILE.MASKED else tl.load(row_ptr + ids)
             tile += (raw.to(tl.float32),)
     return tile
 
@@ -94,29 +118,36 @@ def softcapped(raw, inner_scale, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def in_support(raw_student, ids, kth_logit, last_tied_id):
+def in_support(raw_student, ids, support):
     """The student's top k: above the k-th largest raw logit, or tied with it and not past the last id that fits."""
-    return (raw_student > kth_logit) | ((raw_student == kth_logit) & (ids <= last_tied_id))
+    above, tied = raw_student > support.kth_logit, raw_student == support.kth_logit
+    return above | (tied & (ids <= support.last_tied_id))
 
 
 @triton.jit
 def load_pair(
-    first_ptr, second_ptr, start, size, inner_scale, kth_logit, last_tied_id,
-    HAS_SOFTCAP: tl.constexpr, STUDENT_FIRST: tl.constexpr, PART: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    first,  # ModelRow
+    second,
+    start,
+    size,
+    inner_scale,
+    support,  # of the student; not looked at where PART is ALL
+    HAS_SOFTCAP: tl.constexpr,
+    STUDENT_FIRST: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Both rows' tiles after softcap, -inf in both outside the wanted part of the vocabulary."""
-    first = load_tile(first_ptr, start, size, UNROLL, LANES, VEC, PAIRED, MASKED)
-    second = load_tile(second_ptr, start, size, UNROLL, LANES, VEC, PAIRED, MASKED)
+    first_tile = load_tile(first.logits_ptr, start, size, TILE)
+    second_tile = load_tile(second.logits_ptr, start, size, TILE)
     if PART == ALL and not HAS_SOFTCAP:
-        return first, second
+        return first_tile, second_tile
     else:
         first_kept, second_kept = (), ()
-        for block in tl.static_range(len(first)):
-            a, b = first[block], second[block]
+        for block in tl.static_range(len(first_tile)):
+            a, b = first_tile[block], second_tile[block]
             if PART != ALL:
-                ids = block_ids(start, block, LANES, VEC, PAIRED)
-                wanted = in_support(a if STUDENT_FIRST else b, ids, kth_logit, last_tied_id)
+                wanted = in_support(a if STUDENT_FIRST else b, block_ids(start, block, TILE), support)
                 if PART == OUTSIDE:
                     wanted = wanted == 0
                 a, b = tl.where(wanted, a, -INF), tl.where(wanted, b, -INF)

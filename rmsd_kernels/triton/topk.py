@@ -9,7 +9,7 @@ compared as floats, so -0.0 ties with 0.0.
 import triton
 import triton.language as tl
 
-from .tiles import block_ids, load_tile
+from .tiles import Support, TileShape, block_ids, load_tile
 
 
 @triton.jit
@@ -40,57 +40,53 @@ def count_tile(counts, tile, low, middle, high):
 
 
 @triton.jit
-def count_row(
-    row_ptr, size, low, middle, high,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
-):  # fmt: skip
+def count_row(row_ptr, size, low, middle, high, TILE: tl.constexpr):
     """How many logits reach each of three values."""
-    TILE: tl.constexpr = UNROLL * LANES * VEC
-    zeros = tl.zeros([LANES], tl.int32)
+    RAGGED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, PAIRED=False, MASKED=True)
+    LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
+    zeros = tl.zeros([TILE.LANES], tl.int32)
     counts = (zeros, zeros, zeros)
-    whole = size // TILE * TILE
-    for start in range(0, whole, TILE):
-        tile = load_tile(row_ptr, start, size, UNROLL, LANES, VEC, PAIRED, False)
+    whole = size // LOGITS * LOGITS
+    for start in range(0, whole, LOGITS):
+        tile = load_tile(row_ptr, start, size, TILE)
         counts = count_tile(counts, tile, low, middle, high)
     if whole < size:
-        tile = load_tile(row_ptr, whole, size, UNROLL, LANES, VEC, False, True)
+        tile = load_tile(row_ptr, whole, size, RAGGED)
         counts = count_tile(counts, tile, low, middle, high)
     low_count, middle_count, high_count = counts
     return tl.sum(low_count, axis=0), tl.sum(middle_count, axis=0), tl.sum(high_count, axis=0)
 
 
 @triton.jit
-def count_tied(tile, value, start, last_id, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr):
-    count = tl.zeros([LANES], tl.int32)
+def count_tied(tile, value, start, last_id, TILE: tl.constexpr):
+    count = tl.zeros([TILE.LANES], tl.int32)
     for block in tl.static_range(len(tile)):
-        ids = block_ids(start, block, LANES, VEC, PAIRED)
+        ids = block_ids(start, block, TILE)
         count += tl.sum(((tile[block] == value) & (ids <= last_id)).to(tl.int32), axis=1)
     return tl.sum(count, axis=0)
 
 
 @triton.jit
-def nth_tied_id(
-    row_ptr, size, value, nth,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
-):  # fmt: skip
+def nth_tied_id(row_ptr, size, value, nth, TILE: tl.constexpr):
     """The id of the nth (from 1) logit equal to `value`: one visit finds its tile, a bisection its place there."""
-    TILE: tl.constexpr = UNROLL * LANES * VEC
-    whole = size // TILE * TILE
+    RAGGED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, PAIRED=False, MASKED=True)
+    LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
+    whole = size // LOGITS * LOGITS
     before, left, home = nth * 0, nth, whole  # in the last, ragged tile unless found earlier
-    for start in range(0, whole, TILE):
-        tile = load_tile(row_ptr, start, size, UNROLL, LANES, VEC, PAIRED, False)
-        tied = count_tied(tile, value, start, size, LANES, VEC, PAIRED)
+    for start in range(0, whole, LOGITS):
+        tile = load_tile(row_ptr, start, size, TILE)
+        tied = count_tied(tile, value, start, size, TILE)
         if before < nth:
             if before + tied >= nth:
                 home = start
             else:
                 left = nth - before - tied
         before += tied
-    tile = load_tile(row_ptr, home, size, UNROLL, LANES, VEC, False, True)
-    low, high = home - 1, home + TILE - 1
+    tile = load_tile(row_ptr, home, size, RAGGED)
+    low, high = home - 1, home + LOGITS - 1
     while high - low > 1:
         middle = (low + high) // 2
-        if count_tied(tile, value, home, middle, LANES, VEC, False) >= left:
+        if count_tied(tile, value, home, middle, RAGGED) >= left:
             high = middle
         else:
             low = middle
@@ -98,11 +94,8 @@ def nth_tied_id(
 
 
 @triton.jit
-def kth_largest(
-    row_ptr, size, vocab_topk, LOGIT: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
-):  # fmt: skip
-    """(kth_logit, last_tied_id), which `in_support` turns into the k largest, ties to the lower id; 1 <= k < size.
+def topk_support(row_ptr, size, vocab_topk, LOGIT: tl.constexpr, TILE: tl.constexpr):
+    """What `in_support` turns into the k largest, ties to the lower id; 1 <= k < size.
 
     Where exactly k logits reach some value, that value is returned, and every id: it parts the row as the k-th
     largest itself would.
@@ -121,9 +114,8 @@ def kth_largest(
         step = high - low
         first, second, third = low + step // 4, low + step // 2, low + step * 3 // 4
         first_count, second_count, third_count = count_row(
-            row_ptr, size, key_to_logit(first, LOGIT), key_to_logit(second, LOGIT), key_to_logit(third, LOGIT),
-            UNROLL, LANES, VEC, PAIRED,
-        )  # fmt: skip
+            row_ptr, size, key_to_logit(first, LOGIT), key_to_logit(second, LOGIT), key_to_logit(third, LOGIT), TILE
+        )
         if third_count >= vocab_topk:
             low, reached = third, third_count
         elif second_count >= vocab_topk:
@@ -135,5 +127,5 @@ def kth_largest(
         searching = (high - low > 1) & (reached != vocab_topk)
     kth_logit = key_to_logit(low, LOGIT)
     if high - low == 1:
-        last_tied_id = nth_tied_id(row_ptr, size, kth_logit, vocab_topk - above, UNROLL, LANES, VEC, PAIRED)
-    return kth_logit, last_tied_id
+        last_tied_id = nth_tied_id(row_ptr, size, kth_logit, vocab_topk - above, TILE)
+    return Support(kth_logit, last_tied_id)

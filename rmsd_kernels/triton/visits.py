@@ -3,10 +3,43 @@
 A quotient that is to be 1 for equal numbers is `div_rn`'s: on NVIDIA `/` is an approximate reciprocal and a product, so
 that x / x need not be 1 (for one z in seven), and a row's divergence from itself not 0."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .tiles import EMPTY, FLOOR, LN2, load_pair
+from .tiles import ALL, EMPTY, FLOOR, LN2, TileShape, load_pair
+
+
+class OnlineSums(NamedTuple):
+    """Of a row or of each lane: with s, t the rows' logits, u, v those in log2 units less the maxima so far, and
+    ratio = first scale / second scale."""
+
+    first_m: tl.tensor  # the maximum so far, in log2 units
+    second_m: tl.tensor
+    first_z: tl.tensor  # sum 2^u
+    second_z: tl.tensor  # sum 2^v
+    first_e: tl.tensor  # sum 2^u u
+    second_e: tl.tensor  # sum 2^v v
+    cross: tl.tensor  # sum 2^u (s ratio - t); of a whole row the mean, divided by first_z
+    gap: tl.tensor  # the largest s ratio - t
+
+
+class Normaliser(NamedTuple):
+    """Of one model's row: scale * logit - m - log_z is its log2-probability."""
+
+    scale: tl.tensor
+    m: tl.tensor
+    log_z: tl.tensor
+
+
+class NormalisedSums(NamedTuple):
+    """Of a row or of each lane, over any part of the vocabulary."""
+
+    total: tl.tensor  # jsd: its terms, log2 units; a KL: sum p (s ratio - t - centre)
+    slope: tl.tensor  # jsd: sum p g, log2 units
+    mass: tl.tensor  # a KL: sum p
+    gap: tl.tensor  # as in OnlineSums; jsd has none, its terms are always finite
 
 
 @triton.jit
@@ -18,13 +51,9 @@ def floor_pair(first, second, ratio):
 
 @triton.jit
 def online_tile(
-    state, first, second, first_scale, second_scale, ratio, HAS_ENTROPY: tl.constexpr, HAS_CROSS: tl.constexpr
+    sums, first, second, first_scale, second_scale, ratio, HAS_ENTROPY: tl.constexpr, HAS_CROSS: tl.constexpr
 ):
-    """Adds one tile to every lane's running sums. With s, t the rows' logits, u, v those in log2 units less the maxima
-    so far, and ratio = first_scale / second_scale:
-
-    first_z = sum 2^u, first_e = sum 2^u u, and the same for `second`; cross = sum 2^u (s ratio - t), gap the largest
-    s ratio - t.
+    """Adds one tile to every lane's running sums.
 
     Each lane has a maximum of its own, so the loop holds no barrier, shuffle or shared memory, and the rescale costs
     one exponential in 16 logits. The logits' difference is taken before anything rounds it, which keeps nearly equal
@@ -32,7 +61,7 @@ def online_tile(
     its exponential is NaN. -inf is floored, twice as low in `second`: gap exceeds -1.5 FLOOR exactly where the first
     row has mass and the second has none, even where that mass underflows.
     """
-    first_m, second_m, first_z, second_z, first_e, second_e, cross, gap = state
+    first_m, second_m, first_z, second_z, first_e, second_e, cross, gap = sums
     floored = ()
     first_peak, second_peak = FLOOR, FLOOR
     for block in tl.static_range(len(first)):
@@ -68,35 +97,42 @@ def online_tile(
         second_e = tl.fma(tl.fma(second_shift, second_z, second_e), second_rescale, tl.sum(second_es, axis=1))
     first_z = tl.fma(first_z, first_rescale, tl.sum(first_zs, axis=1))
     second_z = tl.fma(second_z, second_rescale, tl.sum(second_zs, axis=1))
-    return first_peak, second_peak, first_z, second_z, first_e, second_e, cross, gap
+    return OnlineSums(first_peak, second_peak, first_z, second_z, first_e, second_e, cross, gap)
 
 
 @triton.jit
 def online_visit(
-    first_ptr, second_ptr, size, inner_scale, first_scale, second_scale, kth_logit, last_tied_id,
-    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_CROSS: tl.constexpr, STUDENT_FIRST: tl.constexpr,
-    PART: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
-):  # fmt: skip
-    """Reads both rows once; the sums of `online_tile` for the whole row, as eight scalars, cross divided by first_z."""
-    TILE: tl.constexpr = UNROLL * LANES * VEC
-    ratio = tl.div_rn(first_scale, second_scale)
-    zeros = tl.zeros([LANES], tl.float32)
-    state = (zeros + EMPTY, zeros + EMPTY, zeros, zeros, zeros, zeros, zeros, zeros + 2 * FLOOR)
-    whole = size // TILE * TILE
-    for start in range(0, whole, TILE):
-        first, second = load_pair(
-            first_ptr, second_ptr, start, size, inner_scale, kth_logit, last_tied_id,
-            HAS_SOFTCAP, STUDENT_FIRST, PART, UNROLL, LANES, VEC, PAIRED, False,
-        )  # fmt: skip
-        state = online_tile(state, first, second, first_scale, second_scale, ratio, HAS_ENTROPY, HAS_CROSS)
+    first,  # ModelRow
+    second,
+    size,
+    inner_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr = False,
+    HAS_CROSS: tl.constexpr = False,
+    STUDENT_FIRST: tl.constexpr = True,
+    PART: tl.constexpr = ALL,
+    support=None,
+):
+    """Reads both rows once; the OnlineSums of the whole row, or of a part of the vocabulary."""
+    RAGGED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, PAIRED=False, MASKED=True)
+    LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
+    ratio = tl.div_rn(first.scale, second.scale)
+    zeros = tl.zeros([TILE.LANES], tl.float32)
+    sums = OnlineSums(zeros + EMPTY, zeros + EMPTY, zeros, zeros, zeros, zeros, zeros, zeros + 2 * FLOOR)
+    whole = size // LOGITS * LOGITS
+    for start in range(0, whole, LOGITS):
+        first_tile, second_tile = load_pair(
+            first, second, start, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST, PART, TILE
+        )
+        sums = online_tile(sums, first_tile, second_tile, first.scale, second.scale, ratio, HAS_ENTROPY, HAS_CROSS)
     if whole < size:  # apart, so that the loop's loads need no mask
-        first, second = load_pair(
-            first_ptr, second_ptr, whole, size, inner_scale, kth_logit, last_tied_id,
-            HAS_SOFTCAP, STUDENT_FIRST, PART, UNROLL, LANES, VEC, False, True,
-        )  # fmt: skip
-        state = online_tile(state, first, second, first_scale, second_scale, ratio, HAS_ENTROPY, HAS_CROSS)
+        first_tile, second_tile = load_pair(
+            first, second, whole, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST, PART, RAGGED
+        )
+        sums = online_tile(sums, first_tile, second_tile, first.scale, second.scale, ratio, HAS_ENTROPY, HAS_CROSS)
 
-    first_lanes, second_lanes, first_z, second_z, first_e, second_e, cross, gap = state
+    first_lanes, second_lanes, first_z, second_z, first_e, second_e, cross, gap = sums
     first_m, second_m = tl.max(first_lanes, axis=0), tl.max(second_lanes, axis=0)
     first_shift, second_shift = first_lanes - first_m, second_lanes - second_m
     first_rescale, second_rescale = tl.exp2(first_shift), tl.exp2(second_shift)
@@ -106,9 +142,8 @@ def online_visit(
     # fp64 for the lanes' sums: fp32 cost four units in the last place of a divergence of 40.
     first_z = tl.sum((first_z * first_rescale).to(tl.float64), axis=0)
     mean_cross = (tl.sum((cross * first_rescale).to(tl.float64), axis=0) / first_z).to(tl.float32)
-    return (
-        first_m, second_m, first_z.to(tl.float32), second_z, first_e, second_e, mean_cross, tl.max(gap, axis=0)
-    )  # fmt: skip
+    gap = tl.max(gap, axis=0)
+    return OnlineSums(first_m, second_m, first_z.to(tl.float32), second_z, first_e, second_e, mean_cross, gap)
 
 
 @triton.jit
@@ -154,34 +189,40 @@ def log_to_mixture(log_p, log_q, p, q, beta):
 
 @triton.jit
 def normalised_tile(
-    state, student, teacher, student_scale, teacher_scale, student_m, teacher_m, student_log_z, teacher_log_z, beta,
-    centre, DIVERGENCE: tl.constexpr,
-):  # fmt: skip
-    """Adds one tile to every lane's sums; see `normalised_visit`. jsd has no gap: its terms are always finite."""
-    total, slope, mass, gap = state
+    sums,
+    student_tile,
+    teacher_tile,
+    student,  # Normaliser
+    teacher,
+    beta,
+    centre,
+    DIVERGENCE: tl.constexpr,
+):
+    """Adds one tile to every lane's sums; see `normalised_visit`."""
+    total, slope, mass, gap = sums
     if DIVERGENCE == "reverse_kl":
-        ratio = tl.div_rn(student_scale, teacher_scale)
+        ratio = tl.div_rn(student.scale, teacher.scale)
     elif DIVERGENCE == "forward_kl":
-        ratio = tl.div_rn(teacher_scale, student_scale)
-    totals = tl.zeros(student[0].shape, tl.float32)
+        ratio = tl.div_rn(teacher.scale, student.scale)
+    totals = tl.zeros(student_tile[0].shape, tl.float32)
     slopes, masses, gaps = totals, totals, totals + 2 * FLOOR
-    for block in tl.static_range(len(student)):
+    for block in tl.static_range(len(student_tile)):
         # Less the maximum first and log z after: their sum would be rounded, by 5e-4 at logits of 1e4.
         if DIVERGENCE == "jsd":
-            log_p = tl.fma(student[block], student_scale, -student_m) - student_log_z
-            log_q = tl.fma(teacher[block], teacher_scale, -teacher_m) - teacher_log_z
+            log_p = tl.fma(student_tile[block], student.scale, -student.m) - student.log_z
+            log_q = tl.fma(teacher_tile[block], teacher.scale, -teacher.m) - teacher.log_z
             p, q = tl.exp2(log_p), tl.exp2(log_q)
             to_p, to_q = log_to_mixture(log_p, log_q, p, q, beta)
             slopes = tl.fma(p, to_p, slopes)
             totals = tl.fma(q, to_q, totals)
         else:
             if DIVERGENCE == "reverse_kl":
-                s, t = floor_pair(student[block], teacher[block], ratio)
-                weight = tl.exp2(tl.fma(s, student_scale, -student_m) - student_log_z)
+                s, t = floor_pair(student_tile[block], teacher_tile[block], ratio)
+                weight = tl.exp2(tl.fma(s, student.scale, -student.m) - student.log_z)
                 difference = tl.fma(s, ratio, -t)
             else:
-                t, s = floor_pair(teacher[block], student[block], ratio)
-                weight = tl.exp2(tl.fma(t, teacher_scale, -teacher_m) - teacher_log_z)
+                t, s = floor_pair(teacher_tile[block], student_tile[block], ratio)
+                weight = tl.exp2(tl.fma(t, teacher.scale, -teacher.m) - teacher.log_z)
                 difference = tl.fma(t, ratio, -s)
             totals = tl.fma(weight, difference - centre, totals)
             masses += weight
@@ -192,44 +233,48 @@ def normalised_tile(
     else:
         mass += tl.sum(masses, axis=1)
         gap = tl.maximum(gap, tl.max(gaps, axis=1))
-    return total, slope, mass, gap
+    return NormalisedSums(total, slope, mass, gap)
 
 
 @triton.jit
 def normalised_visit(
-    student_ptr, teacher_ptr, size, inner_scale, student_scale, teacher_scale,
-    student_m, teacher_m, student_log_z, teacher_log_z, beta, centre, kth_logit, last_tied_id,
-    DIVERGENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PART: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, PAIRED: tl.constexpr,
-):  # fmt: skip
-    """A part of the vocabulary, from L2 as the rows were just read. Four scalars: for jsd, in log2 units, the sums of
-    its terms and of p g; for a KL sum p (s ratio - t - centre), 0, the mass, and the gap of `online_tile`. `centre` is
-    of the differences' own size, so that small numbers are summed: without it a divergence was off by 3e-6."""
-    TILE: tl.constexpr = UNROLL * LANES * VEC
-    zeros = tl.zeros([LANES], tl.float32)
-    state = (zeros, zeros, zeros, zeros + 2 * FLOOR)
-    whole = size // TILE * TILE
-    for start in range(0, whole, TILE):
-        student, teacher = load_pair(
-            student_ptr, teacher_ptr, start, size, inner_scale, kth_logit, last_tied_id,
-            HAS_SOFTCAP, True, PART, UNROLL, LANES, VEC, PAIRED, False,
-        )  # fmt: skip
-        state = normalised_tile(
-            state, student, teacher, student_scale, teacher_scale, student_m, teacher_m,
-            student_log_z, teacher_log_z, beta, centre, DIVERGENCE,
-        )  # fmt: skip
+    student,  # ModelRow
+    teacher,
+    student_normaliser,  # Normaliser
+    teacher_normaliser,
+    size,
+    inner_scale,
+    beta,
+    centre,
+    DIVERGENCE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TILE: tl.constexpr,
+    PART: tl.constexpr = ALL,
+    support=None,
+):
+    """NormalisedSums of a part of the vocabulary, from L2 as the rows were just read. `centre` is of the differences'
+    own size, so that small numbers are summed: without it a divergence was off by 3e-6."""
+    RAGGED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, PAIRED=False, MASKED=True)
+    LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
+    zeros = tl.zeros([TILE.LANES], tl.float32)
+    sums = NormalisedSums(zeros, zeros, zeros, zeros + 2 * FLOOR)
+    whole = size // LOGITS * LOGITS
+    for start in range(0, whole, LOGITS):
+        tiles = load_pair(
+            student, teacher, start, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST=True, PART=PART, TILE=TILE
+        )
+        sums = normalised_tile(
+            sums, tiles[0], tiles[1], student_normaliser, teacher_normaliser, beta, centre, DIVERGENCE
+        )
     if whole < size:
-        student, teacher = load_pair(
-            student_ptr, teacher_ptr, whole, size, inner_scale, kth_logit, last_tied_id,
-            HAS_SOFTCAP, True, PART, UNROLL, LANES, VEC, False, True,
-        )  # fmt: skip
-        state = normalised_tile(
-            state, student, teacher, student_scale, teacher_scale, student_m, teacher_m,
-            student_log_z, teacher_log_z, beta, centre, DIVERGENCE,
-        )  # fmt: skip
-    total, slope, mass, gap = state
-    total, slope = tl.sum(total, axis=0), tl.sum(slope, axis=0)
+        tiles = load_pair(
+            student, teacher, whole, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST=True, PART=PART, TILE=RAGGED
+        )
+        sums = normalised_tile(
+            sums, tiles[0], tiles[1], student_normaliser, teacher_normaliser, beta, centre, DIVERGENCE
+        )
+    total, slope = tl.sum(sums.total, axis=0), tl.sum(sums.slope, axis=0)
     if DIVERGENCE == "jsd":
         slope *= 1.0 - beta
         total = tl.fma(total, beta, slope)
-    return total, slope, tl.sum(mass, axis=0), tl.max(gap, axis=0)
+    return NormalisedSums(total, slope, tl.sum(sums.mass, axis=0), tl.max(sums.gap, axis=0))
