@@ -1,16 +1,20 @@
 """Which backend serves a tensor, and why another cannot."""
 
 import functools
+import importlib
 import logging
 
 import torch
 from torch import Tensor
 
-from . import ops
-
 log = logging.getLogger("rmsd_kernels")
 
+BACKENDS = {"triton": "rmsd_kernels.triton", "cpu": "rmsd_kernels.cpu"}  # modules; see ops.py
 PREFERRED_BACKENDS = {"cuda": "triton", "cpu": "cpu"}  # by device type; ROCm tensors are "cuda" to torch
+
+
+def implementation(backend: str):
+    return importlib.import_module(BACKENDS[backend])
 
 
 def why_not(backend: str, tensor: Tensor) -> str | None:
@@ -25,7 +29,7 @@ def why_not(backend: str, tensor: Tensor) -> str | None:
 @torch.compiler.assume_constant_result  # asked while tracing: imports, libraries and environments cannot be traced
 def _why_not(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
     try:
-        return ops.implementation(backend).why_not(torch.empty(0, dtype=dtype, device=device))
+        return implementation(backend).why_not(torch.empty(0, dtype=dtype, device=device))
     except ImportError as error:
         return str(error)
 
@@ -39,8 +43,8 @@ def _log_fallback(name: str, reason: str) -> None:
 def resolve_backend(backend: str, tensor: Tensor, name: str) -> str:
     """`auto` takes triton for CUDA and ROCm tensors and cpu for CPU tensors, and torch where those cannot (logged
     once). A backend asked for by name that cannot serve raises ValueError."""
-    if backend not in ("auto", "torch", *ops.BACKENDS):
-        raise ValueError(f"backend must be auto, torch, {' or '.join(ops.BACKENDS)}, not {backend!r}")
+    if backend not in ("auto", "torch", *BACKENDS):
+        raise ValueError(f"backend must be auto, torch, {' or '.join(BACKENDS)}, not {backend!r}")
     if backend != "auto":
         if reason := why_not(backend, tensor):
             raise ValueError(f"backend={backend!r} cannot serve {name}: {reason}")

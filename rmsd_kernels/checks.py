@@ -92,12 +92,23 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         raise ValueError(f"{prefix}bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
 
 
-def check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias) -> None:
+def check_heads(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+) -> None:
     """Raises unless both heads project their hidden states to logits of one shape, dtype and device."""
     tensors = dict(
-        student_hidden=student_hidden, student_weight=student_weight, teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight, student_bias=student_bias, teacher_bias=teacher_bias,
-    )  # fmt: skip
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+    )
     check_floating(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
     check_head("student_", student_hidden, student_weight, student_bias)
     if teacher_weight.ndim == 2 and teacher_weight.shape[0] != student_weight.shape[0]:
@@ -113,16 +124,19 @@ def check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, 
         )
 
 
-def check_transform(logit_scale: float, softcap: float | None, workspace_mb: float | None) -> None:
-    check_number("workspace_mb", workspace_mb, optional=True)
-    if workspace_mb is not None and not 0.0 < workspace_mb < math.inf:
-        raise ValueError(f"workspace_mb must be a finite number above 0 or None, not {workspace_mb}")
+def check_transform(logit_scale: float, softcap: float | None) -> None:
     check_number("logit_scale", logit_scale)
     check_number("softcap", softcap, optional=True)
     if not 0.0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be a finite number above 0, not {logit_scale}")
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap must be a finite number above 0 or None, not {softcap}")
+
+
+def check_workspace(workspace_mb: float | None) -> None:
+    check_number("workspace_mb", workspace_mb, optional=True)
+    if workspace_mb is not None and not 0.0 < workspace_mb < math.inf:
+        raise ValueError(f"workspace_mb must be a finite number above 0 or None, not {workspace_mb}")
 
 
 def check_ids(sampled_ids: Tensor, shape: torch.Size, device: torch.device, limit: int, mask: Tensor | None = None):

@@ -4,26 +4,14 @@ Shapes: `B` sequences, `L` completion length, `N = B*L` rows, `V` vocabulary. A 
 accepted everywhere and comes back. Options are keyword-only; scores are fp32; logarithms are natural.
 """
 
-import torch
 from torch import Tensor
 
 from . import ops, reference
 from .backends import resolve_backend
-from .checks import check_floating, check_ids, check_logits, check_mask, check_options, check_rows, check_selection
+from .checks import check_floating, check_ids, check_logits, check_mask, check_rows, check_selection
+from .dispatch import divergence_of_rows, scores_and_candidates_of_rows, scores_of_rows
+from .options import complete_options
 from .reference import TokenScores
-
-
-def _as_blv(logits: Tensor) -> Tensor:
-    """(N, V) | (B, L, V) -> (B, L, V) with unit stride along V; copies only where a row is not contiguous."""
-    logits = logits.unsqueeze(0) if logits.ndim == 2 else logits
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
-def _as_bl(tensor: Tensor) -> Tensor:
-    return (tensor.unsqueeze(0) if tensor.ndim == 1 else tensor).contiguous()
-
-
-# ---- the functions -------------------------------------------------------------------------------------------------
 
 
 def token_scores(
@@ -57,33 +45,19 @@ def token_scores(
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
     check_logits(student_logits, teacher_logits)
-    width = student_logits.shape[-1]
-    check_options(
-        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        vocab_size=vocab_size, width=width,
-    )  # fmt: skip
-    check_ids(sampled_ids, student_logits.shape[:-1], student_logits.device, vocab_size or width)
-    return _scores(
-        student_logits, teacher_logits, sampled_ids, divergence=divergence, beta=beta, temperature=temperature,
-        teacher_temperature=teacher_temperature or temperature, vocab_size=vocab_size or width,
-        backend=resolve_backend(backend, student_logits, "token_scores"),
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def _scores(student_logits, teacher_logits, sampled_ids, *, backend, logit_scale=1.0, softcap=None, **options):
-    """token_scores after its checks; also serves the linear form, which adds `logit_scale` and `softcap`."""
-    sampled_ids = sampled_ids.long()
-    if backend == "torch":
-        scores = reference.token_scores(
-            student_logits, teacher_logits, sampled_ids, logit_scale=logit_scale, softcap=softcap, **options
-        )
-        return TokenScores(*(score.float() for score in scores))
-    scores = ops.scores(
-        _as_blv(student_logits), _as_blv(teacher_logits), _as_bl(sampled_ids),
-        **options, logit_scale=logit_scale, softcap=softcap or 0.0, backend=backend,
-    )  # fmt: skip
-    return TokenScores(*scores.view(7, *sampled_ids.shape).unbind())
+    options = complete_options(
+        "token_scores",
+        student_logits,
+        student_logits.shape[-1],
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
+    check_ids(sampled_ids, student_logits.shape[:-1], student_logits.device, options.vocab_size)
+    return scores_of_rows(student_logits, teacher_logits, sampled_ids, options)
 
 
 def select_tokens(
@@ -110,7 +84,6 @@ def select_tokens(
     return ops.select(score.detach().float().contiguous(), mask.contiguous(), num_tokens, threshold, backend)
 
 
-@torch.no_grad()
 def scores_and_candidates(
     student_logits: Tensor,  # (B, L, V)  fp32 | fp16 | bf16 | fp64
     teacher_logits: Tensor,  # same
@@ -142,28 +115,23 @@ def scores_and_candidates(
     check_logits(student_logits, teacher_logits)
     if student_logits.ndim != 3:
         raise ValueError(f"student_logits must be (B, L, V), not {tuple(student_logits.shape)}")
-    width = student_logits.shape[-1]
-    check_options(
-        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        vocab_size=vocab_size, width=width,
-    )  # fmt: skip
+    options = complete_options(
+        "scores_and_candidates",
+        student_logits,
+        student_logits.shape[-1],
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
     check_selection(criterion=criterion, num_tokens=num_candidates, threshold=threshold, name="num_candidates")
     check_mask(mask, student_logits.shape[:-1], student_logits.device)
-    check_ids(sampled_ids, student_logits.shape[:-1], student_logits.device, vocab_size or width, mask)
-    backend = resolve_backend(backend, student_logits, "scores_and_candidates")
-    options = dict(
-        divergence=divergence, beta=beta, temperature=temperature, backend=backend,
-        teacher_temperature=teacher_temperature or temperature, vocab_size=vocab_size or width,
-    )  # fmt: skip
-    if backend == "torch":
-        scores = _scores(student_logits, teacher_logits, sampled_ids, **options)
-        score = reference.criterion_score(scores, criterion)
-        return scores, reference.select_tokens(score, mask, num_tokens=num_candidates, threshold=threshold)
-    scores, index = ops.scores_and_candidates(
-        _as_blv(student_logits), _as_blv(teacher_logits), sampled_ids.long().contiguous(), mask.contiguous(),
-        num_candidates, criterion, threshold, **options, logit_scale=1.0, softcap=0.0,
-    )  # fmt: skip
-    return TokenScores(*scores.unbind()), index
+    check_ids(sampled_ids, student_logits.shape[:-1], student_logits.device, options.vocab_size, mask)
+    return scores_and_candidates_of_rows(
+        student_logits, teacher_logits, sampled_ids, mask, num_candidates, criterion, threshold, options
+    )
 
 
 def token_divergence(
@@ -197,70 +165,21 @@ def token_divergence(
         that is no distribution, +inf where the divergence is; such a row gets zero gradient.
     """
     check_logits(student_logits, teacher_logits)
-    width = student_logits.shape[-1]
-    check_options(
-        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        vocab_size=vocab_size, width=width, vocab_topk=vocab_topk, tail=tail,
-    )  # fmt: skip
+    options = complete_options(
+        "token_divergence",
+        student_logits,
+        student_logits.shape[-1],
+        divergence=divergence,
+        beta=beta,
+        vocab_topk=vocab_topk,
+        tail=tail,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
     leading = student_logits.shape[:-1]
     if rows is not None:
         check_rows(rows, leading.numel(), student_logits.device)
-    result = divergence_of_rows(
-        student_logits, teacher_logits, rows, divergence=divergence, beta=beta, vocab_topk=vocab_topk, tail=tail,
-        temperature=temperature, teacher_temperature=teacher_temperature or temperature,
-        vocab_size=vocab_size or width, backend=resolve_backend(backend, student_logits, "token_divergence"),
-    )  # fmt: skip
+    result = divergence_of_rows(student_logits, teacher_logits, rows, options)
     return result.view(leading) if rows is None else result
-
-
-def divergence_of_rows(
-    student_logits, teacher_logits, rows, *, vocab_topk, backend, vocab_size, logit_scale=1.0, softcap=None, **options
-):
-    """token_divergence after its checks, on (R,) rows; also serves the linear form."""
-    # A support as wide as the vocabulary is the vocabulary: the same sum without the search.
-    if vocab_topk is not None and vocab_topk >= vocab_size:
-        vocab_topk = None
-    options = dict(options, vocab_size=vocab_size, logit_scale=logit_scale)
-    if backend == "torch":
-        student_logits, teacher_logits = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
-        if rows is not None:
-            if student_logits.shape[0] == 0:
-                return student_logits.sum() + student_logits.new_zeros(rows.shape, dtype=torch.float32)
-            student_logits, teacher_logits = student_logits[rows.clamp_min(0)], teacher_logits[rows.clamp_min(0)]
-        result = reference.token_divergence(
-            student_logits, teacher_logits, vocab_topk=vocab_topk, softcap=softcap, **options
-        )
-        return result if rows is None else torch.where(rows >= 0, result, 0.0)
-    return ops.divergence(
-        _as_blv(student_logits), _as_blv(teacher_logits.detach()), rows,
-        vocab_topk=vocab_topk or 0, softcap=softcap or 0.0, backend=backend, **options,
-    )[0]  # fmt: skip
-
-
-def gradient_of_rows(
-    grad_divergence, student_logits, teacher_logits, *, vocab_topk, backend, vocab_size, softcap, **options
-):
-    """Gradient of `divergence_of_rows` by all of (n, V) student logits. Written out, without autograd, where there are
-    kernels: torch.compile cannot trace autograd.grad inside a backward."""
-    if backend == "torch":
-
-        def divergence(logits):
-            return divergence_of_rows(
-                logits,
-                teacher_logits,
-                None,
-                vocab_topk=vocab_topk,
-                backend=backend,
-                vocab_size=vocab_size,
-                softcap=softcap,
-                **options,
-            )
-
-        return torch.func.vjp(divergence, student_logits)[1](grad_divergence)[0]
-    logits = _as_blv(student_logits), _as_blv(teacher_logits)
-    options = dict(
-        options, vocab_topk=0 if vocab_topk is None or vocab_topk >= vocab_size else vocab_topk,
-        vocab_size=vocab_size, softcap=softcap or 0.0, backend=backend,
-    )  # fmt: skip
-    _, stats = ops.divergence(*logits, None, **options)
-    return ops.divergence_backward(grad_divergence, *logits, None, stats, **options)[0]

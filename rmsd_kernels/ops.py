@@ -1,23 +1,21 @@
 """The kernels as PyTorch operators: schemas, fakes, and the one autograd definition.
 
 Every operator takes logits as (B, L, V) with unit stride along V and any strides along B and L, so that the
-usual `logits[:, :-1]` costs no copy. Options come already checked by functional.py, `vocab_size`
-is always given, and `softcap=0.0` means none. `backend` names an entry of `BACKENDS`.
+usual `logits[:, :-1]` costs no copy, and ends in the fields of `Options`, one by one, as a schema has no records.
 
 A backend is a module with the five functions `scores`, `select`, `scores_and_candidates`, `divergence` and
-`divergence_backward`, of the signatures below less `backend`, and `why_not(tensor) -> str | None`, which says why
-it cannot serve a tensor.
+`divergence_backward`, which take the tensors below and an `Options`, and `why_not(tensor) -> str | None`, which says
+why it cannot serve a tensor.
 
 `divergence` hands its backward sixteen fp32 numbers a row (`NUM_STATS`), in place of anything of size V.
 """
-
-import importlib
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-BACKENDS = {"triton": "rmsd_kernels.triton", "cpu": "rmsd_kernels.cpu"}
+from .backends import implementation
+from .options import SCHEMA, Options
 
 # divergence() hands this many fp32 numbers a row to its backward; what they are is each backend's affair. With f the
 # divergence's summand and g = df/dp, the gradient by scaled logit j is p_j (g_j - c) inside the support and
@@ -26,32 +24,23 @@ BACKENDS = {"triton": "rmsd_kernels.triton", "cpu": "rmsd_kernels.cpu"}
 NUM_STATS = 16
 
 
-def implementation(backend: str):
-    return importlib.import_module(BACKENDS[backend])
-
-
-@custom_op("rmsd_kernels::scores", mutates_args=())
+@custom_op(
+    "rmsd_kernels::scores",
+    mutates_args=(),
+    schema=f"(Tensor student_logits, Tensor teacher_logits, Tensor sampled_ids, {SCHEMA}) -> Tensor",
+)
 def scores(
     student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
     teacher_logits: Tensor,  # (B, L, V), same dtype
     sampled_ids: Tensor,  # (B, L) int64
-    divergence: str,
-    beta: float,
-    temperature: float,
-    teacher_temperature: float,
-    vocab_size: int,
-    logit_scale: float,
-    softcap: float,
-    backend: str,
+    *fields,
 ) -> Tensor:  # (7, B, L) fp32, in the order of TokenScores
-    return implementation(backend).scores(
-        student_logits, teacher_logits, sampled_ids, divergence, beta,
-        temperature, teacher_temperature, vocab_size, logit_scale, softcap,
-    )  # fmt: skip
+    options = Options(*fields)
+    return implementation(options.backend).scores(student_logits, teacher_logits, sampled_ids, options)
 
 
 @scores.register_fake
-def _(student_logits, teacher_logits, sampled_ids, *options):
+def _(student_logits, teacher_logits, sampled_ids, *fields):
     return student_logits.new_empty((7, *sampled_ids.shape), dtype=torch.float32)
 
 
@@ -71,7 +60,12 @@ def _(score, mask, num_tokens, threshold, backend):
     return score.new_empty((score.shape[0], num_tokens), dtype=torch.int64)
 
 
-@custom_op("rmsd_kernels::scores_and_candidates", mutates_args=())
+@custom_op(
+    "rmsd_kernels::scores_and_candidates",
+    mutates_args=(),
+    schema="(Tensor student_logits, Tensor teacher_logits, Tensor sampled_ids, Tensor mask, int num_candidates, "
+    f"str criterion, float threshold, {SCHEMA}) -> (Tensor, Tensor)",
+)
 def scores_and_candidates(
     student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
     teacher_logits: Tensor,  # (B, L, V), same dtype
@@ -80,53 +74,39 @@ def scores_and_candidates(
     num_candidates: int,
     criterion: str,
     threshold: float,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    teacher_temperature: float,
-    vocab_size: int,
-    logit_scale: float,
-    softcap: float,
-    backend: str,
+    *fields,
 ) -> tuple[Tensor, Tensor]:  # (7, B, L) fp32, (B, num_candidates) int64
-    return implementation(backend).scores_and_candidates(
-        student_logits, teacher_logits, sampled_ids, mask, num_candidates, criterion, threshold, divergence, beta,
-        temperature, teacher_temperature, vocab_size, logit_scale, softcap,
-    )  # fmt: skip
+    options = Options(*fields)
+    return implementation(options.backend).scores_and_candidates(
+        student_logits, teacher_logits, sampled_ids, mask, num_candidates, criterion, threshold, options
+    )
 
 
 @scores_and_candidates.register_fake
-def _(student_logits, teacher_logits, sampled_ids, mask, num_candidates, *options):
+def _(student_logits, teacher_logits, sampled_ids, mask, num_candidates, *rest):
     return (
         student_logits.new_empty((7, *sampled_ids.shape), dtype=torch.float32),
         student_logits.new_empty((sampled_ids.shape[0], num_candidates), dtype=torch.int64),
     )
 
 
-@custom_op("rmsd_kernels::divergence", mutates_args=())
+@custom_op(
+    "rmsd_kernels::divergence",
+    mutates_args=(),
+    schema=f"(Tensor student_logits, Tensor teacher_logits, Tensor? rows, {SCHEMA}) -> (Tensor, Tensor)",
+)
 def divergence(
     student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
     teacher_logits: Tensor,  # (B, L, V), same dtype
     rows: Tensor | None,  # (R,) int64 into B*L, -1 for none; None for every row in order
-    divergence: str,
-    beta: float,
-    vocab_topk: int,  # 0 for the whole vocabulary
-    tail: str,
-    temperature: float,
-    teacher_temperature: float,
-    vocab_size: int,
-    logit_scale: float,
-    softcap: float,
-    backend: str,
+    *fields,
 ) -> tuple[Tensor, Tensor]:  # (R,) fp32, 0 at rows of -1; (R, 16) fp32, see NUM_STATS
-    return implementation(backend).divergence(
-        student_logits, teacher_logits, rows, divergence, beta, vocab_topk, tail,
-        temperature, teacher_temperature, vocab_size, logit_scale, softcap,
-    )  # fmt: skip
+    options = Options(*fields)
+    return implementation(options.backend).divergence(student_logits, teacher_logits, rows, options)
 
 
 @divergence.register_fake
-def _(student_logits, teacher_logits, rows, *options):
+def _(student_logits, teacher_logits, rows, *fields):
     num_rows = student_logits.shape[0] * student_logits.shape[1] if rows is None else rows.shape[0]
     return (
         student_logits.new_empty((num_rows,), dtype=torch.float32),
@@ -134,28 +114,24 @@ def _(student_logits, teacher_logits, rows, *options):
     )
 
 
-@custom_op("rmsd_kernels::divergence_backward", mutates_args=())
+@custom_op(
+    "rmsd_kernels::divergence_backward",
+    mutates_args=(),
+    schema="(Tensor grad_divergence, Tensor student_logits, Tensor teacher_logits, Tensor? rows, Tensor stats, "
+    f"{SCHEMA}) -> Tensor",
+)
 def divergence_backward(
     grad_divergence: Tensor,  # (R,) fp32
     student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
     teacher_logits: Tensor,  # (B, L, V), same dtype
     rows: Tensor | None,  # (R,) int64, distinct but for -1
     stats: Tensor,  # (R, 16) fp32
-    divergence: str,
-    beta: float,
-    vocab_topk: int,
-    tail: str,
-    temperature: float,
-    teacher_temperature: float,
-    vocab_size: int,
-    logit_scale: float,
-    softcap: float,
-    backend: str,
+    *fields,
 ) -> Tensor:  # (B, L, V) in the logits' dtype, contiguous; 0 in rows not named
-    return implementation(backend).divergence_backward(
-        grad_divergence, student_logits, teacher_logits, rows, stats, divergence, beta, vocab_topk, tail,
-        temperature, teacher_temperature, vocab_size, logit_scale, softcap,
-    )  # fmt: skip
+    options = Options(*fields)
+    return implementation(options.backend).divergence_backward(
+        grad_divergence, student_logits, teacher_logits, rows, stats, options
+    )
 
 
 @divergence_backward.register_fake

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 import rmsd_kernels as rk
-from rmsd_kernels import functional, ops, reference
+from rmsd_kernels import dispatch, reference
+from rmsd_kernels.options import Options, complete_options
 
 DIVERGENCES = reference.DIVERGENCES
 TAILS = (None, *reference.TAILS)  # None: the whole vocabulary
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LINEAR_ONLY = {"logit_scale", "softcap"}  # options that the functions from logits do not have
 
 
 def assert_within_budget(got: Tensor, plain: Tensor, truth: Tensor, what: str, rounding: float = 0.0) -> None:
@@ -47,16 +49,15 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _scores(backend, student, teacher, ids, *, logit_scale=1.0, softcap=None, **options) -> rk.TokenScores:
-    """The public function, or the operator where the options are ones that only the linear forms have."""
-    if logit_scale == 1.0 and softcap is None:
+def _options(backend: str, logits: Tensor, options: dict) -> Options:
+    """Of the layer below the public functions, where logits too may have a scale and a softcap."""
+    return complete_options("a test", logits, logits.shape[-1], **options, backend=backend)
+
+
+def _scores(backend, student, teacher, ids, **options) -> rk.TokenScores:
+    if not LINEAR_ONLY & options.keys():
         return rk.token_scores(student, teacher, ids, backend=backend, **options)
-    options.setdefault("vocab_size", student.shape[-1])
-    options.setdefault("teacher_temperature", options.get("temperature", 1.0))
-    options = dict(dict(divergence="reverse_kl", beta=0.5, temperature=1.0), **options)
-    return functional._scores(
-        student, teacher, ids, backend=backend, logit_scale=logit_scale, softcap=softcap, **options
-    )
+    return dispatch.scores_of_rows(student, teacher, ids, _options(backend, student, options))
 
 
 def check_scores(backend, student, teacher, ids, *, device="cpu", allow_rounding=0.0, **options) -> rk.TokenScores:
@@ -72,20 +73,13 @@ def check_scores(backend, student, teacher, ids, *, device="cpu", allow_rounding
     return got
 
 
-def _divergence(backend, student, teacher, rows, *, logit_scale=1.0, softcap=None, **options) -> tuple[Tensor, Tensor]:
+def _divergence(backend, student, teacher, rows, **options) -> tuple[Tensor, Tensor]:
     """(divergence, gradient by the student's logits), each row's divergence weighing something else."""
     student = student.detach().requires_grad_()
-    if logit_scale == 1.0 and softcap is None:
+    if not LINEAR_ONLY & options.keys():
         result = rk.token_divergence(student, teacher, rows=rows, backend=backend, **options)
     else:
-        options.setdefault("vocab_size", student.shape[-1])
-        options.setdefault("teacher_temperature", options.get("temperature", 1.0))
-        options = dict(
-            dict(divergence="reverse_kl", beta=0.5, vocab_topk=None, tail="bucket", temperature=1.0), **options
-        )
-        result = functional.divergence_of_rows(
-            student, teacher, rows, backend=backend, logit_scale=logit_scale, softcap=softcap, **options
-        )
+        result = dispatch.divergence_of_rows(student, teacher, rows, _options(backend, student, options))
     weights = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype, device=result.device).view_as(result)
     (grad,) = torch.autograd.grad(result, student, weights)
     return result, grad
@@ -104,8 +98,3 @@ def check_divergence(backend, student, teacher, *, rows=None, device="cpu", allo
     rounding = rounding_of(truth_grad, student.dtype) + allow_rounding if allow_rounding else 0.0
     assert_within_budget(got_grad, plain_grad, truth_grad, "gradient", rounding)
     return got, got_grad
-
-
-def call(backend: str, name: str, *tensors, **options):
-    """ops.<name> on a backend, for options that have no public function of their own."""
-    return getattr(ops, name)(*tensors, **options, backend=backend)

@@ -53,9 +53,19 @@ def support(logits, k):
 
 
 def divergence(
-    student, teacher, *, divergence="reverse_kl", beta=0.5, vocab_topk=None, tail="bucket", temperature=1.0,
-    teacher_temperature=None, vocab_size=None, logit_scale=1.0, softcap=None,
-):  # fmt: skip
+    student,
+    teacher,
+    *,
+    divergence="reverse_kl",
+    beta=0.5,
+    vocab_topk=None,
+    tail="bucket",
+    temperature=1.0,
+    teacher_temperature=None,
+    vocab_size=None,
+    logit_scale=1.0,
+    softcap=None,
+):
     raw, teacher = student[:vocab_size], teacher[:vocab_size]
     student = scaled(raw, temperature, logit_scale, softcap)
     teacher = scaled(teacher, teacher_temperature or temperature, logit_scale, softcap)
@@ -82,9 +92,14 @@ def scores(student, teacher, sampled_id, *, temperature=1.0, teacher_temperature
     q = scaled(teacher[:vocab_size], teacher_temperature or temperature, **transform)
     shared = dict(temperature=temperature, teacher_temperature=teacher_temperature, vocab_size=vocab_size)
     return (
-        logprobs(p)[sampled_id], logprobs(q)[sampled_id], divergence(student, teacher, **shared, **options),
-        lse(p), lse(q), entropy(p), entropy(q),
-    )  # fmt: skip
+        logprobs(p)[sampled_id],
+        logprobs(q)[sampled_id],
+        divergence(student, teacher, **shared, **options),
+        lse(p),
+        lse(q),
+        entropy(p),
+        entropy(q),
+    )
 
 
 def select(score, mask, num_tokens, threshold):

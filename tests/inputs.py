@@ -231,13 +231,39 @@ def one_certain(dtype, wide):
 
 
 SHAPES = (
-    ragged, aligned, above_a_block, rising, falling_teacher, below_a_block, one_entry, one_row, no_rows, no_length,
-    many_rows, sliced_ends, sliced_columns, transposed, length_first, one_teacher_row, padded_vocabulary,
-)  # fmt: skip
+    ragged,
+    aligned,
+    above_a_block,
+    rising,
+    falling_teacher,
+    below_a_block,
+    one_entry,
+    one_row,
+    no_rows,
+    no_length,
+    many_rows,
+    sliced_ends,
+    sliced_columns,
+    transposed,
+    length_first,
+    one_teacher_row,
+    padded_vocabulary,
+)
 VALUES = (
-    banned_by_both, banned_by_teacher, banned_by_student, banned_where_student_underflows, nan_rows, infinite_rows,
-    empty_rows, equal, huge, shifted_apart, constant, tied, one_certain,
-)  # fmt: skip
+    banned_by_both,
+    banned_by_teacher,
+    banned_by_student,
+    banned_where_student_underflows,
+    nan_rows,
+    infinite_rows,
+    empty_rows,
+    equal,
+    huge,
+    shifted_apart,
+    constant,
+    tied,
+    one_certain,
+)
 CASES = {function.__name__: function for function in (*SHAPES, *VALUES)}
 
 

@@ -23,7 +23,8 @@ SUITES = {
     "reference.py": (["tests/test_reference.py"], ""),
     "checks.py": (["tests/test_contract.py", "tests/test_loss.py"], "not triton"),
     "backends.py": (["tests/test_contract.py"], "not triton"),
-    "functional.py": (
+    "options.py": (["tests/test_contract.py", "tests/test_linear.py", *KERNEL_TESTS], "not triton"),
+    "dispatch.py": (
         ["tests/test_contract.py", "tests/test_compile.py", "tests/test_linear.py", "tests/test_divergence.py"],
         "not triton",
     ),
@@ -32,7 +33,7 @@ SUITES = {
         ["tests/test_linear.py", "tests/test_linear_faults.py", "tests/test_contract.py", "tests/test_compile.py"],
         "not triton",
     ),
-    "partials.py": (["tests/test_linear.py", "tests/test_distributed.py"], "not triton"),
+    "merge.py": (["tests/test_linear.py", "tests/test_distributed.py"], "not triton"),
     "hidden.py": (["tests/test_hidden.py", "tests/test_trainer.py"], ""),
     "triton": (KERNEL_TESTS, "triton"),
     "cpu": (KERNEL_TESTS, "cpu"),
@@ -72,10 +73,15 @@ MUTATIONS = {
         ('{"cuda": "triton", "cpu": "cpu"}', '{"cuda": "triton", "cpu": "torch"}'),
         ("@functools.cache\ndef _log_fallback", "def _log_fallback"),
     ],
-    "rmsd_kernels/functional.py": [
+    "rmsd_kernels/options.py": [
+        ("teacher_temperature=teacher_temperature or temperature", "teacher_temperature=temperature"),
+        ("vocab_size = vocab_size or width", "vocab_size = width"),
+        ("None if vocab_topk is None or vocab_topk >= vocab_size else vocab_topk", "vocab_topk"),
+    ],
+    "rmsd_kernels/dispatch.py": [
         ("logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()", "logits.contiguous()"),
         ("return result if rows is None else torch.where(rows >= 0, result, 0.0)", "return result"),
-        ("@torch.no_grad()\ndef _scores", "def _scores"),
+        ("@torch.no_grad()\ndef scores_of_rows", "def scores_of_rows"),
     ],
     "rmsd_kernels/heads/linear.py": [
         ("grad_divergence = grad_divergence.masked_fill(~live, 0.0)", "pass"),
@@ -86,10 +92,9 @@ MUTATIONS = {
         ("live & result.isfinite()", "live"),
         ("torch.autocast(weight.device.type, enabled=False)", "torch.no_grad()"),
         ("scores.student_logprob, scores.student_lse", "scores.student_lse, scores.student_lse"),
-        ("teacher_weight.detach()", "teacher_weight"),
         ("(flat_ids >= start) & (flat_ids < tile.stop)", "flat_ids < tile.stop"),
         ("(flat_ids - start).clamp(", "flat_ids.clamp("),
-        ('width if options["divergence"] == "jsd" else column_tile', "column_tile"),
+        ('width if options.divergence == "jsd" else column_tile', "column_tile"),
     ],
     "rmsd_kernels/heads/projection.py": [
         ("max(1, int(workspace_mb", "max(10**9, int(workspace_mb"),
@@ -103,9 +108,10 @@ MUTATIONS = {
         ("torch.where(live.unsqueeze(-1), hidden, 0.0)", "hidden"),
         ("with torch.inference_mode(False):", "if True:"),
         ("parameter[:0].sum() for parameter in parameters", "parameter[:0].sum() for parameter in parameters[:1]"),
-        ("None if tensor is None else tensor[tile]", "None if tensor is None else tensor[: tile.stop - tile.start]"),
+        ("None if tensor is None else tensor[part]", "None if tensor is None else tensor[: part.stop - part.start]"),
+        ("teacher_weight=self.teacher_weight.detach()", "teacher_weight=self.teacher_weight"),
     ],
-    "rmsd_kernels/heads/partials.py": [
+    "rmsd_kernels/heads/merge.py": [
         (".masked_fill(denominator, _INF).masked_fill(numerator, 0.0)", ".masked_fill(numerator, 0.0)"),
         ("_mean_over_shards(divergences + first - second, first)", "_mean_over_shards(divergences, first)"),
         ("(shards.student_entropy - student_shift, student_shift)", "(shards.student_entropy, student_shift)"),
@@ -144,7 +150,8 @@ MUTATIONS = {
         ("divergence = tl.where(sums.gap > -1.5 * FLOOR, INF,", "divergence = tl.where(False, INF,"),
         ("divergence = terms.total * LN2", "divergence = terms.total"),
         ("student_lse = log_sum_exp(student_m, student_z,", "student_lse = log_sum_exp(student_m, teacher_z,"),
-        ("sampled_logprob(teacher, sampled_id, in_vocab, teacher_m", "sampled_logprob(teacher, sampled_id, in_vocab, student_m"),
+        ("sampled_logprob(teacher, sampled_id, in_vocab, teacher_m",
+         "sampled_logprob(teacher, sampled_id, in_vocab, student_m"),
     ],
     "rmsd_kernels/triton/candidates.py": [
         ("(0x7FFFFFFF - positions).to(tl.int64)", "positions.to(tl.int64)"),
@@ -195,7 +202,7 @@ MUTATIONS = {
         ("outside = p * 0.0", "outside = grad"),
         ("else:\n            outside = p * stats.outside_slope", "else:\n            outside = p * 0.0"),
         ("grad *= factors.upstream * factors.raw_scale", "grad *= factors.raw_scale"),
-        ("raw_scale=logit_scale / temperature", "raw_scale=logit_scale"),
+        ("raw_scale=options.logit_scale / options.temperature", "raw_scale=options.logit_scale"),
         ("1.0 - student * student, 0.0", "1.0, 0.0"),
         ("if end > whole:", "if end > size:"),
         ("| (stats.is_finite == 0.0)", ""),
@@ -280,6 +287,12 @@ def build_cpu(tree: Path) -> None:
     )  # fmt: skip
 
 
+def suite_of(file: str) -> tuple[list[str], str]:
+    """By the file's name, or by that of its folder."""
+    path = Path(file)
+    return SUITES.get(path.name) or SUITES[path.parent.name]
+
+
 def killed_by(file: str, old: str, new: str) -> str | None:
     """The test that failed, None where none did."""
     with tempfile.TemporaryDirectory() as folder:
@@ -298,8 +311,7 @@ def killed_by(file: str, old: str, new: str) -> str | None:
         if "/cpu/" in file:
             build_cpu(tree)
             environment["RMSD_CPU_CAPABILITY"] = "default"
-        parts = file.split("/")
-        tests, keyword = SUITES[parts[1]]
+        tests, keyword = suite_of(file)
         result = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=no", "-rf", *tests,
              *(["-k", keyword] if keyword else [])],

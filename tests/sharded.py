@@ -23,9 +23,13 @@ NAMES = ("student_hidden", "student_weight", "student_bias")
 def base(dtype=torch.float32) -> dict:
     generator = torch.Generator().manual_seed(0)
     shapes = dict(
-        student_hidden=(N, H), student_weight=(V, H), teacher_hidden=(N, H2), teacher_weight=(V, H2),
-        student_bias=(V,), teacher_bias=(V,),
-    )  # fmt: skip
+        student_hidden=(N, H),
+        student_weight=(V, H),
+        teacher_hidden=(N, H2),
+        teacher_weight=(V, H2),
+        student_bias=(V,),
+        teacher_bias=(V,),
+    )
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
@@ -238,9 +242,18 @@ def _spoiled(name: str, rank: int, tensors: list, options: dict) -> None:
 
 
 SPOILED = (
-    "student_weight", "teacher_weight", "teacher_hidden", "student_bias", "sampled_ids", "sampled_ids_negative",
-    "temperature", "student_hidden", "backend", "vocab_size", "divergence",
-)  # fmt: skip
+    "student_weight",
+    "teacher_weight",
+    "teacher_hidden",
+    "student_bias",
+    "sampled_ids",
+    "sampled_ids_negative",
+    "temperature",
+    "student_hidden",
+    "backend",
+    "vocab_size",
+    "divergence",
+)
 
 
 def _refusal(name: str, group, rank: int) -> tuple[str, str]:

@@ -9,9 +9,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rmsd_kernels as rk
 from rmsd_kernels import backends, ops
 from rmsd_kernels.heads import projection
+from rmsd_kernels.options import Options
 
-OPTIONS = dict(divergence="jsd", beta=0.3, temperature=0.9, teacher_temperature=1.1, vocab_size=18, logit_scale=1.0,
-               softcap=0.0)  # fmt: skip
+OPTIONS = Options(
+    divergence="jsd",
+    beta=0.3,
+    vocab_topk=5,
+    tail="bucket",
+    temperature=0.9,
+    teacher_temperature=1.1,
+    vocab_size=18,
+    logit_scale=1.0,
+    softcap=None,
+    backend="",
+)
 TOPK = dict(vocab_topk=5, tail="bucket")
 
 
@@ -28,27 +39,30 @@ def batch(device="cpu", shape=(1, 3, 20), dtype=torch.float32):
 def test_opcheck(kernels, device, name):
     student, teacher, ids, mask = batch(device)
     rows = torch.tensor([2, 0], device=device)  # no -1: its stats may be NaN, and to opcheck NaN is not NaN
-    shared = dict(OPTIONS, backend=kernels)
+    options = OPTIONS._replace(backend=kernels)
     if name == "scores":
-        calls = [((student, teacher, ids), shared)]
+        calls = [(student, teacher, ids, *options), (student, teacher, ids, *options._replace(softcap=9.0))]
     elif name == "select":
-        calls = [((student[..., 0].contiguous(), mask, 2, 0.1, kernels), {})]
+        calls = [(student[..., 0].contiguous(), mask, 2, 0.1, kernels)]
     elif name == "scores_and_candidates":
-        more = dict(num_candidates=2, criterion="divergence", threshold=0.0)
-        calls = [((student, teacher, ids, mask), more | shared)]
+        calls = [(student, teacher, ids, mask, 2, "divergence", 0.0, *options)]
     elif name == "divergence":
         leaf = student.clone().requires_grad_()
-        calls = [((leaf, teacher, which), TOPK | shared) for which in (None, rows)]
+        calls = [
+            (leaf, teacher, None, *options),
+            (leaf, teacher, rows, *options),
+            (leaf, teacher, rows, *options._replace(vocab_topk=None)),
+        ]
     else:
-        divergence, stats = ops.divergence(student, teacher, rows, **TOPK, **shared)
-        calls = [((torch.ones_like(divergence), student, teacher, rows, stats), TOPK | shared)]
-    for tensors, options in calls:
-        torch.library.opcheck(getattr(ops, name), tensors, options)
+        divergence, stats = ops.divergence(student, teacher, rows, *options)
+        calls = [(torch.ones_like(divergence), student, teacher, rows, stats, *options)]
+    for arguments in calls:
+        torch.library.opcheck(getattr(ops, name), arguments)
 
 
 def test_stats_have_the_number_that_ops_says(kernels, device):
     student, teacher, *_ = batch(device)
-    divergence, stats = ops.divergence(student, teacher, None, **TOPK, **OPTIONS, backend=kernels)
+    divergence, stats = ops.divergence(student, teacher, None, *OPTIONS._replace(backend=kernels))
     assert divergence.shape == (3,) and stats.shape == (3, ops.NUM_STATS)
 
 

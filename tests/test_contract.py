@@ -29,9 +29,17 @@ OPTIONS = dict(
 TOPK = dict(vocab_topk=None, tail="bucket")
 HEAD = dict(student_bias=None, teacher_bias=None, logit_scale=1.0, softcap=None, workspace_mb=None)
 LOSS = dict(
-    num_candidates=20, num_kept=5, criterion="logprob_gap", threshold=0.0, divergence="reverse_kl", beta=0.5,
-    vocab_topk=500, tail="bucket", temperature=1.0, backend="auto",
-)  # fmt: skip
+    num_candidates=20,
+    num_kept=5,
+    criterion="logprob_gap",
+    threshold=0.0,
+    divergence="reverse_kl",
+    beta=0.5,
+    vocab_topk=500,
+    tail="bucket",
+    temperature=1.0,
+    backend="auto",
+)
 HEADS = "student_hidden student_weight teacher_hidden teacher_weight"
 PAIR = "student_logits teacher_logits"
 
@@ -42,19 +50,25 @@ SIGNATURES = {
     linear_token_logprobs: (
         "hidden weight sampled_ids",
         dict(
-            bias=None, logit_scale=1.0, softcap=None, workspace_mb=None, temperature=1.0, vocab_size=None,
+            bias=None,
+            logit_scale=1.0,
+            softcap=None,
+            workspace_mb=None,
+            temperature=1.0,
+            vocab_size=None,
             backend="auto",
         ),
     ),
     select_tokens: ("score mask", dict(num_tokens=NEEDED, threshold=0.0, backend="auto")),
     scores_and_candidates: (
-        f"{PAIR} sampled_ids mask", dict(num_candidates=20, criterion="logprob_gap", threshold=0.0) | OPTIONS,
+        f"{PAIR} sampled_ids mask",
+        dict(num_candidates=20, criterion="logprob_gap", threshold=0.0) | OPTIONS,
     ),
     token_divergence: (PAIR, dict(rows=None) | TOPK | OPTIONS),
     linear_token_divergence: (HEADS, dict(rows=None) | HEAD | TOPK | OPTIONS),
     rmsd.RMSDLoss.__init__: ("self", LOSS),
     rmsd.LinearRMSDLoss.__init__: ("self", LOSS),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
@@ -80,14 +94,28 @@ def test_the_losses_forward():
 
 def test_exports():
     assert set(rmsd_kernels.__all__) == {
-        "TokenLogprobs", "TokenScores", "criterion_score", "linear_token_divergence", "linear_token_logprobs",
-        "linear_token_scores", "scores_and_candidates", "select_tokens", "token_divergence", "token_scores",
-        "vocab_parallel_linear_token_divergence", "vocab_parallel_linear_token_scores",
-    }  # fmt: skip
+        "TokenLogprobs",
+        "TokenScores",
+        "criterion_score",
+        "linear_token_divergence",
+        "linear_token_logprobs",
+        "linear_token_scores",
+        "scores_and_candidates",
+        "select_tokens",
+        "token_divergence",
+        "token_scores",
+        "vocab_parallel_linear_token_divergence",
+        "vocab_parallel_linear_token_scores",
+    }
     assert rmsd_kernels.TokenScores._fields == (
-        "student_logprob", "teacher_logprob", "divergence", "student_lse", "teacher_lse", "student_entropy",
+        "student_logprob",
+        "teacher_logprob",
+        "divergence",
+        "student_lse",
+        "teacher_lse",
+        "student_entropy",
         "teacher_entropy",
-    )  # fmt: skip
+    )
     assert list(inspect.signature(rmsd_kernels.criterion_score).parameters) == ["scores", "criterion"]
     for name in ("RMSDLoss", "LinearRMSDLoss", "RMSDConfig", "RMSDTrainer"):
         assert getattr(rmsd, name)
@@ -99,10 +127,19 @@ STUDENT, TEACHER, _ = inputs.far_apart((2, 3, 8))
 IDS, MASK = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
 HIDDEN, WEIGHT = torch.randn(2, 3, 4), torch.randn(8, 4)
 GOOD = dict(
-    student_logits=STUDENT, teacher_logits=TEACHER, sampled_ids=IDS, mask=MASK, score=STUDENT[..., 0], num_tokens=2,
-    student_hidden=HIDDEN, student_weight=WEIGHT, teacher_hidden=HIDDEN, teacher_weight=WEIGHT,
-    hidden=HIDDEN, weight=WEIGHT,
-)  # fmt: skip
+    student_logits=STUDENT,
+    teacher_logits=TEACHER,
+    sampled_ids=IDS,
+    mask=MASK,
+    score=STUDENT[..., 0],
+    num_tokens=2,
+    student_hidden=HIDDEN,
+    student_weight=WEIGHT,
+    teacher_hidden=HIDDEN,
+    teacher_weight=WEIGHT,
+    hidden=HIDDEN,
+    weight=WEIGHT,
+)
 
 
 def call(function, **wrong):

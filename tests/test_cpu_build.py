@@ -164,9 +164,13 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
     shutil.copy(ROOT / "LICENSE", tmp_path)
     shutil.copytree(ROOT / "rmsd_kernels", tmp_path / "rmsd_kernels", ignore=shutil.ignore_patterns("*.so"))
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
-        timeout=120, env={**os.environ, **environment},
-    )  # fmt: skip
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
 
 
 def test_no_compiler_warns_and_installs(tmp_path):

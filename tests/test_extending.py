@@ -12,7 +12,7 @@ from rmsd import CachedJudge, RMSDConfig, RMSDLoss, RMSDTrainer
 from rmsd.judge import Candidate, Question
 from rmsd.run.recipe import load_recipe
 from rmsd.tasks import load_task
-from rmsd_kernels import ops, token_divergence
+from rmsd_kernels import backends, token_divergence
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_divergence(names):
 def test_a_backend(names, tmp_path, monkeypatch):
     (tmp_path / "my_backend.py").write_text(example("a backend"), encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(ops, "BACKENDS", dict(ops.BACKENDS))
+    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
     try:
         exec(example("use a backend"), names)
         assert sys.modules["my_backend"].calls == {

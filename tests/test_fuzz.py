@@ -40,8 +40,11 @@ def logits(draw, largest_vocab):
     student = student * draw(st.sampled_from([0.01, 1.0, 5.0, 30.0]))
     relation = draw(st.sampled_from(["independent", "near", "equal", "opposite"]))
     teacher = {
-        "independent": noise * 4, "near": student + 1e-3 * noise, "equal": student.clone(), "opposite": -student,
-    }[relation]  # fmt: skip
+        "independent": noise * 4,
+        "near": student + 1e-3 * noise,
+        "equal": student.clone(),
+        "opposite": -student,
+    }[relation]
     if draw(st.booleans()):  # ties
         student = student.round()
     for x in (student, teacher):
@@ -192,9 +195,12 @@ def test_selection(backend):
         score = torch.tensor([row + [0.5] * (length - len(row)) for row in values]).view(len(values), length)
         mask = torch.rand(score.shape, generator=torch.Generator().manual_seed(seed)) < 0.8
         got = rk.select_tokens(
-            score.to(device_of(backend)), mask.to(device_of(backend)), num_tokens=num_tokens, threshold=threshold,
+            score.to(device_of(backend)),
+            mask.to(device_of(backend)),
+            num_tokens=num_tokens,
+            threshold=threshold,
             backend=backend,
-        )  # fmt: skip
+        )
         for have, row, allowed in zip(got.tolist(), score.tolist(), mask.tolist(), strict=True):
             order = sorted(range(length), key=lambda i: (-row[i], i) if row[i] == row[i] else (torch.inf, i))
             best = [i for i in order if allowed[i] and row[i] > threshold][:num_tokens]

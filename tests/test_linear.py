@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rmsd_kernels import linear_token_divergence, linear_token_logprobs, linear_token_scores
-from rmsd_kernels.heads import linear, projection
+from rmsd_kernels.heads import projection
 from rmsd_kernels.reference import scaled_logits, token_divergence, token_scores
 
 N, V, H, H2 = 9, 120, 8, 6
@@ -18,9 +18,13 @@ HEAD = dict(logit_scale=0.5, softcap=4.0)
 def inputs(dtype=torch.float32, bias=True):
     generator = torch.Generator().manual_seed(0)
     shapes = dict(
-        student_hidden=(N, H), student_weight=(V, H), teacher_hidden=(N, H2), teacher_weight=(V, H2),
-        student_bias=(V,), teacher_bias=(V,),
-    )  # fmt: skip
+        student_hidden=(N, H),
+        student_weight=(V, H),
+        teacher_hidden=(N, H2),
+        teacher_weight=(V, H2),
+        student_bias=(V,),
+        teacher_bias=(V,),
+    )
     made = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     return made if bias else {name: x for name, x in made.items() if "bias" not in name}
 
@@ -74,9 +78,14 @@ def test_divergence_and_every_gradient(vocab_topk, dtype, backend, device):
         heads = dict(leaves)
         positional = [heads.pop(n) for n in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
         result = linear_token_divergence(
-            *positional, rows=rows.to(device), **heads, **HEAD, vocab_topk=vocab_topk, workspace_mb=0.002,
+            *positional,
+            rows=rows.to(device),
+            **heads,
+            **HEAD,
+            vocab_topk=vocab_topk,
+            workspace_mb=0.002,
             backend=backend,
-        )  # fmt: skip
+        )
         return result, torch.autograd.grad(result, [leaves[n] for n in names], upstream.to(device))
 
     def direct(dtype):
@@ -195,16 +204,17 @@ def test_many_rows_are_projected_in_tiles_and_few_as_they_are(monkeypatch):
     """A product of few rows would read the weight for little work."""
     shapes = []
 
-    def noted(student_hidden, teacher_hidden, heads, *rest):
-        shapes.append((len(student_hidden), len(heads.student_weight)))
-        return project_both(student_hidden, teacher_hidden, heads, *rest)
+    def noted(hidden, weight, *rest):
+        shapes.append((len(hidden), len(weight)))
+        return project(hidden, weight, *rest)
 
-    project_both = linear.project_both
-    monkeypatch.setattr(linear, "project_both", noted)
+    project = projection.project
+    monkeypatch.setattr(projection, "project", noted)
     for rows in (600, 20):
         hidden, weight = torch.randn(rows, 4), torch.randn(5000, 4)
         linear_token_scores(hidden, weight, hidden, weight + 1, torch.zeros(rows, dtype=torch.int64), workspace_mb=8)
-    assert shapes == [(512, 2048), (88, 2048)] * 2 + [(512, 904), (88, 904), (20, 5000)]
+    assert shapes[::2] == shapes[1::2], "one product for each model"
+    assert shapes[::2] == [(512, 2048), (88, 2048)] * 2 + [(512, 904), (88, 904), (20, 5000)]
 
 
 def test_a_tile_s_rows_begin_where_a_vector_load_may():

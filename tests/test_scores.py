@@ -9,6 +9,8 @@ import torch
 from conftest import skip_unless_served
 
 import rmsd_kernels as rk
+from rmsd_kernels.dispatch import scores_of_rows
+from rmsd_kernels.options import complete_options
 
 
 @pytest.mark.parametrize("divergence", budget.DIVERGENCES)
@@ -73,17 +75,12 @@ def test_int32_ids_and_strided_ids_are_the_same_ids(backend, device):
 
 
 def test_an_id_outside_the_vocabulary_gives_nan_and_no_stray_read(backend, device):
-    """On a GPU ids are not looked at on the host. The operator is what is then called, on the CPU too."""
+    """On a GPU ids are not looked at on the host. What is then called, on the CPU too."""
     case = inputs.far_apart((1, 4, 40))
     ids = torch.tensor([[-1, 3, 39, 40]])
-    options = dict(
-        divergence="reverse_kl", beta=0.5, temperature=1.0, teacher_temperature=1.0, vocab_size=39, logit_scale=1.0,
-    )  # fmt: skip
     tensors = [tensor.to(device) for tensor in (*case[:2], ids)]
-    if backend == "torch":
-        got = torch.stack(rk.functional._scores(*tensors, softcap=None, backend="torch", **options))
-    else:
-        got = budget.call(backend, "scores", *tensors, softcap=0.0, **options)
+    options = complete_options("a test", tensors[0], 40, vocab_size=39, backend=backend)
+    got = torch.stack(scores_of_rows(*tensors, options))
     assert got.isnan().cpu().all(0).tolist() == [[True, False, True, True]]
     assert got[:, 0, 1].isfinite().all()
 

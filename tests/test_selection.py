@@ -63,9 +63,15 @@ def test_candidates_are_the_selection_of_the_scores(criterion, backend):
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[0, 5:] = False
     scores, index = scores_and_candidates(
-        student.to(device), teacher.to(device), ids.to(device), mask.to(device), num_candidates=7,
-        criterion=criterion, threshold=0.2, backend=backend,
-    )  # fmt: skip
+        student.to(device),
+        teacher.to(device),
+        ids.to(device),
+        mask.to(device),
+        num_candidates=7,
+        criterion=criterion,
+        threshold=0.2,
+        backend=backend,
+    )
     alone = token_scores(student.to(device), teacher.to(device), ids.to(device), backend=backend)
     for got, expected in zip(scores, alone, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops import NUM_STATS
+from ..options import Options
 from ..reference import CRITERIA, DIVERGENCES, TAILS
 
 # Best first. at::vec is specialised at compile time, so each is a library of its own.
@@ -91,16 +92,25 @@ def why_not(tensor: Tensor) -> str | None:
     return None
 
 
-def _problem(
-    student_logits, teacher_logits, divergence, beta, temperature, teacher_temperature, vocab_size, logit_scale, softcap
-) -> _Problem:
+def _problem(student_logits: Tensor, teacher_logits: Tensor, options: Options) -> _Problem:
     num_sequences, length, width = student_logits.shape
     return _Problem(
-        student_logits.data_ptr(), teacher_logits.data_ptr(),
-        student_logits.stride()[:2], teacher_logits.stride()[:2],
-        num_sequences, length, width, vocab_size, _DTYPES[student_logits.dtype], DIVERGENCES.index(divergence),
-        beta, temperature, teacher_temperature, logit_scale, softcap,
-    )  # fmt: skip
+        student_logits=student_logits.data_ptr(),
+        teacher_logits=teacher_logits.data_ptr(),
+        student_stride=student_logits.stride()[:2],
+        teacher_stride=teacher_logits.stride()[:2],
+        num_sequences=num_sequences,
+        length=length,
+        width=width,
+        vocab_size=options.vocab_size,
+        dtype=_DTYPES[student_logits.dtype],
+        divergence=DIVERGENCES.index(options.divergence),
+        beta=options.beta,
+        temperature=options.temperature,
+        teacher_temperature=options.teacher_temperature,
+        logit_scale=options.logit_scale,
+        softcap=options.softcap or 0.0,
+    )
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -122,57 +132,84 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
-def scores(student_logits, teacher_logits, sampled_ids, *options) -> Tensor:
+def _sizes(*sizes: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(size) for size in sizes]
+
+
+def scores(student_logits: Tensor, teacher_logits: Tensor, sampled_ids: Tensor, options: Options) -> Tensor:
     out = _empty(7, *sampled_ids.shape)
-    problem = _problem(student_logits, teacher_logits, *options)
+    problem = _problem(student_logits, teacher_logits, options)
     library().rmsd_scores(ctypes.byref(problem), _pointer(sampled_ids), _pointer(out))
     return out
 
 
-def select(score, mask, num_tokens, threshold) -> Tensor:
+def select(score: Tensor, mask: Tensor, num_tokens: int, threshold: float) -> Tensor:
     index = _empty(score.shape[0], num_tokens, dtype=torch.int64)
-    library().rmsd_select(
-        _pointer(score), _pointer(mask), *map(ctypes.c_int64, (*score.shape, num_tokens)), ctypes.c_float(threshold),
-        _pointer(index),
-    )  # fmt: skip
+    sizes = _sizes(*score.shape, num_tokens)
+    library().rmsd_select(_pointer(score), _pointer(mask), *sizes, ctypes.c_float(threshold), _pointer(index))
     return index
 
 
 def scores_and_candidates(
-    student_logits, teacher_logits, sampled_ids, mask, num_candidates, criterion, threshold, *options
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sampled_ids: Tensor,
+    mask: Tensor,
+    num_candidates: int,
+    criterion: str,
+    threshold: float,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
-    out = scores(student_logits, teacher_logits, sampled_ids, *options)
+    out = scores(student_logits, teacher_logits, sampled_ids, options)
     index = _empty(mask.shape[0], num_candidates, dtype=torch.int64)
     library().rmsd_candidates(
-        _pointer(out), _pointer(mask), *map(ctypes.c_int64, (*mask.shape, num_candidates)),
-        CRITERIA.index(criterion), ctypes.c_float(threshold), _pointer(index),
-    )  # fmt: skip
+        _pointer(out),
+        _pointer(mask),
+        *_sizes(*mask.shape, num_candidates),
+        CRITERIA.index(criterion),
+        ctypes.c_float(threshold),
+        _pointer(index),
+    )
     return out, index
 
 
 def divergence(
-    student_logits, teacher_logits, rows, divergence, beta, vocab_topk, tail, *options
+    student_logits: Tensor, teacher_logits: Tensor, rows: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     num_rows = student_logits.shape[0] * student_logits.shape[1] if rows is None else rows.shape[0]
     rows = None if rows is None else rows.contiguous()
     out, stats = _empty(num_rows), _empty(num_rows, NUM_STATS)
-    problem = _problem(student_logits, teacher_logits, divergence, beta, *options)
+    problem = _problem(student_logits, teacher_logits, options)
     library().rmsd_divergence(
-        ctypes.byref(problem), _pointer(rows), *map(ctypes.c_int64, (num_rows, vocab_topk)), TAILS.index(tail),
-        _pointer(out), _pointer(stats),
-    )  # fmt: skip
+        ctypes.byref(problem),
+        _pointer(rows),
+        *_sizes(num_rows, options.vocab_topk or 0),
+        TAILS.index(options.tail),
+        _pointer(out),
+        _pointer(stats),
+    )
     return out, stats
 
 
 def divergence_backward(
-    grad_divergence, student_logits, teacher_logits, rows, stats, divergence, beta, vocab_topk, tail, *options
+    grad_divergence: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    rows: Tensor | None,
+    stats: Tensor,
+    options: Options,
 ) -> Tensor:
     rows = None if rows is None else rows.contiguous()
     grad_divergence = grad_divergence.float().contiguous()
     grad = _zeros(student_logits.shape, student_logits.dtype)
-    problem = _problem(student_logits, teacher_logits, divergence, beta, *options)
+    problem = _problem(student_logits, teacher_logits, options)
     library().rmsd_divergence_backward(
-        ctypes.byref(problem), _pointer(rows), *map(ctypes.c_int64, (len(grad_divergence), vocab_topk)),
-        TAILS.index(tail), _pointer(grad_divergence), _pointer(stats), _pointer(grad),
-    )  # fmt: skip
+        ctypes.byref(problem),
+        _pointer(rows),
+        *_sizes(len(grad_divergence), options.vocab_topk or 0),
+        TAILS.index(options.tail),
+        _pointer(grad_divergence),
+        _pointer(stats),
+        _pointer(grad),
+    )
     return grad

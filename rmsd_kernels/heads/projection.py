@@ -15,15 +15,68 @@ _UPCAST_COLUMNS = 4096  # rows of a low-precision weight brought to fp32 at a ti
 _per_thread = threading.local()
 
 
-class Heads(NamedTuple):
+class Models(NamedTuple):
+    """What both models' logits are projected from: hidden states, and heads."""
+
+    student_hidden: Tensor  # (N, H), before `flat` maybe (B, L, H)
     student_weight: Tensor  # (V, H)
     student_bias: Tensor | None  # (V,)
-    teacher_weight: Tensor  # (V, H')
-    teacher_bias: Tensor | None  # (V,)
+    teacher_hidden: Tensor | None = None  # (N, H'); None where the student takes both roles
+    teacher_weight: Tensor | None = None  # (V, H')
+    teacher_bias: Tensor | None = None  # (V,)
+    shared: bool = False  # one head: one product for both
 
-    def columns(self, tile: slice) -> "Heads":
+    @property
+    def count(self) -> int:
+        """How many projections a row takes."""
+        return 1 if self.teacher_hidden is None else 2
+
+    def flat(self) -> "Models":
+        hidden = self.teacher_hidden
+        return self._replace(
+            student_hidden=self.student_hidden.flatten(0, -2),
+            teacher_hidden=None if hidden is None else hidden.flatten(0, -2),
+        )
+
+    def columns(self, tile: slice) -> "Models":
         """The part of both heads that gives these columns of the logits."""
-        return Heads(*(None if tensor is None else tensor[tile] for tensor in self))
+        return self._replace(
+            student_weight=self.student_weight[tile],
+            student_bias=_part(self.student_bias, tile),
+            teacher_weight=_part(self.teacher_weight, tile),
+            teacher_bias=_part(self.teacher_bias, tile),
+        )
+
+    def rows(self, index: Tensor) -> "Models":
+        """Hidden states at `index` (R,), and a teacher that nothing is differentiated by. Detached also for
+        torch.compile, which refuses one tensor twice, as a head shared by both roles would be."""
+        return self._replace(
+            student_hidden=self.student_hidden[index],
+            teacher_hidden=self.teacher_hidden.detach()[index],
+            teacher_weight=self.teacher_weight.detach(),
+            teacher_bias=None if self.teacher_bias is None else self.teacher_bias.detach(),
+        )
+
+    def logits(self, part: slice, workspace: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Both models' logits of a chunk, (n, V) fp32."""
+        student_hidden = self.student_hidden[part]
+        if self.count == 1:
+            # A two-model scan with one row in both roles: it is in cache, and the projection is 20 times the scan.
+            return (project(student_hidden, self.student_weight, self.student_bias, workspace),) * 2
+        teacher_hidden, rows = self.teacher_hidden[part], len(student_hidden)
+        if self.shared:
+            both = torch.cat([student_hidden, teacher_hidden])
+            logits = project(both, self.student_weight, self.student_bias, workspace)
+            return logits[:rows], logits[rows:]
+        below = None if workspace is None else workspace[rows:]
+        return (
+            project(student_hidden, self.student_weight, self.student_bias, workspace),
+            project(teacher_hidden, self.teacher_weight, self.teacher_bias, below),
+        )
+
+
+def _part(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return None if tensor is None else tensor[part]
 
 
 def default_workspace_mb(device_type: str) -> float:
@@ -58,23 +111,6 @@ def workspace_for(hidden: Tensor, parts: list[slice], models: int, width: int) -
         with torch.inference_mode(False):  # or no later call outside of inference mode could write to it
             kept = _per_thread.workspace = torch.empty(rows * width, dtype=dtype, device="cpu")
     return kept[: rows * width].view(rows, width)
-
-
-def project_both(
-    student_hidden, teacher_hidden, heads: Heads, shared: bool, workspace: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Both models' logits of a chunk, (n, V) fp32; from one product where they have one head."""
-    rows = len(student_hidden)
-    if shared:
-        both = torch.cat([student_hidden, teacher_hidden])
-        logits = project(both, heads.student_weight, heads.student_bias, workspace)
-        return logits[:rows], logits[rows:]
-    return (
-        project(student_hidden, heads.student_weight, heads.student_bias, workspace),
-        project(
-            teacher_hidden, heads.teacher_weight, heads.teacher_bias, None if workspace is None else workspace[rows:]
-        ),
-    )
 
 
 @torch.no_grad()

@@ -8,35 +8,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import resolve_backend
-from ..checks import check_heads, check_ids, check_options, check_rows, check_transform
-from .projection import default_workspace_mb, project, row_chunks
-
-
-class Heads(NamedTuple):
-    student_hidden: Tensor
-    student_weight: Tensor
-    student_bias: Tensor | None
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    teacher_bias: Tensor | None
-
-    def flat(self) -> "Heads":
-        return self._replace(
-            student_hidden=self.student_hidden.flatten(0, -2), teacher_hidden=self.teacher_hidden.flatten(0, -2)
-        )
-
-    def logits(self, part: slice) -> tuple[Tensor, Tensor]:
-        return (
-            project(self.student_hidden[part], self.student_weight, self.student_bias),
-            project(self.teacher_hidden[part], self.teacher_weight, self.teacher_bias),
-        )
+from ..checks import check_heads, check_ids, check_rows, check_transform, check_workspace
+from ..options import Options, complete_options
+from .projection import Models, default_workspace_mb, row_chunks
 
 
 class Shard(NamedTuple):
     group: object  # dist.ProcessGroup | None
     rank: int
     ranges: list[tuple[int, int]]  # each rank's real columns, [start, stop)
-    backend: str
 
     @property
     def start(self) -> int:
@@ -46,25 +26,15 @@ class Shard(NamedTuple):
     def width(self) -> int:
         return self.ranges[self.rank][1] - self.start
 
-    @property
-    def vocab_size(self) -> int:
-        return self.ranges[-1][1]
-
-    def cut(self, heads: Heads) -> Heads:
+    def cut(self, models: Models) -> Models:
         """Without the padding's rows."""
-        if self.width == len(heads.student_weight):
-            return heads
-        cut = {
-            name: None if (tensor := getattr(heads, name)) is None else tensor[: self.width]
-            for name in ("student_weight", "student_bias", "teacher_weight", "teacher_bias")
-        }
-        return heads._replace(**cut)
+        return models if self.width == len(models.student_weight) else models.columns(slice(self.width))
 
-    def chunks(self, heads: Heads, workspace_mb: float | None) -> list[slice]:
+    def chunks(self, models: Models, workspace_mb: float | None) -> list[slice]:
         """The same on every rank: for the widest shard."""
         widest = max(stop - start for start, stop in self.ranges)
-        workspace_mb = workspace_mb or default_workspace_mb(heads.student_hidden.device.type)
-        return row_chunks(len(heads.student_hidden), 2 * widest, workspace_mb)
+        workspace_mb = workspace_mb or default_workspace_mb(models.student_hidden.device.type)
+        return row_chunks(len(models.student_hidden), 2 * widest, workspace_mb)
 
     def gather(self, partial: Tensor) -> Tensor:
         """Every rank's partial, in rank order: (...) -> (P, ...) in fp64."""
@@ -72,8 +42,15 @@ class Shard(NamedTuple):
 
 
 def agree(
-    name, heads, options, group, vocab_size, workspace_mb, backend, *, sampled_ids=None, rows=None, **topk
-) -> Shard:
+    function: str,  # the public function's name
+    models: Models,
+    group: object,  # dist.ProcessGroup | None
+    workspace_mb: float | None,
+    *,
+    sampled_ids: Tensor | None = None,
+    rows: Tensor | None = None,
+    **wanted,  # options as the caller gave them
+) -> tuple[Shard, Options]:
     """Checks this rank's arguments and that they fit the others'. Raises on every rank or on none."""
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
@@ -85,39 +62,42 @@ def agree(
         raise ValueError("group must be one that this process belongs to")
     error, last_id, shared = None, -1, {}
     try:
-        check_heads(**heads._asdict())
-        check_transform(options["logit_scale"], options["softcap"], workspace_mb)
-        leading, device = heads.student_hidden.shape[:-1], heads.student_hidden.device
+        heads = models._asdict()
+        del heads["shared"]
+        check_heads(**heads)
+        check_workspace(workspace_mb)
+        check_transform(wanted["logit_scale"], wanted["softcap"])
+        hidden, leading, device = models.student_hidden, models.student_hidden.shape[:-1], models.student_hidden.device
         if sampled_ids is not None:
             check_ids(sampled_ids, leading, device, torch.iinfo(torch.int64).max)
             if device.type == "cpu" and sampled_ids.numel():
                 last_id = int(sampled_ids.max())
         if rows is not None:
             check_rows(rows, leading.numel(), device)
-        backend = resolve_backend(backend, heads.student_hidden, name)
+        resolve_backend(wanted["backend"], hidden, function)
         shared = dict(
-            options, **topk, vocab_size=vocab_size, workspace_mb=workspace_mb, rows=getattr(rows, "shape", None),
-            student_hidden=(heads.student_hidden.shape, heads.student_hidden.dtype, heads.student_hidden.requires_grad),
-            teacher_hidden=heads.teacher_hidden.shape,
-        )  # fmt: skip
+            {name: value for name, value in wanted.items() if name != "backend"},
+            workspace_mb=workspace_mb,
+            rows=getattr(rows, "shape", None),
+            student_hidden=(hidden.shape, hidden.dtype, hidden.requires_grad),
+            teacher_hidden=models.teacher_hidden.shape,
+        )
     except (TypeError, ValueError) as raised:
         error = raised
     shared = {name: str(value) for name, value in shared.items()}
-    size = 0 if error else len(heads.student_weight)
+    size = 0 if error else len(models.student_weight)
     facts = _exchange([error is None, size, last_id, zlib.crc32(repr(shared).encode())], group)
     if not all(good for good, *_ in facts):
         _raise_everywhere(error, rank, group)
     if len({digest for *_, digest in facts}) > 1:
         _raise_difference(shared, group)
     sizes = [size for _, size, *_ in facts]
-    checked = {name: value for name, value in options.items() if name not in ("logit_scale", "softcap")}
-    check_options(**checked, **topk, vocab_size=vocab_size, width=sum(sizes))
-    vocab_size = vocab_size or sum(sizes)
+    options = complete_options(function, models.student_hidden, sum(sizes), **wanted)
     last_id = max(last for _, _, last, _ in facts)
-    if last_id >= vocab_size:
-        raise ValueError(f"sampled_ids must lie in [0, {vocab_size}), not {last_id}")
-    stops = [min(sum(sizes[: i + 1]), vocab_size) for i in range(len(sizes))]
-    return Shard(group, rank, list(zip([0, *stops], stops, strict=False)), backend)
+    if last_id >= options.vocab_size:
+        raise ValueError(f"sampled_ids must lie in [0, {options.vocab_size}), not {last_id}")
+    stops = [min(sum(sizes[: i + 1]), options.vocab_size) for i in range(len(sizes))]
+    return Shard(group, rank, list(zip([0, *stops], stops, strict=False))), options
 
 
 def _exchange(facts: list[int], group) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 Rank i of P holds rows [start_i, start_i + V_i) of both heads, in rank order; shards may differ in size. Hidden states,
 ids and options are the same on every rank, and so are the results, to the bit. No row of logits ever leaves its rank;
-partials.py says what does, and why it is enough:
+merge.py and topk.py say what does, and why it is enough:
 
     scores, divergence      one all-gather of 28 bytes a token from each rank (12 for a divergence); 56 and 24 in fp64
     a jsd                   a second of 4 bytes, and a second projection: it needs the whole row's log-sum-exps first
@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..options import Options
 from ..reference import TokenScores
-from . import partials
-from .projection import add_weight_gradient, backproject, no_rows
-from .shards import Heads, agree
+from . import merge, topk
+from .merge import ShardScores
+from .projection import Models, add_weight_gradient, backproject, no_rows
+from .shards import Shard, agree
 
 
 def vocab_parallel_linear_token_scores(
@@ -60,24 +62,26 @@ def vocab_parallel_linear_token_scores(
             others a ValueError that quotes it). A process without an initialised group is refused: its head would be
             whole, and `linear_token_scores` is there for that. A group of one rank is served.
     """
-    heads = Heads(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
-    options = dict(
-        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        logit_scale=logit_scale, softcap=softcap,
-    )  # fmt: skip
-    shard = agree(
+    models = Models(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    shard, options = agree(
         "vocab_parallel_linear_token_scores",
-        heads,
-        options,
+        models,
         group,
-        vocab_size,
         workspace_mb,
-        backend,
         sampled_ids=sampled_ids,
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        backend=backend,
     )
-    options["teacher_temperature"] = teacher_temperature or temperature
+    models = shard.cut(models.flat())
     with torch.no_grad():
-        scores = _scores(shard, shard.cut(heads.flat()), sampled_ids.flatten().long(), options, workspace_mb)
+        chunks = shard.chunks(models, workspace_mb)
+        scores = _merged_scores(shard, models, sampled_ids.flatten().long(), chunks, options)
     return TokenScores(*(score.float().view(sampled_ids.shape) for score in scores))
 
 
@@ -115,150 +119,145 @@ def vocab_parallel_linear_token_divergence(
         (R,) fp32 (fp64 for fp64 inputs), the same on every rank. `student_hidden` gets its whole gradient on every rank
         (already summed: no all-reduce around it), the student's weight and bias their shard's; the teacher gets none.
     """
-    heads = Heads(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
-    options = dict(
-        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        logit_scale=logit_scale, softcap=softcap,
-    )  # fmt: skip
-    topk = dict(vocab_topk=vocab_topk, tail=tail)
-    shard = agree(
+    models = Models(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    shard, options = agree(
         "vocab_parallel_linear_token_divergence",
-        heads,
-        options,
+        models,
         group,
-        vocab_size,
         workspace_mb,
-        backend,
         rows=rows,
-        **topk,
+        divergence=divergence,
+        beta=beta,
+        vocab_topk=vocab_topk,
+        tail=tail,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        backend=backend,
     )
-    options["teacher_temperature"] = teacher_temperature or temperature
-    heads = heads.flat()
+    models = models.flat()
     if rows is None:
-        rows = torch.arange(len(heads.student_hidden), device=student_hidden.device)
-    if not rows.numel() or not len(heads.student_hidden):
-        return no_rows(rows, heads.student_hidden, heads.student_weight, heads.student_bias)
-    if vocab_topk is not None and vocab_topk >= shard.vocab_size:
-        topk["vocab_topk"] = None
-    heads = shard.cut(heads)
-    index = rows.clamp_min(0)
-    return _ShardedDivergence.apply(
-        heads.student_hidden[index], heads.student_weight, heads.student_bias,
-        heads.teacher_hidden.detach()[index], heads.teacher_weight.detach(),
-        None if heads.teacher_bias is None else heads.teacher_bias.detach(),
-        rows >= 0, shard, options, topk, workspace_mb,
-    )  # fmt: skip
+        rows = torch.arange(len(models.student_hidden), device=student_hidden.device)
+    if not rows.numel() or not len(models.student_hidden):
+        return no_rows(rows, models.student_hidden, models.student_weight, models.student_bias)
+    models = shard.cut(models).rows(rows.clamp_min(0))
+    return _ShardedDivergence.apply(*models, rows >= 0, shard, workspace_mb, options)
 
 
 class _ShardedDivergence(torch.autograd.Function):
     """Divergence of R gathered rows; the backward projects each chunk again instead of keeping (R, V_i)."""
 
     @staticmethod
-    def forward(
-        ctx, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
-        live, shard, options, topk, workspace_mb,
-    ):  # fmt: skip
-        heads = Heads(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
-        ctx.shard, ctx.options, ctx.chunks = shard, options, shard.chunks(heads, workspace_mb)
-        if topk["vocab_topk"] is None:
+    def forward(ctx, *arguments):
+        *models, live, shard, workspace_mb, options = arguments
+        models = Models(*models)
+        ctx.shard, ctx.options, ctx.chunks = shard, options, shard.chunks(models, workspace_mb)
+        if options.vocab_topk is None:
             ctx.gradient = _gradient
-            result, *saved = _divergence(shard, heads, options, ctx.chunks)
+            result, *saved = _merged_divergence(shard, models, ctx.chunks, options)
         else:
             ctx.gradient = _topk_gradient
-            chunks = [_topk_divergence(shard, heads.logits(part), options, **topk) for part in ctx.chunks]
+            chunks = [_topk_divergence(shard, models.logits(part), options) for part in ctx.chunks]
             result, *saved = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        ctx.save_for_backward(*heads, live & result.isfinite(), *saved)
-        return result.masked_fill(~live, 0.0).to(torch.promote_types(student_hidden.dtype, torch.float32))
+        ctx.save_for_backward(*models[:6], live & result.isfinite(), *saved)
+        return result.masked_fill(~live, 0.0).to(torch.promote_types(models.student_hidden.dtype, torch.float32))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_divergence):
-        heads, live, saved = Heads(*ctx.saved_tensors[:6]), ctx.saved_tensors[6], ctx.saved_tensors[7:]
-        sum_dtype = torch.promote_types(heads.student_weight.dtype, torch.float32)
+        *tensors, live = ctx.saved_tensors[:7]
+        models, saved = Models(*tensors), ctx.saved_tensors[7:]
+        hidden, weight = models.student_hidden, models.student_weight
+        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden, grad_weight, grad_bias = grads = [
             torch.zeros_like(tensor, dtype=sum_dtype) if needed else None
-            for tensor, needed in zip(heads[:3], ctx.needs_input_grad[:3], strict=True)
+            for tensor, needed in zip(models[:3], ctx.needs_input_grad[:3], strict=True)
         ]
         with torch.autocast(grad_divergence.device.type, enabled=False):
             for part in ctx.chunks:
-                logits, upstream = heads.logits(part), grad_divergence[part].unsqueeze(-1)
+                logits, upstream = models.logits(part), grad_divergence[part].unsqueeze(-1)
                 grad_logits = ctx.gradient(ctx.shard, logits, ctx.options, *(tensor[part] for tensor in saved))
-                grad_logits = partials.through_transform(grad_logits, logits[0], ctx.options)
+                grad_logits = merge.through_transform(grad_logits, logits[0], ctx.options)
                 grad_logits = torch.where(live[part].unsqueeze(-1), grad_logits * upstream, 0.0)
                 if grad_hidden is not None:
-                    grad_hidden[part] = backproject(grad_logits, heads.student_weight)
+                    grad_hidden[part] = backproject(grad_logits, weight)
                 if grad_weight is not None:
-                    add_weight_gradient(grad_weight, grad_logits, heads.student_hidden[part], live[part])
+                    add_weight_gradient(grad_weight, grad_logits, hidden[part], live[part])
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0)
         if grad_hidden is not None:
             # Summed in fp32: rounded to bf16 on every rank first, P roundings would add up.
             dist.all_reduce(grad_hidden, group=ctx.shard.group)
-        return *(grad if grad is None else grad.to(heads.student_weight.dtype) for grad in grads), *(None,) * 8
+        return *(grad if grad is None else grad.to(weight.dtype) for grad in grads), *(None,) * 8
 
 
-# ---- partials over chunks and ranks --------------------------------------------------------------------------------
+# ---- over chunks and ranks -----------------------------------------------------------------------------------------
 
 
-def _scores(shard, heads, sampled_ids, options, workspace_mb) -> TokenScores:
+def _merged_scores(
+    shard: Shard, models: Models, sampled_ids: Tensor, chunks: list[slice], options: Options
+) -> TokenScores:
     """Seven (N,) scores in fp64."""
-    chunks = shard.chunks(heads, workspace_mb)
     local_ids = (sampled_ids - shard.start).clamp(0, max(shard.width - 1, 0))
-    mine = _shard_scores(shard, heads, local_ids, options, chunks)
-    every = partials.ShardScores(*shard.gather(torch.stack(mine)).unbind(1))
+    mine = _shard_scores(models, local_ids, chunks, options)
+    every = ShardScores(*shard.gather(torch.stack(mine)).unbind(1))
     owner = torch.stack([(sampled_ids >= start) & (sampled_ids < stop) for start, stop in shard.ranges])
-    scores = partials.merged_scores(every, owner, options["divergence"])
-    if options["divergence"] != "jsd":
+    scores = merge.merged_scores(every, owner, options.divergence)
+    if options.divergence != "jsd":
         return scores
-    divergence = _jsd(shard, heads, scores.student_lse, scores.teacher_lse, options, chunks)
+    divergence = _jsd(shard, models, scores.student_lse, scores.teacher_lse, chunks, options)
     return scores._replace(divergence=torch.where(owner.any(0), divergence, math.nan))
 
 
-def _divergence(shard, heads, options, chunks) -> tuple[Tensor, ...]:
+def _merged_divergence(shard: Shard, models: Models, chunks: list[slice], options: Options) -> tuple[Tensor, ...]:
     """(R,) divergence and both log-sum-exps, in fp64."""
-    no_ids = torch.zeros(len(heads.student_hidden), dtype=torch.int64, device=heads.student_hidden.device)
-    mine = _shard_scores(shard, heads, no_ids, options, chunks)
+    no_ids = torch.zeros(len(models.student_hidden), dtype=torch.int64, device=models.student_hidden.device)
+    mine = _shard_scores(models, no_ids, chunks, options)
     wanted = torch.stack([mine.divergence, mine.student_lse, mine.teacher_lse])
     divergences, student_lses, teacher_lses = shard.gather(wanted).unbind(1)
     student_lse, teacher_lse = student_lses.logsumexp(0), teacher_lses.logsumexp(0)
-    if options["divergence"] == "jsd":
-        return _jsd(shard, heads, student_lse, teacher_lse, options, chunks), student_lse, teacher_lse
-    divergence = partials.merged_divergence(
-        divergences, student_lses - student_lse, teacher_lses - teacher_lse, options["divergence"]
+    if options.divergence == "jsd":
+        return _jsd(shard, models, student_lse, teacher_lse, chunks, options), student_lse, teacher_lse
+    divergence = merge.merged_divergence(
+        divergences, student_lses - student_lse, teacher_lses - teacher_lse, options.divergence
     )
     valid = student_lse.isfinite() & teacher_lse.isfinite()
     return tuple(torch.where(valid, value, math.nan) for value in (divergence, student_lse, teacher_lse))
 
 
-def _shard_scores(shard, heads, local_ids, options, chunks) -> partials.ShardScores:
+def _shard_scores(models: Models, local_ids: Tensor, chunks: list[slice], options: Options) -> ShardScores:
     """This rank's, of all rows."""
-    if options["divergence"] == "jsd":  # a shard's own jsd is of no use; the other one takes a visit less
-        options = dict(options, divergence="reverse_kl")
-    parts = [partials.shard_scores(*heads.logits(part), local_ids[part], shard.backend, options) for part in chunks]
-    return partials.ShardScores(*map(torch.cat, zip(*parts, strict=True)))
+    if options.divergence == "jsd":  # a shard's own jsd is of no use; the other one takes a visit less
+        options = options._replace(divergence="reverse_kl")
+    parts = [merge.shard_scores(*models.logits(part), local_ids[part], options) for part in chunks]
+    return ShardScores(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _jsd(shard, heads, student_lse, teacher_lse, options, chunks) -> Tensor:
-    every = [partials.shard_jsd(*heads.logits(part), student_lse[part], teacher_lse[part], options) for part in chunks]
+def _jsd(
+    shard: Shard, models: Models, student_lse: Tensor, teacher_lse: Tensor, chunks: list[slice], options: Options
+) -> Tensor:
+    every = [merge.shard_jsd(*models.logits(part), student_lse[part], teacher_lse[part], options) for part in chunks]
     valid = student_lse.isfinite() & teacher_lse.isfinite()
     return torch.where(valid, shard.gather(torch.cat(every)).sum(0), math.nan)
 
 
-def _gradient(shard, logits, options, student_lse, teacher_lse) -> Tensor:
+def _gradient(shard: Shard, logits, options: Options, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
     """(n, V_i) by scaled logits, for one chunk."""
-    slopes = partials.shard_slopes(*logits, student_lse, teacher_lse, options)
-    sums = shard.gather(partials.slope_sums(*slopes, options)).sum(0)
-    return partials.gradient(*slopes, sums, options)
+    slopes = merge.shard_slopes(*logits, student_lse, teacher_lse, options)
+    sums = shard.gather(merge.slope_sums(*slopes, options)).sum(0)
+    return merge.gradient_from_sums(*slopes, sums, options)
 
 
-def _topk_divergence(shard, logits, options, vocab_topk, tail) -> tuple[Tensor, ...]:
+def _topk_divergence(shard: Shard, logits, options: Options) -> tuple[Tensor, ...]:
     """(n,) divergence and what the gradient needs, for one chunk."""
-    counts = [min(vocab_topk, stop - start) for start, stop in shard.ranges]
-    partial, ids = partials.shard_candidates(*logits, counts[shard.rank], max(counts), options)
-    merged = partials.MergedTopK(shard.gather(partial), counts, vocab_topk, tail, options)
+    counts = [min(options.vocab_topk, stop - start) for start, stop in shard.ranges]
+    partial, ids = topk.shard_candidates(*logits, counts[shard.rank], max(counts), options)
+    merged = topk.MergedTopK(shard.gather(partial), counts, options)
     by_candidate = merged.by_candidate[:, shard.rank, : counts[shard.rank]]
     return merged.divergence, merged.student_lse, merged.by_other[:, shard.rank], by_candidate, ids
 
 
-def _topk_gradient(shard, logits, options, *saved) -> Tensor:
-    return partials.shard_topk_gradient(logits[0], *saved, options)
+def _topk_gradient(shard: Shard, logits, options: Options, *saved: Tensor) -> Tensor:
+    return topk.shard_topk_gradient(logits[0], *saved, options)

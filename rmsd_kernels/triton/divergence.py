@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..options import Options
 from .launch import launch, log2_scales, row_strides, tile_options
 from .layout import (
     IS_FINITE_SLOT,
@@ -223,22 +224,32 @@ def divergence_kernel(
 
 
 def divergence(
-    student_logits: Tensor, teacher_logits: Tensor, rows: Tensor | None, divergence: str, beta: float,
-    vocab_topk: int, tail: str, temperature: float, teacher_temperature: float, vocab_size: int, logit_scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    student_logits: Tensor, teacher_logits: Tensor, rows: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
     num_rows = student_logits.shape[0] * student_logits.shape[1]
     result = torch.empty(num_rows if rows is None else len(rows), dtype=torch.float32, device=student_logits.device)
     stats = torch.zeros((len(result), NUM_STATS.value), dtype=torch.float32, device=student_logits.device)
     if len(result):
         launch(
-            divergence_kernel, len(result), student_logits,
-            student_logits_ptr=student_logits, teacher_logits_ptr=teacher_logits,
-            rows_ptr=None if rows is None else rows.contiguous(), divergence_ptr=result, stats_ptr=stats,
+            divergence_kernel,
+            len(result),
+            student_logits,
+            student_logits_ptr=student_logits,
+            teacher_logits_ptr=teacher_logits,
+            rows_ptr=None if rows is None else rows.contiguous(),
+            divergence_ptr=result,
+            stats_ptr=stats,
             **row_strides(student_logits, teacher_logits),
-            num_rows=num_rows, length=max(student_logits.shape[1], 1), size=vocab_size, vocab_topk=vocab_topk,
-            **log2_scales(temperature, teacher_temperature, logit_scale, softcap), beta=beta,
-            DIVERGENCE=divergence, TAIL=tail if vocab_topk else "all", HAS_ROWS=rows is not None,
-            HAS_SOFTCAP=softcap != 0.0, **tile_options(student_logits, teacher_logits),
-        )  # fmt: skip
+            num_rows=num_rows,
+            length=max(student_logits.shape[1], 1),
+            size=options.vocab_size,
+            vocab_topk=options.vocab_topk or 0,
+            **log2_scales(options),
+            beta=options.beta,
+            DIVERGENCE=options.divergence,
+            TAIL=options.tail if options.vocab_topk else "all",
+            HAS_ROWS=rows is not None,
+            HAS_SOFTCAP=options.softcap is not None,
+            **tile_options(student_logits, teacher_logits),
+        )
     return result, stats

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..options import Options
 from .launch import INTERPRETED, launch, row_strides, scales, tile_options
 from .layout import NUM_STATS, load_stats
 from .tiles import FLOOR, LN2, LOG2E, Support, TileShape, block_ids, in_support, load_tile, row_pointer, softcapped
@@ -220,28 +221,45 @@ def divergence_backward_kernel(
 
 
 def divergence_backward(
-    grad_divergence: Tensor, student_logits: Tensor, teacher_logits: Tensor, rows: Tensor | None, stats: Tensor,
-    divergence: str, beta: float, vocab_topk: int, tail: str, temperature: float, teacher_temperature: float,
-    vocab_size: int, logit_scale: float, softcap: float,
-) -> Tensor:  # fmt: skip
+    grad_divergence: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    rows: Tensor | None,
+    stats: Tensor,
+    options: Options,
+) -> Tensor:
     # The interpreter would cut fp32 off to bf16 where every GPU rounds: there, torch rounds.
     dtype = torch.float32 if INTERPRETED else student_logits.dtype
     num_sequences, length, width = student_logits.shape
-    allocate = torch.empty if rows is None and vocab_size == width else torch.zeros
+    allocate = torch.empty if rows is None and options.vocab_size == width else torch.zeros
     grad_logits = allocate(student_logits.shape, dtype=dtype, device=student_logits.device)
     if stats.shape[0] and grad_logits.numel():
         tile = dict(tile_options(student_logits, teacher_logits, grad_logits), CHUNK_TILES=CHUNK_TILES)
         logits_a_program = tile["CHUNK_TILES"] * tile["UNROLL"] * tile["LANES"] * tile["VEC"]
-        num_chunks = triton.cdiv(vocab_size, logits_a_program)
+        num_chunks = triton.cdiv(options.vocab_size, logits_a_program)
         launch(
-            divergence_backward_kernel, stats.shape[0] * num_chunks, student_logits,
-            grad_divergence_ptr=grad_divergence.contiguous(), student_logits_ptr=student_logits,
-            teacher_logits_ptr=teacher_logits, rows_ptr=None if rows is None else rows.contiguous(), stats_ptr=stats,
-            grad_logits_ptr=grad_logits, **row_strides(student_logits, teacher_logits), grad_stride=width,
-            num_rows=num_sequences * length, length=length, size=vocab_size, num_chunks=num_chunks,
-            **scales(temperature, teacher_temperature, logit_scale, softcap)._asdict(),
-            raw_scale=logit_scale / temperature, beta=beta,
-            DIVERGENCE=divergence, TAIL=tail if vocab_topk else "all", HAS_ROWS=rows is not None,
-            HAS_SOFTCAP=softcap != 0.0, **tile,
-        )  # fmt: skip
+            divergence_backward_kernel,
+            stats.shape[0] * num_chunks,
+            student_logits,
+            grad_divergence_ptr=grad_divergence.contiguous(),
+            student_logits_ptr=student_logits,
+            teacher_logits_ptr=teacher_logits,
+            rows_ptr=None if rows is None else rows.contiguous(),
+            stats_ptr=stats,
+            grad_logits_ptr=grad_logits,
+            **row_strides(student_logits, teacher_logits),
+            grad_stride=width,
+            num_rows=num_sequences * length,
+            length=length,
+            size=options.vocab_size,
+            num_chunks=num_chunks,
+            **scales(options)._asdict(),
+            raw_scale=options.logit_scale / options.temperature,
+            beta=options.beta,
+            DIVERGENCE=options.divergence,
+            TAIL=options.tail if options.vocab_topk else "all",
+            HAS_ROWS=rows is not None,
+            HAS_SOFTCAP=options.softcap is not None,
+            **tile,
+        )
     return grad_logits.to(student_logits.dtype)

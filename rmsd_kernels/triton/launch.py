@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from ..options import Options
+
 
 class Tile(NamedTuple):
     """A row is read UNROLL x LANES x VEC logits at a time; see tiles.py."""
@@ -59,27 +61,33 @@ class Scales(NamedTuple):
     teacher_scale: float
 
 
-def scales(temperature: float, teacher_temperature: float, logit_scale: float, softcap: float) -> Scales:
-    outer = softcap or logit_scale
-    return Scales(logit_scale / softcap if softcap else 1.0, outer / temperature, outer / teacher_temperature)
+def scales(options: Options) -> Scales:
+    inner_scale = options.logit_scale / options.softcap if options.softcap else 1.0
+    outer = options.softcap or options.logit_scale
+    return Scales(inner_scale, outer / options.temperature, outer / options.teacher_temperature)
 
 
-def log2_scales(*options: float) -> dict[str, float]:
+def log2_scales(options: Options) -> dict[str, float]:
     """The same in log2 units, in which an exponential is one instruction, and by how much fp32 rounds each scale."""
-    inner_scale, *outer = scales(*options)
-    student_scale, teacher_scale = (float(np.float32(scale / math.log(2.0))) for scale in outer)
+    exact = scales(options)
+    student_scale = float(np.float32(exact.student_scale / math.log(2.0)))
+    teacher_scale = float(np.float32(exact.teacher_scale / math.log(2.0)))
     return dict(
-        inner_scale=inner_scale, student_scale=student_scale, teacher_scale=teacher_scale,
-        student_correction=outer[0] / (student_scale * math.log(2.0)) - 1.0,
-        teacher_correction=outer[1] / (teacher_scale * math.log(2.0)) - 1.0,
-    )  # fmt: skip
+        inner_scale=exact.inner_scale,
+        student_scale=student_scale,
+        teacher_scale=teacher_scale,
+        student_correction=exact.student_scale / (student_scale * math.log(2.0)) - 1.0,
+        teacher_correction=exact.teacher_scale / (teacher_scale * math.log(2.0)) - 1.0,
+    )
 
 
 def row_strides(student_logits: Tensor, teacher_logits: Tensor) -> dict[str, int]:
     return dict(
-        student_stride_b=student_logits.stride(0), student_stride_l=student_logits.stride(1),
-        teacher_stride_b=teacher_logits.stride(0), teacher_stride_l=teacher_logits.stride(1),
-    )  # fmt: skip
+        student_stride_b=student_logits.stride(0),
+        student_stride_l=student_logits.stride(1),
+        teacher_stride_b=teacher_logits.stride(0),
+        teacher_stride_l=teacher_logits.stride(1),
+    )
 
 
 def tile_options(*logits: Tensor) -> dict:

@@ -1,10 +1,13 @@
 """TokenScores of every row in one visit, and, in the same launch, each sequence's candidates."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..options import Options
 from .candidates import select_sequence
 from .launch import BLOCK_L, launch, log2_scales, row_strides, tile_options
 from .layout import (
@@ -159,35 +162,68 @@ def scores_kernel(
             )
 
 
+class Selection(NamedTuple):
+    """What the launch needs besides, to pick each sequence's candidates when its rows are done."""
+
+    mask: Tensor  # (B, L) bool
+    num_candidates: int
+    criterion: str
+    threshold: float
+    index: Tensor  # (B, num_candidates) int64, written to
+    finished: Tensor  # (B,) int32 zeros
+
+
+_NO_SELECTION = Selection(None, 0, "", 0.0, None, None)
+
+
 def _launch(
-    student_logits, teacher_logits, sampled_ids, mask, index, finished, num_candidates, criterion, threshold,
-    divergence, beta, temperature, teacher_temperature, vocab_size, logit_scale, softcap,
-) -> Tensor:  # fmt: skip
+    student_logits: Tensor, teacher_logits: Tensor, sampled_ids: Tensor, selection: Selection, options: Options
+) -> Tensor:
     num_sequences, length = sampled_ids.shape
     scores = torch.empty((7, num_sequences, length), dtype=torch.float32, device=student_logits.device)
     if scores.numel():
         launch(
-            scores_kernel, num_sequences * length, student_logits,
-            student_logits_ptr=student_logits, teacher_logits_ptr=teacher_logits,
-            sampled_ids_ptr=sampled_ids.contiguous(), mask_ptr=mask, scores_ptr=scores, index_ptr=index,
-            finished_ptr=finished, **row_strides(student_logits, teacher_logits),
-            length=length, size=vocab_size, num_candidates=num_candidates,
-            **log2_scales(temperature, teacher_temperature, logit_scale, softcap),
-            beta=beta, threshold=threshold, DIVERGENCE=divergence, CRITERION=criterion,
-            HAS_SOFTCAP=softcap != 0.0, HAS_SELECTION=index is not None,
-            **tile_options(student_logits, teacher_logits), BLOCK_L=BLOCK_L,
-        )  # fmt: skip
+            scores_kernel,
+            num_sequences * length,
+            student_logits,
+            student_logits_ptr=student_logits,
+            teacher_logits_ptr=teacher_logits,
+            sampled_ids_ptr=sampled_ids.contiguous(),
+            mask_ptr=selection.mask,
+            scores_ptr=scores,
+            index_ptr=selection.index,
+            finished_ptr=selection.finished,
+            **row_strides(student_logits, teacher_logits),
+            length=length,
+            size=options.vocab_size,
+            num_candidates=selection.num_candidates,
+            **log2_scales(options),
+            beta=options.beta,
+            threshold=selection.threshold,
+            DIVERGENCE=options.divergence,
+            CRITERION=selection.criterion,
+            HAS_SOFTCAP=options.softcap is not None,
+            HAS_SELECTION=selection.index is not None,
+            **tile_options(student_logits, teacher_logits),
+            BLOCK_L=BLOCK_L,
+        )
     return scores
 
 
-def scores(student_logits: Tensor, teacher_logits: Tensor, sampled_ids: Tensor, *options) -> Tensor:
-    return _launch(student_logits, teacher_logits, sampled_ids, None, None, None, 0, "", 0.0, *options)
+def scores(student_logits: Tensor, teacher_logits: Tensor, sampled_ids: Tensor, options: Options) -> Tensor:
+    return _launch(student_logits, teacher_logits, sampled_ids, _NO_SELECTION, options)
 
 
 def scores_and_candidates(
-    student_logits: Tensor, teacher_logits: Tensor, sampled_ids: Tensor, mask: Tensor, num_candidates: int,
-    criterion: str, threshold: float, *options,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sampled_ids: Tensor,
+    mask: Tensor,
+    num_candidates: int,
+    criterion: str,
+    threshold: float,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
     num_sequences, length = sampled_ids.shape
     # A sequence of length 0 has no program to write its -1. Otherwise the counters' zeros are all the launch needs.
     index = (
@@ -196,8 +232,5 @@ def scores_and_candidates(
         else torch.empty((num_sequences, num_candidates), dtype=torch.int64, device=student_logits.device)
     )
     finished = torch.zeros(num_sequences, dtype=torch.int32, device=student_logits.device)
-    scores = _launch(
-        student_logits, teacher_logits, sampled_ids, mask.contiguous(), index, finished, num_candidates, criterion,
-        threshold, *options,
-    )  # fmt: skip
-    return scores, index
+    selection = Selection(mask.contiguous(), num_candidates, criterion, threshold, index, finished)
+    return _launch(student_logits, teacher_logits, sampled_ids, selection, options), index
