@@ -3,6 +3,7 @@ became of it: what it learned, what it kept, and its signs of health.
 
     python -m benchmarks.real                      # or `make real`
     python -m benchmarks.real --seeds 0 1 2 --only rmsd rmsd-3x
+    python -m benchmarks.real --replay             # runs nothing; the limits of health beside runs that are kept
 
 Every run is `rmsd train recipes/qwen_coder_pinapple.yaml` with every row hinted, as published. A run that is there is
 read, and one that was interrupted is continued. On one AVX2 core a step takes about a minute.
@@ -22,7 +23,7 @@ from rmsd.answers.rollout import eos_ids_of, generate, pad_id_of
 from rmsd.models.loading import load_model
 from rmsd.run.recipe import load_recipe
 from rmsd.training.config import LORA_LEARNING_RATE
-from rmsd.training.health import START, WINDOW
+from rmsd.training.health import SIGNS, START, WINDOW, find_collapse, mean_of
 from rmsd.training.record import read_lines
 
 from . import human_eval
@@ -53,6 +54,7 @@ KEPT = (  # of a log entry
     "learning_rate",
 )
 DOCS = Path("docs/real")
+KEPT_RUNS = Path("tests/data/health")
 
 
 def train(run: Path, overrides: list[str]) -> str | None:
@@ -174,6 +176,24 @@ def rewrite() -> None:
     page.write_text(head + begin + table(found, base) + "\n" + end + rest.partition(end)[2], encoding="utf-8")
 
 
+def replayed(path: Path) -> list[str]:
+    """A row of the table of docs/real.md's limits: the sign's start and its furthest mean of five steps, of a run that
+    is kept for the tests, and where it would have been stopped."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    steps = run["steps"]
+    found = next(filter(None, (find_collapse(steps[: i + 1]) for i in range(len(steps)))), None)
+    cells = []
+    for sign in SIGNS:
+        at = [entry["step"] for entry in steps if sign.name in entry]
+        if not at:
+            cells.append("")
+            continue
+        start = mean_of(steps, sign.name, at[0], at[0] + START)
+        means = [mean_of(steps, sign.name, step - WINDOW + 1, step + 1) for step in at if step >= at[0] + START]
+        cells.append(f"{start:.3f}, {(min if sign.falls else max)(means):.3f}")
+    return [path.stem, *cells, f"step {found.step}, {found.sign.name}" if found else ""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -183,7 +203,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/real"))
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value")
     parser.add_argument("--no-write", action="store_true", help="print alone; docs/real stays")
+    parser.add_argument("--replay", action="store_true", help="run nothing; the watch's limits beside the kept runs")
     options = parser.parse_args()
+    if options.replay:
+        heads = ["run", *(sign.name for sign in SIGNS), "stopped"]
+        for row in (heads, ["---"] * len(heads), *map(replayed, sorted(KEPT_RUNS.glob("*.json")))):
+            print("| " + " | ".join(row) + " |")
+        return
     try:
         if options.human_eval:
             human_eval.problems(0)

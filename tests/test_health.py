@@ -9,7 +9,7 @@ import torch
 from tiny import same, trainer, weights
 
 from rmsd.training import health
-from rmsd.training.health import Collapsed, Sign, find_collapse, repeated_ngrams
+from rmsd.training.health import SIGNS, Collapsed, Sign, find_collapse, repeated_ngrams
 from rmsd.training.record import RunRecord, read_lines
 
 # ---- what is counted -----------------------------------------------------------------------------------------------
@@ -148,14 +148,21 @@ RUNS = sorted((Path(__file__).parent / "data" / "health").glob("*.json"))
 def test_runs_that_collapsed_are_stopped_and_those_that_were_well_are_not(path):
     """Entry by entry, as the log brings them. A collapse is found before step 20; where only every fifth step is known,
     from what is known."""
-    steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+    run = json.loads(path.read_text(encoding="utf-8"))
+    steps = run["steps"]
     found = next(filter(None, (find_collapse(steps[: i + 1]) for i in range(len(steps)))), None)
-    if path.stem.endswith("drop"):
+    if run["collapsed"]:
         assert found is not None and found.step < 20
     else:
         assert found is None
 
 
+@pytest.mark.parametrize("sign", SIGNS, ids=lambda sign: sign.name)
+def test_each_sign_alone_is_seen_in_a_run_that_collapsed(sign):
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in RUNS]
+    collapsed = [run["steps"] for run in runs if run["collapsed"]]
+    assert any(find_collapse(steps[: i + 1], [sign]) for steps in collapsed for i in range(len(steps)))
+
+
 def test_there_are_runs_of_both_kinds():
-    collapsed = [path for path in RUNS if path.stem.endswith("drop")]
-    assert 0 < len(collapsed) < len(RUNS)
+    assert {json.loads(path.read_text(encoding="utf-8"))["collapsed"] for path in RUNS} == {True, False}

@@ -52,10 +52,12 @@ class Sign(NamedTuple):
         return value < limit if self.falls else value > limit
 
 
-# The limits lie between what healthy and collapsed runs of real models have shown: docs/real.md.
+# The limits lie between what runs that were well and runs that collapsed have shown: docs/real.md.
 SIGNS = (
     Sign("tail_mass", lambda start: start + 0.3, "the student's probability leaves its vocab_topk largest entries"),
     Sign("repetition", lambda start: start + 0.3, "answers repeat themselves"),
+    Sign("clipped_share", lambda start: start + 0.6, "answers no longer end"),
+    Sign("divergence", lambda start: 3.0 * start + 0.5, "the student leaves its teacher instead of nearing it"),
     Sign("loss", lambda start: -0.01, "the loss rewards leaving the teacher", falls=True),
 )
 
@@ -81,20 +83,20 @@ def find_collapse(history: Sequence[dict], signs: Sequence[Sign] = SIGNS) -> Col
         if sign.name not in history[-1]:
             continue
         steps = [entry["step"] for entry in history if sign.name in entry]
-        start = _mean(history, sign.name, steps[0], steps[0] + START)
+        start = mean_of(history, sign.name, steps[0], steps[0] + START)
         limit = sign.limit(start)
-        now = _mean(history, sign.name, steps[-1] - WINDOW + 1, steps[-1] + 1)
+        now = mean_of(history, sign.name, steps[-1] - WINDOW + 1, steps[-1] + 1)
         if steps[-1] < steps[0] + START + WINDOW - 1 or not sign.passes(now, limit):
             continue
         well, value = steps.pop(), now
         while well >= steps[0] + START and sign.passes(value, (start + limit) / 2):
             well = steps.pop()
-            value = _mean(history, sign.name, well - WINDOW + 1, well + 1)
+            value = mean_of(history, sign.name, well - WINDOW + 1, well + 1)
         return Collapse(sign, history[-1]["step"], now, start, well)
     return None
 
 
-def _mean(history: Sequence[dict], name: str, first: int, end: int) -> float:
+def mean_of(history: Sequence[dict], name: str, first: int, end: int) -> float:
     """Of the entries of steps in [first, end); NaN, which passes no limit, of none."""
     values = [entry[name] for entry in history if name in entry and first <= entry["step"] < end]
     return sum(values) / len(values) if values else math.nan
