@@ -22,9 +22,13 @@ NAMES = {
     "rmsd_magnitude": "RMSD, magnitude judge",
     "rmsd_context": "RMSD, context judge",
     "rmsd_topic": "RMSD, context judge on topic",
+    "rmsd_contrast": "RMSD, contrast judge",
+    "rmsd_contrast_topic": "RMSD, contrast judge on topic",
     "rmsd_oracle": "RMSD, oracle judge",
     "opsd_anchors": "OPSD, anchors",
     "rmsd_context_anchors": "RMSD, context judge, anchors",
+    "rmsd_contrast_anchors": "RMSD, contrast judge, anchors",
+    "rmsd_oracle_anchors": "RMSD, oracle judge, anchors",
 }
 COLUMNS = {  # heading: (metric, digits)
     "target": ("target", 2),
@@ -125,13 +129,19 @@ def main_table(results: list[dict], marks_at: Callable = at_the_end, first: bool
 PAIRS = {  # row: RMSD and OPSD under the same conditions
     "context judge": ("rmsd_context", "opsd"),
     "context judge on topic": ("rmsd_topic", "opsd"),
+    "contrast judge": ("rmsd_contrast", "opsd"),
+    "contrast judge on topic": ("rmsd_contrast_topic", "opsd"),
     "magnitude judge": ("rmsd_magnitude", "opsd"),
     "oracle judge": ("rmsd_oracle", "opsd"),
     "context judge, continued": ("rmsd_context+", "opsd+"),
     "context judge on topic, continued": ("rmsd_topic+", "opsd+"),
+    "contrast judge, continued": ("rmsd_contrast+", "opsd+"),
+    "contrast judge on topic, continued": ("rmsd_contrast_topic+", "opsd+"),
     "magnitude judge, continued": ("rmsd_magnitude+", "opsd+"),
     "oracle judge, continued": ("rmsd_oracle+", "opsd+"),
     "context judge, anchors": ("rmsd_context_anchors", "opsd_anchors"),
+    "contrast judge, anchors": ("rmsd_contrast_anchors", "opsd_anchors"),
+    "contrast judge, anchors, continued": ("rmsd_contrast_anchors+", "opsd_anchors+"),
     "context judge, anchors, continued": ("rmsd_context_anchors+", "opsd_anchors+"),
 }
 
