@@ -98,7 +98,7 @@ def test_the_context_judge_keeps_a_sentencepiece_word_from_its_first_token():
     wishes = Wishes(*(torch.full((1, 1), wish) for _ in range(3)), None)
     row = {"prompt": "Which?", "privileged_context": "The tool is called zorblat."}
     rollouts = Rollouts([[1]], torch.tensor([ids]), torch.ones(1, length, dtype=torch.bool))
-    batch = MicroBatch([row], [[1]], [[1]], rollouts, scores=scores, candidates=candidates, wishes=wishes)
+    batch = MicroBatch([row], [[1]], [[1]], rollouts=rollouts, scores=scores, candidates=candidates, wishes=wishes)
     (question,) = questions_of(batch, tokenizer, 5)
     assert question.candidates[0].promoted == " zor" and question.candidates[0].token == " fine"
     assert ContextJudge()([question]) == [[2]]

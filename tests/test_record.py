@@ -18,7 +18,8 @@ def test_what_the_student_did_not_write_is_told_from_scores_that_are_not_finite(
     question = Question("p", "c", tokens=("a", "b", "c", "d"), candidates=(), max_kept=1)
     rows = torch.tensor([[[-1.0, -2.0, -3.0, -4.0, 0.0]], [[-1.5, -2.5, -INF, -4.5, 0.0]], [[0.1, 0.2, INF, 0.4, 0.0]]])
     mask = torch.tensor([[True, False, True, True, False]])  # the last is padding: no token of the answer
-    batch = MicroBatch([{}], [[1]], [[1]], Rollouts([[1]], torch.zeros(1, 5, dtype=torch.int64), mask))
+    rollouts = Rollouts([[1]], torch.zeros(1, 5, dtype=torch.int64), mask)
+    batch = MicroBatch([{}], [[1]], [[1]], rollouts=rollouts)
     batch.questions, batch.kept = [question], [[0]]
     batch.scores = TokenScores(*rows, *[torch.zeros(1, 5)] * 4)
     (line,) = rollout_lines(7, batch, 1)
