@@ -273,7 +273,8 @@ def test_every_table_and_figure_has_a_place_on_the_page():
 
 def test_the_ablations_name_options_and_rivals():
     jobs = run.ablations([0, 1])
-    assert {job["method"] for job in jobs} == {"rmsd_context_anchors", "opsd_anchors", "rmsd_context"}
+    expected = {"rmsd_context_anchors", "opsd_anchors", "rmsd_context", "rmsd_contrast", "rmsd_contrast_topic"}
+    assert {job["method"] for job in jobs} == expected
     shared = [job for job in jobs if job["label"] in ("divergence: JSD", "beside OPSD: RMSD, JSD")]
     assert len(shared) == 4 and len({run._path(job) for job in shared}) == 2, "the same settings are run once"
 
