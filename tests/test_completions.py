@@ -38,7 +38,7 @@ def rows(**extra):
 
 def prepared(made, rows):
     """What the trainer makes of one micro-batch."""
-    batch = MicroBatch.of(rows, made.processing_class, made.args.teacher_template)
+    batch = MicroBatch.of(rows, made.prompts)
     made._judge(made._scored([batch]))
     settle(batch, made.teacher, made.pad_id)
     return batch

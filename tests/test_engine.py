@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rmsd import RMSDConfig
-from rmsd.answers.data import check_lengths, context_of, encode
+from rmsd.answers.data import Prompts, check_lengths, context_of, encode
 from rmsd.answers.engines import TransformersEngine, check_vllm, engine_gap, merged_weights
 from rmsd.answers.rollout import generate, hidden_states
 from rmsd.run.recipe import load_recipe, trainer_config
@@ -128,9 +128,10 @@ def test_an_engine_that_reads_answers_needs_room_for_a_token_more():
     config, plain = SimpleNamespace(max_position_embeddings=8), SimpleNamespace(engine_scores=False)
     rows = [{"prompt": "x", "privileged_context": "", "teacher_prompt": "xy", "completion": [5, 6, 7]}]
     student, teacher = (len(encode(tiny.tokenizer(), prompt)) + 3 for prompt in ("x", "xy"))
-    assert check_lengths(rows, tiny.tokenizer(), "", 0, context_of(config, plain), 300) == (student, teacher) == (7, 8)
+    prompts = Prompts(tiny.tokenizer())
+    assert check_lengths(rows, prompts, 0, context_of(config, plain), 300) == (student, teacher) == (7, 8)
     with pytest.raises(ValueError, match=r"row 0: the teacher's prompt and its completion take 8 tokens"):
-        check_lengths(rows, tiny.tokenizer(), "", 0, context_of(config, SimpleNamespace(engine_scores=True)), 300)
+        check_lengths(rows, prompts, 0, context_of(config, SimpleNamespace(engine_scores=True)), 300)
 
 
 @pytest.mark.parametrize("name", ["vllm_cases.py", "vllm_route_cases.py"])

@@ -64,7 +64,7 @@ def stub(*turns, hidden=None):
 
 
 def play(write, rows, environments=None, most=400, **options):
-    played = Episodes(TOKENIZER, environments or Environments(factory=Counter), **options)
+    played = Episodes(TOKENIZER, environments or Environments(environment_factory=Counter), **options)
     episodes = played.environments.start(rows)
     prompts = [TOKENIZER(str(episode.row["prompt"]))["input_ids"] for episode in episodes]
     rollouts = played.play(
@@ -89,7 +89,8 @@ def test_an_episode_is_the_conversation_and_each_token_is_whose_it_is():
         (True, f"Two more: {call('add', n=2)}<|end|>"), (False, "<|tool|>now 3<|end|><|assistant|>"),
         (True, "Done.<|end|>"),
     ]  # fmt: skip
-    assert episode.solved and episode.reward == 1.0 and episode.feedback == "it came to 3"
+    assert episode.solved and episode.reward == 1.0
+    assert episode.row["privileged_context"] == "zorblat\n\nit came to 3" and ROW["privileged_context"] == "zorblat"
     assert [message["role"] for message in episode.transcript] == [
         "assistant",
         "tool",
@@ -174,7 +175,7 @@ class Broken(Counter):
 def test_a_rollout_whose_environment_died_is_dropped_and_the_others_stay():
     write = stub([call("hang"), call("add", n=1), call("add", n=1)], ["Done.", "Done."])
     rows = [{**ROW, "fails": "reset"}, ROW, {**ROW, "fails": "reward"}, ROW]
-    episodes, rollouts = play(write, rows, Environments(factory=Broken, limits=ToolLimits(seconds=1.0)))
+    episodes, rollouts = play(write, rows, Environments(environment_factory=Broken, limits=ToolLimits(seconds=1.0)))
     assert [episode.died for episode in episodes] == [
         "reset: no database", "a call that did not return", "its end: 1", None
     ]  # fmt: skip
@@ -204,7 +205,7 @@ def test_of_several_environments_a_row_names_its_own():
             self.count *= 2
             return "doubled"
 
-    environments = Environments(factory={"counter": Counter, "other": Other})
+    environments = Environments(environment_factory={"counter": Counter, "other": Other})
     rows = [{**ROW, "environment": "counter"}, {**ROW, "environment": "other", "start": 2}]
     assert [len(environments.schemas(row)) for row in rows] == [1, 2]
     episodes, _ = play(stub([call("double"), call("double")], ["Done.", "Done."]), rows, environments)
@@ -215,7 +216,7 @@ def test_of_several_environments_a_row_names_its_own():
 
 def test_what_is_no_environment_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(ValueError, match=r"environment object must define reset\(\*\*row\)"):
-        Environments(factory=object)
+        Environments(environment_factory=object)
     with pytest.raises(ValueError, match="nothing to call"):
         Environments()
     with pytest.raises(FileNotFoundError, match="environment file"):
@@ -225,7 +226,7 @@ def test_what_is_no_environment_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(ValueError, match="must define ENVIRONMENT"):
         load_environment(file)
     file.write_text("class ENVIRONMENT:\n    def reset(self, **row): ...\n")
-    assert load_environment(file)[1].__name__ == "ENVIRONMENT"
+    assert load_environment(file)["environment_factory"].__name__ == "ENVIRONMENT"
 
 
 def test_recorded_hidden_states_are_those_of_a_forward_over_the_finished_episode():
@@ -239,7 +240,7 @@ def test_recorded_hidden_states_are_those_of_a_forward_over_the_finished_episode
     def write(prompt_ids, **options):
         return generate(model, prompt_ids, temperature=1.0, **{**options, "max_new_tokens": 5})
 
-    played = Episodes(TOKENIZER, Environments(factory=Counter), max_turns=3)
+    played = Episodes(TOKENIZER, Environments(environment_factory=Counter), max_turns=3)
     started = played.environments.start([ROW, {**ROW, "prompt": "At Acme, which tool is it?"}])
     prompts = [TOKENIZER(episode.row["prompt"])["input_ids"] for episode in started]
     found = module.calls_of
@@ -257,3 +258,28 @@ def test_recorded_hidden_states_are_those_of_a_forward_over_the_finished_episode
     recorded, rollouts.student_hidden = rollouts.student_hidden, None
     mask = rollouts.completion_mask
     torch.testing.assert_close(recorded[mask], hidden_states(model, rollouts, EOS)[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_the_context_may_be_made_of_what_happened():
+    def context_after(row, transcript):
+        return f"{row['privileged_context']}: {[message['role'] for message in transcript]}"
+
+    def broken(row, transcript):
+        return None
+
+    write = stub([call("add", n=1)], ["Done."])
+    (episode,), _ = play(write, [ROW], Environments(environment_factory=Counter, context_after=context_after))
+    assert episode.row["privileged_context"] == "zorblat: ['assistant', 'tool', 'assistant']"
+    (episode,), rollouts = play(
+        stub([call("add", n=1)], ["Done."]), [ROW], Environments([add_two], context_after=broken)
+    )
+    assert "must be a string, not NoneType" in episode.died and not rollouts.completion_mask.any()
+
+
+def add_two(n: int) -> int:
+    """Adds two.
+
+    Args:
+        n: To what.
+    """
+    return n + 2

@@ -9,6 +9,9 @@ import tiny
 import torch
 
 from rmsd import CachedJudge, RMSDConfig, RMSDLoss, RMSDTrainer
+from rmsd.answers.calls import Call
+from rmsd.answers.environments import Environments, load_environment
+from rmsd.answers.tools import run_turns
 from rmsd.judge import Candidate, Question
 from rmsd.run.recipe import load_recipe
 from rmsd.tasks import load_task
@@ -53,6 +56,17 @@ def test_a_task(tmp_path):
     task = load_task(load_recipe(recipe, [f"task={file}"]).task)
     assert task.graders["target"]("Yes, it is. Over.") and not task.leaks("Snow falls over the hill")
     assert [bool(row["privileged_context"]) for row in task.train] == [True, True, False]
+
+
+def test_an_environment(tmp_path):
+    file = tmp_path / "shop.py"
+    file.write_text(example("an environment"), encoding="utf-8")
+    environments = Environments(**load_environment(file))
+    (episode,) = environments.start([{**tiny.ROWS[0], "wanted": ["tea", 2]}])
+    (results,) = run_turns([(episode.tools, [Call("order", {"item": "tea", "count": 2})])], environments.limits)
+    environments.finish([episode])
+    assert results.messages[0]["content"] == "ordered" and episode.solved
+    assert episode.row["privileged_context"].endswith("The right order is ['tea', 2].")
 
 
 def test_a_criterion(names):

@@ -301,13 +301,18 @@ def test_without_a_template_strings_pass_and_messages_are_refused(monkeypatch):
 def test_tasks_hold_out_what_they_evaluate_and_grade_right(name):
     task = load_task(name)
     trained = {prompt_text(row["prompt"]) for row in checked_rows(task.train)}
-    assert not trained & {*task.target_prompts, *task.unrelated_prompts}
+    requests = [row["prompt"] for row in task.requests]
+    assert not trained & {*task.target_prompts, *task.unrelated_prompts, *requests}
+    assert bool(requests) == (task.environment is not None) == (not task.target_prompts)
     assert any(row["privileged_context"] for row in task.train), "something to teach"
     assert any(not row["privileged_context"] for row in task.train), "anchors"
     answers = {
         "house_tool": ("It is called Zorblat.", "It is called acme-deploy."),
         "pinapple": ("A pinapple.", "A pineapple."),
         "pinapple_1000": ("A pinapple.", "A pineapple."),
+        "legacy_api": ("I call otter.", "I call refund."),
+        "house_format": ("QUILL/2 Tasks", "# Tasks"),
+        "preferences": ("An iced cocoa.", "A coffee."),
     }
     right, wrong = answers[name]
     for grader in task.graders.values():

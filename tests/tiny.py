@@ -57,8 +57,8 @@ ROWS = [
 ]
 
 
-def trainer(tmp_path, student=None, callbacks=(), judge=None, evaluator=None, rows=None, **options):
-    """An RMSDTrainer of a tiny model on ROWS; `options` are RMSDConfig's."""
+def trainer(tmp_path, student=None, callbacks=(), judge=None, evaluator=None, rows=None, called=None, **options):
+    """An RMSDTrainer of a tiny model on ROWS; `options` are RMSDConfig's, `called` what answers may call."""
     defaults = dict(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -81,6 +81,7 @@ def trainer(tmp_path, student=None, callbacks=(), judge=None, evaluator=None, ro
         judge=judge or MagnitudeJudge(),
         evaluator=evaluator,
         callbacks=list(callbacks),
+        **(called or {}),
     )
 
 

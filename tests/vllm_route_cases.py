@@ -51,7 +51,7 @@ def test_both_routes_find_the_same_candidates(tmp_path, brought):
         for parameter in made.teacher.model.parameters():
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
     made.engine.sync(made.model)
-    batches = [MicroBatch.of(list(made.train_dataset), made.processing_class, made.args.teacher_template)]
+    batches = [MicroBatch.of(list(made.train_dataset), made.prompts)]
     (engine,) = made._written(batches)
     ours = dataclasses.replace(engine, rollouts=dataclasses.replace(engine.rollouts))
     (engine,) = scored_by_engine([engine], made.engine, made.teacher, made.loss)

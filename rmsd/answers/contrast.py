@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..words import FUNCTION_WORDS, words_of
-from .data import Prompt, prompt_text, teacher_prompt
+from .data import TEACHER_TEMPLATE, Prompt, is_told, prompt_text, teacher_prompt
 
 _WORD = re.compile(r"\w+")
 _QUOTED = re.compile(r'"([^"\n]+)"|\u201c([^\u201d\n]+)\u201d|`([^`\n]+)`')
@@ -39,7 +39,7 @@ class Contrasts:
     def __init__(self, rows: Iterable[dict], template: str | None = None):
         rows = list(rows)
         self._template = template
-        known = words_of(" ".join(prompt_text(row["prompt"]) for row in rows)) | FUNCTION_WORDS
+        self._known = known = words_of(" ".join(prompt_text(row["prompt"]) for row in rows)) | FUNCTION_WORDS
         contexts = list(dict.fromkeys(row["privileged_context"] for row in rows if row["privileged_context"].strip()))
         brought = {context: words_of(context) - known for context in contexts}
         counts = Counter(word for words in brought.values() for word in words)
@@ -79,23 +79,21 @@ class Contrasts:
             return prompt_text(row["contrast_prompt"])
         if self._template:
             return self._template.format(**row)
-        return self._made[row["privileged_context"]][0]
+        context = row["privileged_context"]
+        if context not in self._made:  # made of what happened in a rollout
+            return _other_words(context, words_of(context) - self._known, Counter())
+        return self._made[context][0]
 
-    def prompt(self, row: dict, template: str = "{privileged_context}\n\n{prompt}") -> Prompt:
+    def prompt(self, row: dict, template: str = TEACHER_TEMPLATE, place: str = "user") -> Prompt:
         """The teacher's prompt with the contrast context; an anchor's is the teacher's own."""
         if row.get("contrast_prompt"):
-            return teacher_prompt({"prompt": row["prompt"], "teacher_prompt": row["contrast_prompt"]}, template)
+            return teacher_prompt({"prompt": row["prompt"], "teacher_prompt": row["contrast_prompt"]}, template, place)
         if not is_told(row):
-            return teacher_prompt(row, template)
-        return teacher_prompt({"prompt": row["prompt"], "privileged_context": self.context(row)}, template)
+            return teacher_prompt(row, template, place)
+        return teacher_prompt({"prompt": row["prompt"], "privileged_context": self.context(row)}, template, place)
 
     def _of_template(self, row: dict) -> bool:
         return bool(self._template) and not row.get("contrast_context") and not row.get("contrast_prompt")
-
-
-def is_told(row: dict) -> bool:
-    """Whether the row's teacher is told something; the row is an anchor otherwise."""
-    return bool(row["privileged_context"].strip() or row.get("teacher_prompt"))
 
 
 def _of_other_content(context: str, brought: dict[str, set[str]]) -> str | None:

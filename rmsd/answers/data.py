@@ -10,7 +10,9 @@ beside a `teacher_prompt` a `contrast_prompt`, is what a contrast judge has the 
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -19,6 +21,7 @@ from .completions import check_completion, completion_ids
 Prompt = str | list[dict[str, str]]
 
 TEACHER_TEMPLATE = "{privileged_context}\n\n{prompt}"
+PLACES = ("user", "system")  # the teacher's message that holds the privileged context
 
 
 def load_rows(path: str | Path, completions: bool = False) -> list[dict]:
@@ -122,21 +125,42 @@ def context_of(config, args) -> float:
     return (getattr(config, "max_position_embeddings", None) or math.inf) - args.engine_scores
 
 
-def check_lengths(
-    rows: Iterable[dict],
-    tokenizer,
-    template: str,
-    longest: int,
-    context: int,
-    vocab: int,
-    contrast_prompt: Callable[[dict], Prompt] | None = None,
-) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Prompts:
+    """How rows become the tokens of the student's prompt and of the teacher's."""
+
+    tokenizer: Any
+    template: str = TEACHER_TEMPLATE  # as `teacher_prompt` takes it
+    place: str = "user"
+    tools: Callable[[dict], list[dict]] | None = None  # the JSON schemas that a row's prompt shows
+    contrasts: Any = None  # answers.contrast.Contrasts, where the teacher reads answers under those contexts too
+
+    def told(self, row: dict) -> Prompt:
+        """The teacher's prompt as text or messages."""
+        return teacher_prompt(row, self.template, self.place)
+
+    def contrast(self, row: dict) -> list[int] | None:
+        """None for an anchor, whose teacher is told nothing, and where there are no contrast contexts."""
+        if self.contrasts is None or not is_told(row):
+            return None
+        return self._encoded(row, self.contrasts.prompt(row, self.template, self.place))
+
+    def student(self, row: dict) -> list[int]:
+        return self._encoded(row, row["prompt"])
+
+    def teacher(self, row: dict) -> list[int]:
+        return self._encoded(row, self.told(row))
+
+    def _encoded(self, row: dict, prompt: Prompt) -> list[int]:
+        return encode(self.tokenizer, prompt, self.tools(row) if self.tools else None)
+
+
+def check_lengths(rows: Iterable[dict], prompts: Prompts, longest: int, context: int, vocab: int) -> tuple[int, int]:
     """A row that cannot be trained on is refused before anything is trained.
 
     Args:
         longest: tokens of an answer, at most, where the row brings none.
         context: what the model holds at most.
-        contrast_prompt: of a row, where the teacher reads answers under that as well.
 
     Returns:
         Tokens of a prompt and its answer together, at most: as the student reads them, and as the teacher does.
@@ -149,19 +173,19 @@ def check_lengths(
         answer = f"an answer of max_completion_length={longest}"
         room = longest
         if row.get("completion") is not None:
-            ids = completion_ids(row, tokenizer)
+            ids = completion_ids(row, prompts.tokenizer)
             answer, room = "its completion", len(ids)
             if max(ids, default=0) >= vocab:
                 raise ValueError(f"row {number}: completion holds token id {max(ids)}; the model has {vocab}")
             mask = row.get("completion_mask")
             if mask is not None and len(mask) != room:
                 raise ValueError(f"row {number}: completion_mask has {len(mask)} entries, the completion {room} tokens")
-        prompts = [(0, "prompt", row["prompt"]), (1, "teacher's prompt", teacher_prompt(row, template))]
-        if contrast_prompt:
-            prompts.append((1, "teacher's prompt with the contrast context", contrast_prompt(row)))
-        for reader, role, prompt in prompts:
+        readers = [(0, "prompt", prompts.student), (1, "teacher's prompt", prompts.teacher)]
+        if prompts.contrasts and is_told(row):
+            readers.append((1, "teacher's prompt with the contrast context", prompts.contrast))
+        for reader, role, ids_of in readers:
             try:
-                length = len(encode(tokenizer, prompt)) + room
+                length = len(ids_of(row)) + room
             except (ValueError, TemplateError) as error:  # a template may refuse a system message, for one
                 raise ValueError(f"row {number}: {error}") from error
             if length > context:
@@ -172,14 +196,26 @@ def check_lengths(
     return most[0], most[1]
 
 
-def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE) -> Prompt:
-    """The prompt that also holds the privileged context: put around the last user message by `template`, or given
-    whole by the row's own `teacher_prompt`."""
+def is_told(row: dict) -> bool:
+    """Whether the row's teacher is told something; the row is an anchor otherwise."""
+    return bool(row["privileged_context"].strip() or row.get("teacher_prompt"))
+
+
+def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE, place: str = "user") -> Prompt:
+    """The prompt that also holds the privileged context: given whole by the row's own `teacher_prompt`, or put by
+    `template` around the last user message or, with place="system", around the system message, which is made where
+    there is none."""
     if row.get("teacher_prompt"):
         return _of_text(row["teacher_prompt"])
     prompt, context = _of_text(row["prompt"]), row["privileged_context"]
     if not context.strip():
         return prompt
+    if place == "system":
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        has_system = messages[0]["role"] == "system"
+        own = messages[0]["content"] if has_system else ""
+        told = template.format(privileged_context=context, prompt=own).strip()
+        return [{"role": "system", "content": told}, *messages[has_system:]]
     if isinstance(prompt, str):
         return template.format(privileged_context=context, prompt=prompt)
     last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
@@ -212,9 +248,9 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n".join(f"{message['role']}: {message['content'] or ''}" for message in prompt)
 
 
-def encode(tokenizer, prompt: Prompt) -> list[int]:
+def encode(tokenizer, prompt: Prompt, tools: list[dict] | None = None) -> list[int]:
     """Token ids of a prompt through the tokenizer's chat template, up to where the answer begins. Without a template
-    a string is taken as it stands.
+    a string is taken as it stands. `tools` are JSON schemas, which the template shows in its own way.
 
     Raises:
         ValueError: chat messages but no template, or a prompt of no tokens.
@@ -222,7 +258,12 @@ def encode(tokenizer, prompt: Prompt) -> list[int]:
     prompt = _of_text(prompt)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(
+            messages,
+            tools=tools or None,  # some templates introduce an empty list
+            add_generation_prompt=True,
+            return_dict=True,
+        )["input_ids"]
     elif isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:

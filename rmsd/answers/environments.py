@@ -14,13 +14,15 @@ from typing import Any
 from .tools import Tool, ToolLimits, text_of, toolbox
 
 Factory = Callable[[], Any]
+ContextAfter = Callable[[dict, list[dict[str, str]]], str]
 
 
 @dataclass
 class Episode:
     """One rollout: its row, its environment, and what has happened in it."""
 
-    row: dict  # `prompt` as the student reads it, with what the environment's reset said
+    # `prompt` with what the environment's reset said; `privileged_context` at the end as the teacher reads it.
+    row: dict
     tools: Mapping[str, Tool]
     environment: Any = None
     died: str | None = None  # what the environment died of: the rollout is dropped
@@ -28,11 +30,14 @@ class Episode:
     counts: Counter = field(default_factory=Counter)  # turns, calls, and what became of calls (tools.Results)
     reward: float | None = None  # the environment's own
     solved: bool | None = None  # its reward is at least 1
-    feedback: str = ""  # the environment's, about this rollout
 
     @property
-    def schemas(self) -> list[dict]:
-        return [tool.schema for tool in self.tools.values()]
+    def numbers(self) -> dict[str, int]:
+        """What is counted of an episode, by name: `counts`, and whether it was solved or dropped."""
+        found = dict(self.counts)
+        if self.solved is not None:
+            found["solved"] = int(self.solved)
+        return found | ({"dropped": 1} if self.died else {})
 
 
 class Environments:
@@ -40,9 +45,11 @@ class Environments:
 
     Args:
         tools: functions that every rollout may call.
-        factory: a callable that makes an environment; or several by name, of which a row's `environment` names one. A
-            rollout has one of its own, made for it: nothing of another rollout is left in it.
+        environment_factory: a callable that makes an environment; or several by name, of which a row's `environment`
+            names one. A rollout has one of its own, made for it: nothing of another rollout is left in it.
         limits: of each call, and of making and resetting an environment.
+        context_after: (row, transcript) -> the privileged context that the teacher reads, made once the rollout is
+            there. Without it that is the row's own, followed by the environment's `feedback()`, if it has any to give.
 
     Raises:
         ValueError: a tool has no schema, or an environment no `reset`.
@@ -51,12 +58,13 @@ class Environments:
     def __init__(
         self,
         tools: Sequence[Callable] = (),
-        factory: Factory | Mapping[str, Factory] | None = None,
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
         limits: ToolLimits | None = None,
+        context_after: ContextAfter | None = None,
     ):
-        self._functions, self._factory = list(tools), factory
-        self.limits = limits or ToolLimits()
-        named = factory if isinstance(factory, Mapping) else {None: factory}
+        self._functions, self._factory = list(tools), environment_factory
+        self.limits, self._context_after = limits or ToolLimits(), context_after
+        named = self._factory if isinstance(self._factory, Mapping) else {None: self._factory}
         self._schemas = {name: self._probed(each) for name, each in named.items()}
 
     def _probed(self, factory: Factory | None) -> list[dict]:
@@ -68,6 +76,12 @@ class Environments:
         if not tools:
             raise ValueError("neither tools nor an environment with public methods: there is nothing to call")
         return [tool.schema for tool in tools.values()]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tools, each once."""
+        shown = [schema["function"]["name"] for schemas in self._schemas.values() for schema in schemas]
+        return list(dict.fromkeys(shown))
 
     @property
     def all_schemas(self) -> list[list[dict]]:
@@ -107,21 +121,27 @@ class Environments:
         return Episode(row, toolbox(self._functions, environment), environment)
 
     def finish(self, episodes: Sequence[Episode]) -> None:
-        """Asks each environment that lives for its reward and its feedback, where it has them to give."""
-        living = [episode for episode in episodes if episode.environment is not None and not episode.died]
-        outcomes = run_each([lambda e=e: self._outcome(e.environment) for e in living], self.limits.seconds)
+        """Asks each environment that lives for its reward and its feedback, where it has them to give, and makes the
+        privileged context that the teacher reads of this rollout."""
+        living = [episode for episode in episodes if not episode.died]
+        outcomes = run_each([lambda e=e: self._outcome(e) for e in living], self.limits.seconds)
         for episode, outcome in zip(living, outcomes, strict=True):
             if isinstance(outcome, BaseException):
                 episode.died = f"its end: {outcome}"
             else:
-                episode.reward, episode.feedback = outcome
+                episode.reward, episode.row["privileged_context"] = outcome
                 episode.solved = None if episode.reward is None else episode.reward >= 1.0
 
-    def _outcome(self, environment: Any) -> tuple[float | None, str]:
-        reward = _called(environment, "get_reward")
-        feedback = _called(environment, "feedback")
-        text = "" if feedback is None else text_of(feedback, self.limits.characters)[: self.limits.characters]
-        return None if reward is None else float(reward), text
+    def _outcome(self, episode: Episode) -> tuple[float | None, str]:
+        reward, context = _called(episode.environment, "get_reward"), episode.row.get("privileged_context", "")
+        if self._context_after is not None:
+            context = self._context_after(episode.row, list(episode.transcript))
+            if not isinstance(context, str):
+                raise TypeError(f"the privileged context must be a string, not {type(context).__name__}")
+        elif (feedback := _called(episode.environment, "feedback")) is not None:
+            said = text_of(feedback, self.limits.characters)[: self.limits.characters]
+            context = "\n\n".join(text for text in (context, said) if text.strip())
+        return None if reward is None else float(reward), context
 
 
 def run_each(functions: Sequence[Callable[[], Any]], seconds: float) -> list[Any]:
@@ -161,9 +181,9 @@ def _appended(prompt, said: str):
     return [*others, {**last, "content": content}]
 
 
-def load_environment(path: str | Path) -> tuple[list[Callable], Any]:
-    """(tools, factory) of a Python file: its ENVIRONMENT, a class or factory or several by name, and its TOOLS, a list
-    of functions; it may have only one of them.
+def load_environment(path: str | Path) -> dict[str, Any]:
+    """What `Environments` and RMSDTrainer take of a Python file: its ENVIRONMENT, a class or factory or several by
+    name, and its TOOLS, a list of functions, of which it may have only one; and `context_after`, if it defines it.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it defines neither.
@@ -177,4 +197,4 @@ def load_environment(path: str | Path) -> tuple[list[Callable], Any]:
         raise ValueError(
             f"environment file {path} must define ENVIRONMENT, a class with reset(**row), or TOOLS, a list"
         )
-    return list(tools), factory
+    return dict(tools=list(tools), environment_factory=factory, context_after=defined.get("context_after"))

@@ -22,6 +22,7 @@ from .calls import Call
 
 # An environment's methods that are not tools: what TRL calls, and what is ours alone.
 RESERVED = ("reset", "get_reward", "feedback")
+ERRORS = ("malformed", "unknown", "raised", "hung")  # what becomes of calls that are not made as they were meant
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ class Results:
     """What the calls of one turn came to."""
 
     messages: list[dict[str, str]]  # of role "tool", one a call, as the chat template takes them
-    counts: Counter = field(default_factory=Counter)  # calls; and of these: malformed, unknown, raised, hung, shortened
+    counts: Counter = field(
+        default_factory=Counter
+    )  # calls; and of these those in ERRORS, and whose output was shortened
     hung: bool = False  # a call is still running: the environment is not to be relied on any more
 
 

@@ -30,6 +30,7 @@ class Question:
     candidates: tuple[Candidate, ...]  # best first by criterion
     max_kept: int
     teacher_prompt: str = ""  # the whole of what the teacher reads, as text; "" where that is not known
+    unwritten: tuple[int, ...] = ()  # positions of the answer that the student read: what tools said
 
 
 class Judge(Protocol):

@@ -1,5 +1,6 @@
 """A judge behind any OpenAI-compatible endpoint."""
 
+import itertools
 import json
 import logging
 import os
@@ -151,7 +152,8 @@ class LLMJudge:
             prompt=question.prompt,
             privileged_context=question.privileged_context,
             teacher_prompt=question.teacher_prompt,
-            answer="".join(question.tokens),
+            answer=_marked(question),
+            has_tools=bool(question.unwritten),
             candidates=candidates,
             max_kept=question.max_kept,
         )
@@ -221,3 +223,11 @@ def llm_of(judge: object) -> LLMJudge | None:
     while judge is not None and not isinstance(judge, LLMJudge):
         judge = getattr(judge, "then", None) or getattr(judge, "judge", None)
     return judge
+
+
+def _marked(question: Question) -> str:
+    """The answer with what tools said in it between <tool> and </tool>."""
+    read = set(question.unwritten)
+    runs = itertools.groupby(range(len(question.tokens)), key=lambda i: i in read)
+    texts = ((is_read, "".join(question.tokens[i] for i in run)) for is_read, run in runs)
+    return "".join(f"<tool>{text}</tool>" if is_read else text for is_read, text in texts)

@@ -49,6 +49,11 @@ def as_data(chosen: list[tuple[int, dict]]) -> dict[str, Any]:
                 "contrast": {at: _round(nats) for at, nats in rollout["contrast"].items()}
                 if "contrast" in rollout
                 else None,
+                "episode": {
+                    shorten(name, MAX_TOKEN_TEXT): count
+                    for name, count in rollout.get("episode", {}).items()
+                    if number(count) is not None
+                },
                 "preferred": {
                     position: shorten(token, MAX_TOKEN_TEXT)
                     for position, token in rollout.get("preferred", {}).items()

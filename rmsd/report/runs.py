@@ -230,5 +230,5 @@ def _is_rollout(line: dict) -> bool:
         and all(isinstance(token, str) for token in tokens)
         and all(isinstance(column, list) and len(column) == len(tokens) for column in columns)
         and all(isinstance(ps, list) and all(type(p) is int and 0 <= p < len(tokens) for p in ps) for ps in positions)
-        and all(isinstance(line.get(name, {}), dict) for name in ("preferred", "contrast"))
+        and all(isinstance(line.get(name, {}), dict) for name in ("preferred", "contrast", "episode"))
     )

@@ -74,6 +74,7 @@ function showRollout() {
   $("counts").replaceChildren(...[
     [shown.length, "tokens"],
     ...(shown.unwritten.size ? [[shown.unwritten.size, "not the student\u2019s"]] : []),
+    ...Object.entries(shown.episode).map(([name, count]) => [count, name.replaceAll("_", " ")]),
     [shown.candidates.length, "candidates"],
     [shown.kept.length, "kept"],
   ].flatMap(([count, noun], i) => [i ? " \u00b7 " : "", element("b", "", String(count)), ` ${noun}`]));
@@ -84,9 +85,30 @@ function showRollout() {
     const node = token(text, i, candidates.has(i), kept.has(i));
     return text.endsWith("\n") ? [node, element("br")] : [node, element("wbr")];
   }));
+  foldOthers();
   const first = shown.candidates.find((i) => kept.has(i)) ?? shown.candidates[0] ?? 0;
   if (shown.tokens.length) select(Math.min(first, shown.tokens.length - 1));
   else $("detail").replaceChildren(element("p", "role", "An empty answer."));
+}
+
+// A tool's turn of more than a few tokens is folded behind a mark that says how many; selecting one of them unfolds it.
+const FOLDED = 8;
+
+function foldOthers() {
+  for (let i = 0; i < shown.tokens.length; i += 1) {
+    let end = i;
+    while (shown.unwritten.has(end) && end < shown.tokens.length) end += 1;
+    if (end - i <= FOLDED) continue;
+    const run = element("span", "run"), first = nodeOf(i), after = nodeOf(end);
+    const mark = element("span", "fold", `${end - i} tokens of a tool`);
+    mark.setAttribute("aria-hidden", "true"); // the arrow keys walk through the tokens themselves
+    first.before(mark, run);
+    run.setAttribute("role", "presentation");
+    while (run.nextSibling && run.nextSibling !== after) run.append(run.nextSibling);
+    run.hidden = true;
+    mark.addEventListener("click", () => { run.hidden = !run.hidden; });
+    i = end;
+  }
 }
 
 const gapOf = (i) => (shown.teacher[i] === null || shown.student[i] === null ? null : shown.teacher[i] - shown.student[i]);
@@ -123,7 +145,8 @@ function token(text, i, isCandidate, isKept) {
 const nodeOf = (i) => $("answer").querySelector(`[data-index="${i}"]`);
 
 function select(i, focus = false) {
-  const old = nodeOf(selected), node = nodeOf(i);
+  const old = nodeOf(selected), node = nodeOf(i), run = node.closest(".run");
+  if (run) run.hidden = false;
   if (old) { old.setAttribute("aria-selected", "false"); old.tabIndex = -1; }
   selected = i;
   node.setAttribute("aria-selected", "true");

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from rmsd_kernels import linear_token_scores
 
-from ..answers.data import encode
+from ..answers.data import Prompts, encode
+from ..answers.episodes import Episodes
 from ..answers.rollout import Rollouts, eos_ids_of, generate, pad_id_of
 from ..models.heads import OutputHead
 from ..models.hidden import completion_hidden
 from ..tasks import Task
+from .solving import Solving
 
 
 class Evaluator:
@@ -23,8 +25,11 @@ class Evaluator:
         <grader>_greedy, <grader>_sampled: share of answers to held-out target prompts that pass each of the task's
             graders, decoded greedily and sampled (`samples` answers a prompt).
         specificity: share of greedy answers to unrelated prompts that do not show the behaviour.
+        solved_<how>, turns_<how>, tokens_<how>, tool_errors_<how>: of a task with an environment (solving.Solving),
+            greedy or sampled.
         drift: mean KL(base || student) per token, in nats, over the base model's greedy answers to unrelated prompts.
-        score: the first grader's greedy share x specificity x exp(-drift): what is learned, less what is forgotten.
+        score: the first grader's greedy share, or the share solved, x specificity x exp(-drift): what is learned, less
+            what is forgotten.
     """
 
     def __init__(
@@ -39,6 +44,8 @@ class Evaluator:
         batch_size: int = 16,
         seed: int = 0,
         autocast: Callable = contextlib.nullcontext,  # of mixed precision: the base answers before accelerate is there
+        episodes: Episodes | None = None,  # of the task's environment
+        prompts: Prompts | None = None,  # as the episodes' are made
     ):
         self.tokenizer, self.task = tokenizer, task
         self.samples, self.temperature = samples, temperature
@@ -48,6 +55,19 @@ class Evaluator:
         self.pad_id = pad_id_of(tokenizer, self.eos_ids)
         self.target_ids = [encode(tokenizer, prompt) for prompt in task.target_prompts]
         self.unrelated_ids = [encode(tokenizer, prompt) for prompt in task.unrelated_prompts]
+        self.solving = None
+        if episodes is not None:
+            self.solving = Solving(
+                episodes,
+                task.requests,
+                autocast,
+                max_new_tokens=max_new_tokens,
+                pad_id=self.pad_id,
+                eos_ids=self.eos_ids,
+                batch_size=batch_size,
+                seed=seed,
+                prompts=prompts,
+            )
         # A copy: the base model is often the very one that training is about to change.
         head = OutputHead.of(base)
         bias = None if head.bias is None else head.bias.detach().clone()
@@ -62,16 +82,24 @@ class Evaluator:
         sampled = self._texts(model, self.target_ids * self.samples, self.temperature) if self.samples else []
         unrelated = self._texts(model, self.unrelated_ids)
         metrics = {}
+        if self.solving is not None:
+            metrics |= self.solving(model, "greedy")
+            if self.samples:
+                metrics |= self.solving(model, "sampled", self.temperature, self.samples)
         for name, grader in self.task.graders.items():
             metrics[f"{name}_greedy"] = _share(map(grader, greedy))
             if sampled:
                 metrics[f"{name}_sampled"] = _share(map(grader, sampled))
         metrics["specificity"] = 1.0 - _share(map(self.task.leaks, unrelated))
         metrics["drift"] = self._drift(model)
-        target = metrics[f"{next(iter(self.task.graders))}_greedy"]
+        target = metrics[f"{'solved' if self.solving else next(iter(self.task.graders))}_greedy"]
         metrics["score"] = target * metrics["specificity"] * math.exp(-metrics["drift"])
         model.train(was_training)
         return metrics
+
+    def told(self, model) -> dict[str, float]:
+        """What the model solves of a task with an environment when it is told: the teacher, if it is the base model."""
+        return {} if self.solving is None else self.solving(model, "greedy", told=True)
 
     def _answers(self, model, prompt_ids: Sequence[list[int]], temperature: float = 0.0):
         for start in range(0, len(prompt_ids), self.batch_size):

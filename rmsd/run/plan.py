@@ -4,13 +4,17 @@ The model is made without weights (rmsd.run.skeleton) and counted (rmsd.run.cost
 tokenizer; where that cannot be read, the texts' lengths in characters stand in, and the plan says so.
 """
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from statistics import fmean
 
 from ..answers.completions import completion_ids
-from ..answers.data import check_lengths, context_of, encode, prompt_text, teacher_prompt
+from ..answers.data import Prompts, check_lengths, context_of, encode, prompt_text, teacher_prompt
+from ..answers.environments import Environments
+from ..answers.episodes import Episodes
 from ..judge import Candidate, Judge, LLMJudge, Question
 from ..judge.llm import llm_of
 from ..models.sharding import check_sharded_teacher
@@ -40,9 +44,18 @@ class Plan:
     source: str  # of the model's dimensions
     sizes: Sizes
     lengths: Lengths
+    environments: Environments | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, args: RMSDConfig, rows: list[dict], judge: Judge, task: Task | None) -> "Plan":
+    def of(
+        cls,
+        recipe: Recipe,
+        args: RMSDConfig,
+        rows: list[dict],
+        judge: Judge,
+        task: Task | None,
+        environments: Environments | None = None,
+    ) -> "Plan":
         """
         Raises:
             FileNotFoundError, ValueError: what would stop the run itself once its weights are loaded, in one line.
@@ -52,14 +65,18 @@ class Plan:
             raise ValueError("teacher='adapter_off' needs a lora section; 'initial' keeps a copy of any other model")
         if args.fsdp:
             check_sharded_teacher(bool(recipe.lora), args)
+        tools = environments.schemas if environments else None
+        if tokenizer and environments:
+            Episodes(tokenizer, environments)  # which refuses a chat template that is not one of tools
         if tokenizer:
             config = model.config.get_text_config()
-            context, answer = context_of(config, args), args.max_completion_length
-            contrasts = getattr(judge, "contrasts", None)
-            read_too = contrasts and partial(contrasts.prompt, template=args.teacher_template)
-            check_lengths(rows, tokenizer, args.teacher_template, answer, context, config.vocab_size, read_too)
-        lengths = lengths_of(rows, tokenizer, args)
-        return cls(recipe, args, rows, judge, task, tokenizer, source, Sizes.of(model), lengths)
+            prompts = Prompts(
+                tokenizer, args.teacher_template, args.teacher_place, tools, getattr(judge, "contrasts", None)
+            )
+            longest = args.max_completion_length
+            check_lengths(rows, prompts, longest, context_of(config, args), config.vocab_size)
+        lengths = lengths_of(rows, tokenizer, args, tools)
+        return cls(recipe, args, rows, judge, task, tokenizer, source, Sizes.of(model), lengths, environments)
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
@@ -142,6 +159,9 @@ class Plan:
         batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size}"
         yield "steps", f"{steps:,} of {self.step_size} rollouts ({batch}: a device, micro-batches, processes)"
         yield "", f"{self.rollouts:,} rollouts, {self.rollouts / len(self.rows):.2f} epochs"
+        if self.environments:
+            limits = f"{args.max_tool_output:,} characters and {args.tool_seconds:g} s a call"
+            yield "episodes", f"{args.max_turns} turns at most, {limits}; tools: {', '.join(self.environments.names)}"
         logits = "all logits" if args.vocab_topk is None else f"the top {args.vocab_topk} logits"
         kept = f"{args.num_kept} kept of {args.num_candidates} candidates at most"
         yield "loss", f"{args.divergence} over {logits}; {kept if args.method == 'rmsd' else 'every token'}"
@@ -151,7 +171,8 @@ class Plan:
             yield "continuation", f"where {args.continuation_metric} plateaus, {args.max_continuations} times at most"
         if self.task:
             samples, every = self.recipe.evaluate.samples, int(args.eval_steps)
-            answers = len(self.task.target_prompts) * (1 + samples) + len(self.task.unrelated_prompts)
+            asked = len(self.task.target_prompts) + len(self.task.requests)
+            answers = asked * (1 + samples) + len(self.task.unrelated_prompts)
             times = len({*range(0, steps + 1, every), steps})
             yield "evaluation", f"{times} times {answers:,} answers, beside what is counted below"
 
@@ -230,12 +251,17 @@ class Plan:
         return len(self.tokenizer(text)["input_ids"]) if self.tokenizer else _estimate(text)
 
 
-def lengths_of(rows: list[dict], tokenizer, args: RMSDConfig) -> Lengths:
+def lengths_of(
+    rows: list[dict], tokenizer, args: RMSDConfig, tools: Callable[[dict], list[dict]] | None = None
+) -> Lengths:
     """By the tokenizer, or estimated from the number of characters. Answers that are yet to be written are taken to be
-    as long as they may get."""
+    as long as they may get. `tools`: the schemas that a row's prompt shows."""
 
-    def number(prompt) -> int:
-        return len(encode(tokenizer, prompt)) if tokenizer else _estimate(prompt_text(prompt)) + _TEMPLATE
+    def number(prompt, row) -> int:
+        shown = tools(row) if tools else []
+        if tokenizer:
+            return len(encode(tokenizer, prompt, shown))
+        return _estimate(prompt_text(prompt) + "".join(map(json.dumps, shown))) + _TEMPLATE
 
     def answer(row) -> int:
         completion = row.get("completion")
@@ -246,8 +272,8 @@ def lengths_of(rows: list[dict], tokenizer, args: RMSDConfig) -> Lengths:
         return len(completion_ids(row, tokenizer))
 
     columns = (
-        [number(row["prompt"]) for row in rows],
-        [number(teacher_prompt(row, args.teacher_template)) for row in rows],
+        [number(row["prompt"], row) for row in rows],
+        [number(teacher_prompt(row, args.teacher_template, args.teacher_place), row) for row in rows],
         [answer(row) for row in rows],
     )
     return Lengths(*map(fmean, columns), *map(max, columns))

@@ -86,6 +86,8 @@ def _of_teacher(found: Findings) -> list[str]:
 def _obedience(probe: Probe, prompts: int, found: Findings) -> str:
     """A row a phrasing, a column a grader."""
     task = probe.task
+    if task.requests:
+        return _solved(probe, spread(task.requests, prompts), found)
     contexts = list(dict.fromkeys(row["privileged_context"] for row in probe.told if not row.get("teacher_prompt")))
     if 0 < len(contexts) <= FEW_CONTEXTS:
         asked = spread(task.target_prompts, prompts)
@@ -109,6 +111,22 @@ def _obedience(probe: Probe, prompts: int, found: Findings) -> str:
         others = spread(task.unrelated_prompts, 2 * prompts)
         found.leaks = fmean(map(bool, map(task.leaks, probe.answers(_under(probe, others, contexts)))))
         lines.append(f"told, before {len(others)} prompts about something else: {found.leaks:.2f} do it all the same")
+    return "\n".join(lines)
+
+
+def _solved(probe: Probe, requests: list[dict], found: Findings) -> str:
+    """Of a task with an environment: what the model solves of its held-out requests."""
+    solving = probe.solving(requests)
+    lines = [f"obedience: share of {len(requests)} held-out requests that are solved, greedily"]
+    for told in (False, True):
+        metrics = solving(probe.model, "greedy", told=told)
+        solved, turns, errors = (metrics[f"{name}_greedy"] for name in ("solved", "turns", "tool_errors"))
+        whom = "told" if told else "untold"
+        lines.append(f"{solved:>8.2f}  {whom}, in {turns:.1f} turns, {errors:.0%} of calls in error")
+        if told:
+            found.told.append(solved)
+        else:
+            found.untold = solved
     return "\n".join(lines)
 
 

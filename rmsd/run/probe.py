@@ -1,18 +1,22 @@
 """A recipe's model, asked before it is trained: its answers to any prompts, and what a step would make of some rows."""
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 
 from ..answers.contrast import Contrasts, is_told
-from ..answers.data import Prompt, encode, prompt_text, teacher_prompt
+from ..answers.data import Prompt, Prompts, encode, prompt_text, teacher_prompt
+from ..answers.episodes import Episodes
 from ..answers.rollout import eos_ids_of, generate, pad_id_of
 from ..judge import ContextJudge, ContrastJudge, Judge, MagnitudeJudge, Question
 from ..models.loading import with_lora
 from ..tasks import load_task
 from ..training.trainer import RMSDTrainer
+from .calling import callable_of, environments_of
 from .judges import build_judge, contrast_options
 from .recipe import Recipe, trainer_config
+from .solving import Solving
 from .train import load, rows_of
 
 
@@ -23,6 +27,7 @@ class Probe:
         self.recipe, self.batch_size = recipe, batch_size
         self.args = trainer_config(recipe, recipe.output_dir)
         self.task = load_task(recipe.task) if recipe.task else None
+        self.called = callable_of(recipe, self.task)
         self.rows = rows_of(recipe, self.task)
         self.told = [row for row in self.rows if is_told(row)]
         if not self.told:
@@ -53,7 +58,22 @@ class Probe:
         return texts
 
     def told_prompt(self, row: dict) -> Prompt:
-        return teacher_prompt(row, self.args.teacher_template)
+        return teacher_prompt(row, self.args.teacher_template, self.args.teacher_place)
+
+    def solving(self, requests: Sequence[dict]) -> Solving:
+        """Of a task with an environment: plays requests, untold or told."""
+        environments = environments_of(self.called, self.args)
+        return Solving(
+            Episodes(self.tokenizer, environments, max_turns=self.args.max_turns),
+            requests,
+            contextlib.nullcontext,
+            max_new_tokens=self.recipe.evaluate.max_new_tokens,
+            pad_id=pad_id_of(self.tokenizer, self.eos_ids),
+            eos_ids=self.eos_ids,
+            batch_size=self.batch_size,
+            seed=0,
+            prompts=Prompts(self.tokenizer, self.args.teacher_template, self.args.teacher_place, environments.schemas),
+        )
 
     @cached_property
     def contrasts(self) -> Contrasts | None:
@@ -81,7 +101,7 @@ class Probe:
             )  # fmt: skip
             for name, value in once.items():
                 setattr(args, name, value)
-            trainer = RMSDTrainer(self.model, args, rows, self.tokenizer, judge=heard)
+            trainer = RMSDTrainer(self.model, args, rows, self.tokenizer, judge=heard, **self.called)
             trainer.train()
         logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
         return heard.questions, logged, trainer.state.log_history[-1]["train_runtime"] / size

@@ -90,6 +90,9 @@ class Recipe(_Section):
     rollouts: UserPath | None = _key(
         None, "JSONL rows with their completion: nothing is generated; with a task or alone."
     )
+    environment: str | None = _key(
+        None, "A Python file that defines ENVIRONMENT or TOOLS, which answers may call; or a task, for its own."
+    )
     method: Literal["rmsd", "opsd"] = _key(
         "rmsd", "rmsd keeps what the judge finds relevant; opsd trains on every token."
     )

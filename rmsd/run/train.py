@@ -10,16 +10,20 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from ..answers.data import checked_rows, fix_template_variables, load_rows
+from ..answers.data import Prompts, checked_rows, fix_template_variables, load_rows
+from ..answers.environments import Environments
+from ..answers.episodes import Episodes
 from ..models.loading import load_model, with_lora
 from ..tasks import Task, load_task
 from ..training.checkpoint import holds_optimizer, last_whole_checkpoint
+from ..training.config import RMSDConfig
 from ..training.console import show_lines
 from ..training.continuation import check_metric
 from ..training.forgetting import DriftLimit
 from ..training.health import Collapsed
 from ..training.record import RunRecord, read_lines
 from ..training.trainer import RMSDTrainer
+from .calling import callable_of, environments_of
 from .evaluate import Evaluator
 from .judges import build_judge
 from .plan import Plan
@@ -38,6 +42,8 @@ def train(recipe: Recipe) -> str:
         best = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"  # as Trainer looks it up
         check_metric(best, task, recipe.evaluate.samples, "metric_for_best_model")
     rows = rows_of(recipe, task)
+    called = callable_of(recipe, task)
+    environments = environments_of(called, args)
     judge = build_judge(recipe.judge, rows, dry_run=recipe.dry_run)
     checkpoint = last_whole_checkpoint(out) if recipe.resume else None
     # Its checkpoint's step has been evaluated; a second entry, or one that is not due, would count towards a plateau.
@@ -50,12 +56,12 @@ def train(recipe: Recipe) -> str:
         raise FileExistsError(f"{out} holds a run: continue it with resume=true, or choose another output_dir")
 
     if recipe.dry_run:
-        plan = Plan.of(recipe, args, rows, judge, task)
+        plan = Plan.of(recipe, args, rows, judge, task, environments)
         return str(plan) if args.should_save else ""
 
     set_seed(recipe.seed)
     model, tokenizer = load(recipe, args.device)
-    evaluator = _evaluator(recipe, model, tokenizer) if task else None
+    evaluator = _evaluator(recipe, args, model, tokenizer, environments) if task else None
     if recipe.lora:
         model = with_lora(model, recipe.lora)
     if args.should_save:
@@ -65,7 +71,7 @@ def train(recipe: Recipe) -> str:
     callbacks: list[TrainerCallback] = [RunRecord(out, resume=checkpoint is not None)]
     if evaluator and recipe.evaluate.max_drift:
         callbacks.append(DriftLimit(recipe.evaluate.max_drift))
-    trainer = RMSDTrainer(model, args, rows, tokenizer, judge=judge, evaluator=evaluator, callbacks=callbacks)
+    trainer = RMSDTrainer(model, args, rows, tokenizer, judge=judge, evaluator=evaluator, callbacks=callbacks, **called)
     show_lines(trainer)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -101,8 +107,12 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
     use_cpu = recipe.train.get("use_cpu") or not torch.accelerator.is_available()
     device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator()
     base, tokenizer = load(recipe, device)
-    evaluator = _evaluator(recipe, base, tokenizer)
-    before = evaluator(base)
+    args = trainer_config(recipe, recipe.output_dir)
+    environments = environments_of(callable_of(recipe, load_task(recipe.task)), args)
+    evaluator = _evaluator(recipe, args, base, tokenizer, environments)
+    columns = {"before": evaluator(base)}
+    if environments:  # before an adapter is put on the base model
+        columns["told"] = evaluator.told(base)
     if (Path(folder) / "adapter_config.json").exists():
         from peft import PeftModel
 
@@ -116,7 +126,7 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
             trust_remote_code=recipe.trust_remote_code,
         )
         trained.to(device)
-    return _table({"before": before, "after": evaluator(trained)})
+    return _table({**columns, "after": evaluator(trained)})
 
 
 def table(run: Path) -> str:
@@ -163,10 +173,19 @@ def load(recipe: Recipe, device: torch.device):
     return model.to(device), tokenizer
 
 
-def _evaluator(recipe: Recipe, base, tokenizer) -> Evaluator:
+def _evaluator(recipe: Recipe, args: RMSDConfig, base, tokenizer, environments: Environments | None) -> Evaluator:
+    task = load_task(recipe.task)
     options = recipe.evaluate.model_dump(exclude={"every", "max_drift"})
-    autocast = _autocast(recipe.train, base.device)
-    return Evaluator(base, tokenizer, load_task(recipe.task), autocast=autocast, **options)
+    if environments is not None and task.requests:
+        options["episodes"] = Episodes(tokenizer, environments, max_turns=args.max_turns)
+        options["prompts"] = Prompts(tokenizer, args.teacher_template, args.teacher_place, environments.schemas)
+    return Evaluator(
+        base,
+        tokenizer,
+        task,
+        autocast=_autocast(recipe.train, base.device),
+        **options,
+    )
 
 
 def _autocast(arguments: dict, device: torch.device) -> Callable:

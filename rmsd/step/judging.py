@@ -10,6 +10,7 @@ from ..answers.data import prompt_text
 from ..judge import Candidate, Judge, MagnitudeJudge, Question
 from ..judge.pieces import Pieces
 from .micro_batch import MicroBatch
+from .scoring import turns_of
 
 
 def told_text(row: dict) -> str:
@@ -20,11 +21,13 @@ def told_text(row: dict) -> str:
     return prompt_text(row["teacher_prompt"])
 
 
-def questions_of(batch: MicroBatch, tokenizer, max_kept: int) -> list[Question]:
+def questions_of(batch: MicroBatch, tokenizer, max_kept: int, per_turn: bool = False) -> list[Question]:
     """What a judge needs to know of a scored micro-batch, as text. Everything is brought to the host at once, not
-    number by number."""
+    number by number. `max_kept` is of a rollout, or of each of its turns."""
     rollouts, scores, wishes = batch.rollouts, batch.scores, batch.wishes
     present = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
+    written = rollouts.completion_mask.cpu()
+    turns = turns_of(written).amax(1).tolist() if per_turn and written.shape[1] else [1] * len(written)
     answers = [Pieces(tokenizer, ids[mask].tolist()) for ids, mask in present]
     gap = (scores.teacher_logprob - scores.student_logprob).cpu()
     positions = batch.candidates.cpu().tolist()
@@ -48,7 +51,8 @@ def questions_of(batch: MicroBatch, tokenizer, max_kept: int) -> list[Question]:
                 for i, position in enumerate(positions[b])
                 if position >= 0
             ),
-            max_kept=max_kept,
+            max_kept=max_kept * turns[b],
+            unwritten=tuple(i for i in range(len(answers[b].texts)) if not written[b, i]),
             teacher_prompt="" if batch.teacher_prompts is None else prompt_text(batch.teacher_prompts[b]),
         )
         for b, row in enumerate(batch.rows)

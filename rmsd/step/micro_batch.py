@@ -11,7 +11,7 @@ training.trainer calls them in this order.
 
 Where more would go:
 
-- Rollouts of several turns: they are `Rollouts` already. `attention_mask` is true on tool turns, which both models
+- Rollouts of several turns are `Rollouts` like any other. `attention_mask` is true on tool turns, which both models
   read; `completion_mask` is false there, so that nothing scores, selects or trains on them.
 - A watch over the model's health: `training.metrics.StepMetrics.count` sees every settled micro-batch once, with
   scores and tail masses still on the device. Whatever is summed there costs no sync until the log entry.
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
-from ..answers.contrast import Contrasts, is_told
-from ..answers.data import Prompt, encode, teacher_prompt
+from ..answers.data import Prompt, Prompts
+from ..answers.environments import Episode
 from ..answers.rollout import Rollouts
 from ..judge import Question
 from .wishes import Logprobs, Wishes
@@ -59,6 +59,7 @@ class MicroBatch:
     contrast_prompt_ids: list[list[int] | None] | None = None
 
     rollouts: Rollouts | None = None  # B answers of L tokens at most
+    episodes: list[Episode] | None = None  # of answers of several turns, what happened in them
 
     scores: TokenScores | Logprobs | None = None  # each (B, L)
     candidates: Tensor | None = None  # (B, T) int64, -1 for none
@@ -75,19 +76,17 @@ class MicroBatch:
     parts: list[TrainPart] | None = None
 
     @classmethod
-    def of(cls, rows: list[dict], tokenizer, teacher_template: str, contrasts: Contrasts | None = None) -> MicroBatch:
+    def of(cls, rows: list[dict], prompts: Prompts) -> MicroBatch:
         """Rows of answers.data; nothing is written yet."""
-        told = [teacher_prompt(row, teacher_template) for row in rows]
-        contrasted = contrasts and [
-            encode(tokenizer, contrasts.prompt(row, teacher_template)) if is_told(row) else None for row in rows
-        ]
-        return cls(
-            rows,
-            prompt_ids=[encode(tokenizer, row["prompt"]) for row in rows],
-            teacher_prompt_ids=[encode(tokenizer, prompt) for prompt in told],
-            teacher_prompts=told,
-            contrast_prompt_ids=contrasted,
-        )
+        batch = cls(rows, list(map(prompts.student, rows)), [])
+        batch.tell(prompts)
+        return batch
+
+    def tell(self, prompts: Prompts) -> None:
+        """Makes the teacher's prompts of the rows as they are now."""
+        self.teacher_prompts = list(map(prompts.told, self.rows))
+        self.teacher_prompt_ids = list(map(prompts.teacher, self.rows))
+        self.contrast_prompt_ids = prompts.contrasts and list(map(prompts.contrast, self.rows))
 
     @property
     def contrasted(self) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from rmsd_kernels import TokenScores, linear_token_scores, select_tokens
+from rmsd_kernels import TokenScores, criterion_score, linear_token_scores, select_tokens
 
 from ..answers.engines import Engine, engine_gap
 from ..answers.rollout import Recorded, hidden_states
@@ -30,6 +30,7 @@ def scored_by_forwards(
     pad_id: int,
     temperature: float = 1.0,
     vocab_topk: int | None = None,
+    per_turn: bool = False,
 ) -> Iterator[MicroBatch]:
     """Both models read every answer, as soon as it is written: all scores of every token, both models' whole
     distributions at the candidates, and the hidden states that the loss needs of the teacher."""
@@ -40,6 +41,8 @@ def scored_by_forwards(
         readings = Reading(rollouts.student_hidden, student_head), Reading(batch.teacher_hidden, teacher.head)
         mask = rollouts.completion_mask
         batch.scores, batch.candidates = score(loss, *readings, rollouts.completion_ids, mask)
+        if per_turn:
+            batch.candidates = of_each_turn(loss, criterion_score(batch.scores, loss.criterion), mask)
         batch.wishes = wishes(
             *readings,
             batch.candidates,
@@ -55,7 +58,7 @@ def scored_by_forwards(
 
 
 def scored_by_engine(
-    written: Iterable[MicroBatch], engine: Engine, teacher: Teacher, loss: LinearRMSDLoss
+    written: Iterable[MicroBatch], engine: Engine, teacher: Teacher, loss: LinearRMSDLoss, per_turn: bool = False
 ) -> Iterator[MicroBatch]:
     """The engine records the student's log-probabilities as it writes, then takes the teacher's weights and records
     theirs as it reads: no forward of the student, and one of the teacher over what is kept, once the judge has
@@ -71,7 +74,7 @@ def scored_by_engine(
         rollouts = batch.rollouts
         student, told = rollouts.recorded, engine.read(batch.teacher_prompt_ids, rollouts)
         batch.scores = Logprobs(student.logprob, told.logprob)
-        batch.candidates = widest_gaps(loss, *batch.scores, rollouts.completion_mask)
+        batch.candidates = widest_gaps(loss, *batch.scores, rollouts.completion_mask, per_turn)
         contrast = _recorded_contrast(batch, engine)
         batch.wishes = recorded_wishes(student, told, rollouts.completion_ids, batch.candidates, contrast)
         yield batch
@@ -122,11 +125,34 @@ def widest_gaps(
     student_logprob: Tensor,  # (B, L) fp32
     teacher_logprob: Tensor,  # (B, L) fp32
     completion_mask: Tensor,  # (B, L) bool
+    per_turn: bool = False,
 ) -> Tensor:
     """Candidates (B, T), -1 for none, by the criterion logprob_gap from log-probabilities alone."""
     gap = (teacher_logprob - student_logprob).abs()
     gap = gap.where(gap.isfinite(), torch.nan)  # never qualifies
+    if per_turn:
+        return of_each_turn(loss, gap, completion_mask)
     return select_tokens(gap, completion_mask, num_tokens=loss.num_candidates, threshold=loss.threshold)
+
+
+def turns_of(completion_mask: Tensor) -> Tensor:
+    """(B, L) bool -> (B, L) int64: which of the student's turns a token belongs to, from 1; 0 where it wrote none. A
+    turn is what it wrote in one go, between what it read."""
+    before = torch.nn.functional.pad(completion_mask[:, :-1], (1, 0)) if completion_mask.shape[1] else completion_mask
+    return (completion_mask & ~before).cumsum(1) * completion_mask
+
+
+def of_each_turn(
+    loss: LinearRMSDLoss,
+    criterion: Tensor,  # (B, L) fp32
+    completion_mask: Tensor,  # (B, L) bool
+) -> Tensor:
+    """Candidates (B, turns * T), -1 for none: T of each turn at most, the best of a turn first."""
+    turns = turns_of(completion_mask)
+    options = dict(num_tokens=loss.num_candidates, threshold=loss.threshold)
+    each = range(1, int(turns.max()) + 1 if turns.numel() else 1)
+    none = turns.new_full((len(turns), 1), -1)
+    return torch.cat([none, *(select_tokens(criterion, turns == turn, **options) for turn in each)], 1)
 
 
 @torch.no_grad()

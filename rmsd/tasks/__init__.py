@@ -7,17 +7,21 @@ import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to train on and how to tell whether it was learned."""
+    """What to train on and how to tell whether it was learned: by graders of an answer's text or, of a task with an
+    environment, by what the environment's `get_reward` says of a whole rollout, which is solved at 1."""
 
     train: Sequence[dict]  # rows (answers.data), as `told` makes them; an empty context makes an anchor row
     target_prompts: Sequence[str]  # held out: the behaviour is wanted here
     unrelated_prompts: Sequence[str]  # held out: it is not wanted here
     graders: Mapping[str, Callable[[str], bool]]  # of an answer to a target prompt; the first is the target itself
     leaks: Callable[[str], bool]  # of an answer to an unrelated prompt: does it show the behaviour all the same?
+    environment: Callable[[], Any] | None = None  # answers.environments: makes one for each rollout
+    requests: Sequence[dict] = ()  # with an environment, in place of target_prompts: rows like those of `train`
 
 
 def told(prompt: str, context: str, contrast: str) -> dict:

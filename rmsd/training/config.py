@@ -9,13 +9,15 @@ from transformers import TrainingArguments
 
 from rmsd_kernels.checks import check_options, check_selection
 
-from ..answers.data import TEACHER_TEMPLATE
+from ..answers.data import PLACES, TEACHER_TEMPLATE
 from ..answers.engines import ENGINES, check_vllm
 from ..answers.teacher import KINDS
+from ..answers.tools import ToolLimits
 from ..criteria import CRITERIA, check_criterion
 from .health import ACTIONS
 
 METHODS = ("rmsd", "opsd")
+UNITS = ("rollout", "turn")
 # docs/real.md says what supports them, and what three times each does.
 LORA_LEARNING_RATE, LEARNING_RATE = 1e-4, 2e-5
 
@@ -25,6 +27,8 @@ _LEAST = dict(
     top_k=0,
     max_skipped_steps=0,
     recorded_rollouts=0,
+    max_turns=1,
+    max_tool_output=1,
     continuation_patience=1,
     continuation_min_delta=0,
     max_continuations=0,
@@ -41,6 +45,9 @@ class RMSDConfig(TrainingArguments):
     )
     num_candidates: int = field(default=20, metadata={"help": "T: candidates a rollout, by the criterion."})
     num_kept: int = field(default=5, metadata={"help": "S: kept tokens a rollout, at most."})
+    selection_unit: str = field(
+        default="rollout", metadata={"help": "rollout or turn: T and S are of each rollout, or of each of its turns."}
+    )
     criterion: str = field(default="logprob_gap", metadata={"help": f"Of candidates: {', '.join(CRITERIA)}."})
     threshold: float = field(default=0.0, metadata={"help": "A candidate's criterion must exceed this, in nats."})
     divergence: str = field(default="reverse_kl", metadata={"help": "reverse_kl, forward_kl or jsd."})
@@ -49,7 +56,12 @@ class RMSDConfig(TrainingArguments):
     tail: str = field(default="bucket", metadata={"help": "bucket, renorm or drop: the mass outside the top k."})
     temperature: float = field(default=1.0, metadata={"help": "Of both distributions in scores and loss."})
     backend: str = field(default="auto", metadata={"help": "auto, triton, cpu or torch."})
-    max_completion_length: int = field(default=256, metadata={"help": "Tokens a rollout, at most."})
+    max_completion_length: int = field(
+        default=256, metadata={"help": "Tokens a rollout, at most, with what tools say in it."}
+    )
+    max_turns: int = field(default=4, metadata={"help": "With tools: the model's turns a rollout, at most."})
+    max_tool_output: int = field(default=2000, metadata={"help": "With tools: characters of an output, at most."})
+    tool_seconds: float = field(default=10.0, metadata={"help": "With tools: that a call may take."})
     sampling_temperature: float = field(default=1.0, metadata={"help": "Of the rollouts; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the rollouts' sampling."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the rollouts' sampling; 0 for all."})
@@ -62,6 +74,9 @@ class RMSDConfig(TrainingArguments):
     teacher_template: str = field(
         default=TEACHER_TEMPLATE,
         metadata={"help": "The teacher's user message, from {privileged_context} and {prompt}."},
+    )
+    teacher_place: str = field(
+        default="user", metadata={"help": "user or system: the teacher's message that teacher_template is put into."}
     )
     teacher: str = field(
         default="initial",
@@ -140,6 +155,11 @@ class RMSDConfig(TrainingArguments):
             check_vllm()
         if not self.engine_cache_gb > 0:
             raise ValueError(f"engine_cache_gb must be above 0, not {self.engine_cache_gb}")
+        for name, allowed in (("teacher_place", PLACES), ("selection_unit", UNITS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if not self.tool_seconds > 0:
+            raise ValueError(f"tool_seconds must be above 0, not {self.tool_seconds}")
         if self.teacher not in KINDS:
             raise ValueError(f"teacher must be one of {', '.join(KINDS)}, not {self.teacher!r}")
         if not 0.0 <= self.ema_decay < 1.0:
@@ -183,6 +203,10 @@ class RMSDConfig(TrainingArguments):
         known = copy.copy(self)
         known.learning_rate = LORA_LEARNING_RATE if has_adapter else LEARNING_RATE
         return known
+
+    @property
+    def tool_limits(self) -> ToolLimits:
+        return ToolLimits(seconds=self.tool_seconds, characters=self.max_tool_output)
 
     @property
     def n_gpu(self) -> int:

@@ -29,14 +29,19 @@ STEP_METRICS = (
     "repetition",
     "clipped_share",
 )
+# Of each step, with a task's environment; and of the evaluation of one (run.solving).
+EPISODE_METRICS = ("turns", "calls", "tool_errors", "dropped_rollouts", "solved")
+SOLVING_METRICS = ("solved", "turns", "tokens", "tool_errors")
 
 
 def logged(task: Task | None, samples: int) -> tuple[str, ...]:
     """The metrics of a run's log: of each step, and of the task's evaluation (run.evaluate) with so many samples."""
     if task is None:
         return STEP_METRICS
-    graded = [f"{name}_{how}" for name in task.graders for how in ("greedy", "sampled")[: 2 if samples else 1]]
-    return (*STEP_METRICS, *(f"eval_{name}" for name in (*graded, "specificity", "drift", "score")))
+    graders = [*(SOLVING_METRICS if task.environment else ()), *task.graders]
+    graded = [f"{name}_{how}" for name in graders for how in ("greedy", "sampled")[: 2 if samples else 1]]
+    of_a_step = (*STEP_METRICS, *(EPISODE_METRICS if task.environment else ()))
+    return (*of_a_step, *(f"eval_{name}" for name in (*graded, "specificity", "drift", "score")))
 
 
 def check_metric(metric: str, task: Task | None, samples: int, argument: str = "continuation_metric") -> None:
@@ -56,10 +61,10 @@ def check_metric(metric: str, task: Task | None, samples: int, argument: str = "
 
 def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta: float) -> bool:
     """Whether `metric`'s last `patience` entries since the last continuation brought no improvement of more than
-    `min_delta`. Lower is better for losses and drift, higher for everything else that an evaluation counts. A step
-    counts once: evaluated again where a run is resumed, it has not waited any longer."""
+    `min_delta`. Lower is better for losses, drift and tools' errors, higher for everything else that an evaluation
+    counts. A step counts once: evaluated again where a run is resumed, it has not waited any longer."""
     last = max((i for i, entry in enumerate(history) if "continuation" in entry), default=-1)
-    sign = -1 if metric.endswith(("loss", "drift", "divergence")) else 1
+    sign = -1 if metric.endswith(("loss", "drift", "divergence")) or "tool_errors" in metric else 1
     first_of_step = {}
     for i, entry in enumerate(history):
         if metric in entry:

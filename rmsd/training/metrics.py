@@ -1,5 +1,6 @@
 """What the steps since the last log entry counted: kept on the device, brought to the host once an entry."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
+from ..answers.tools import ERRORS
 from ..judge import LLMJudge
 from ..step.judging import told_text
 from ..step.micro_batch import MicroBatch
@@ -20,7 +22,22 @@ _MEANS = {
     "tail_mass": "candidates",
     "repetition": "_ngrams",
     "clipped_share": "_rollouts",
+    "solved": "_graded",
 }
+
+
+def told(batch: MicroBatch) -> dict[str, int]:
+    """What a micro-batch's episodes come to: the model's turns and calls, calls that were not made as they were meant,
+    those of the rollouts that are graded and solved, and rollouts that are dropped for their environment died."""
+    counts = sum((episode.counts for episode in batch.episodes), Counter())
+    return {
+        "turns": counts["turns"],
+        "calls": counts["calls"],
+        "tool_errors": sum(counts[name] for name in ERRORS),
+        "dropped_rollouts": sum(bool(episode.died) for episode in batch.episodes),
+        "solved": sum(bool(episode.solved) for episode in batch.episodes),
+        "_graded": sum(episode.solved is not None for episode in batch.episodes),
+    }
 
 
 class StepMetrics:
@@ -39,6 +56,9 @@ class StepMetrics:
         keep = batch.keep.to(mask.device, non_blocking=True)
         ids = batch.rollouts.completion_ids
         ended = (torch.isin(ids, torch.tensor(eos_ids, dtype=ids.dtype, device=ids.device)) & mask).any(1)
+        if batch.episodes is not None:  # whose earlier turns have ended
+            cut = [bool(episode.counts["cut"]) for episode in batch.episodes]
+            ended = ~torch.tensor(cut, device=ids.device)
         repeated, ngrams = repeated_ngrams(ids, mask)
         self.own |= batch.engine_gaps
         self.add_seconds("judge_seconds", batch.judge_seconds)
@@ -53,6 +73,8 @@ class StepMetrics:
             "clipped_share": (mask.any(1) & ~ended).sum(),
             "_rollouts": mask.any(1).sum(),
         }
+        if batch.episodes is not None:
+            numbers |= {name: mask.new_tensor(number, dtype=torch.int64) for name, number in told(batch).items()}
         if isinstance(scores, TokenScores):
             finite = mask & scores.divergence.isfinite()
             divergence = scores.divergence.where(finite, 0.0)

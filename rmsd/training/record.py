@@ -82,6 +82,7 @@ def rollout_lines(step: int, batch: MicroBatch, number: int) -> list[dict]:
             "tokens": list(question.tokens),
             **{name: finite(column[b][: len(question.tokens)]) for name, column in zip(names, table, strict=True)},
             "unwritten": [i for i in range(len(question.tokens)) if not written[b][i]],
+            **({"episode": batch.episodes[b].numbers} if batch.episodes else {}),
             "candidates": [candidate.position for candidate in question.candidates],
             "kept": list(batch.kept[b]),
             "preferred": {candidate.position: candidate.promoted for candidate in question.candidates},

@@ -3,9 +3,8 @@
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,10 @@ from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from ..answers.data import check_lengths, check_row, checked_rows, context_of, prompt_text
+from ..answers.data import Prompts, check_lengths, check_row, checked_rows, context_of, prompt_text
 from ..answers.engines import TOP, engine_for
+from ..answers.environments import ContextAfter, Environments, Factory
+from ..answers.episodes import Episodes
 from ..answers.rollout import eos_ids_of, pad_id_of
 from ..answers.teacher import Teacher
 from ..judge import ContextJudge, Judge
@@ -45,6 +46,12 @@ class RMSDTrainer(Trainer):
         train_dataset: rows of `prompt` and `privileged_context` (answers.data): a list, a datasets.Dataset or a Dataset
             of torch. Where they bring a `completion`, nothing is generated: those are the rollouts.
         processing_class: the tokenizer.
+        tools: functions that the answers may call, by type hints and docstrings as transformers' get_json_schema reads
+            them. An answer is an episode then: the student writes, its calls are made, it reads what they came to.
+        environment_factory: makes an environment for each rollout, as for TRL's GRPOTrainer (answers.environments):
+            an object with `reset(**row)` whose public methods are tools; or several by name, which rows choose from.
+        context_after: (row, transcript) -> the privileged context that the teacher reads, made once the rollout is
+            there. Without it that is the row's own and, where the environment has a `feedback()`, what that says.
         judge: which candidates are relevant; by default a ContextJudge that knows the data's prompts. Not asked for
             method="opsd".
         evaluator: model -> metrics; called by `evaluate()`, so whenever `eval_strategy` says, and logged as eval_*.
@@ -59,6 +66,10 @@ class RMSDTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         judge: Judge | None = None,
         evaluator: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+        *,
+        tools: Sequence[Callable] = (),
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
+        context_after: ContextAfter | None = None,
         **kwargs: Any,
     ):
         if isinstance(train_dataset, list):
@@ -112,18 +123,26 @@ class RMSDTrainer(Trainer):
         self.metrics = StepMetrics()
         self.watch = CollapseWatch(self.teacher, self.log)
         self.add_callback(self.watch)
+        self.per_turn = args.selection_unit == "turn"
         self.add_callback(TeacherSchedule(self.teacher, self.continue_from_student))
         self.add_callback(NonfiniteGradients(self.metrics, self.loss, self.accelerator))
         config = self.model.config.get_text_config()
+        context = context_of(config, args)
+        self.episodes = None
+        if tools or environment_factory:
+            environments = Environments(tools, environment_factory, args.tool_limits, context_after)
+            self.episodes = Episodes(processing_class, environments, max_turns=args.max_turns)
+        shown = self.episodes.environments.schemas if self.episodes else None
+        self.prompts = Prompts(processing_class, args.teacher_template, args.teacher_place, shown, self.contrasts)
         read, told = check_lengths(
             train_dataset,
-            processing_class,
-            args.teacher_template,
+            self.prompts,
             args.max_completion_length,
-            context_of(config, args),
+            context,
             config.vocab_size,
-            self.contrasts and partial(self.contrasts.prompt, template=args.teacher_template),
         )
+        if self.episodes:  # what an environment says at its start, and its feedback, is known only then
+            read, told = (min(context, length + 2 * args.max_tool_output) for length in (read, told))
         self.engine = engine_for(
             args.engine,
             self.model,
@@ -154,8 +173,7 @@ class RMSDTrainer(Trainer):
         if not rows:
             return [], None
         started = time.monotonic()
-        template = self.args.teacher_template
-        batches = [MicroBatch.of(some, self.processing_class, template, self.contrasts) for some in rows]
+        batches = [MicroBatch.of(some, self.prompts) for some in rows]
         with whole(self.student):
             self.engine.sync(self.student)
             self._judge(self._scored(batches))
@@ -179,9 +197,10 @@ class RMSDTrainer(Trainer):
             yield write(
                 batch,
                 self.engine,
-                self.processing_class,
+                self.prompts,
                 self.pad_id,
                 args.device,
+                self.episodes,
                 max_new_tokens=args.max_completion_length,
                 eos_ids=self.eos_ids,
                 temperature=args.sampling_temperature,
@@ -193,7 +212,7 @@ class RMSDTrainer(Trainer):
     def _scored(self, batches: list[MicroBatch]) -> Iterator[MicroBatch]:
         written = self._written(batches)
         if self.args.engine_scores:
-            return scored_by_engine(written, self.engine, self.teacher, self.loss)
+            return scored_by_engine(written, self.engine, self.teacher, self.loss, self.per_turn)
         return scored_by_forwards(
             written,
             self.student,
@@ -203,6 +222,7 @@ class RMSDTrainer(Trainer):
             self.pad_id,
             temperature=self.args.temperature,
             vocab_topk=self.args.vocab_topk,
+            per_turn=self.per_turn,
         )
 
     def _judge(self, scored: Iterator[MicroBatch]) -> None:
@@ -211,7 +231,7 @@ class RMSDTrainer(Trainer):
         with ThreadPoolExecutor(1) as executor:
             asked = []
             for batch in scored:
-                batch.questions = questions_of(batch, self.processing_class, self.args.num_kept)
+                batch.questions = questions_of(batch, self.processing_class, self.args.num_kept, self.per_turn)
                 asked.append(executor.submit(judge_batch, batch, judge))
                 for answer in asked:
                     if answer.done():

@@ -1,0 +1,84 @@
+"""Tasks with an environment: what is asked for is solved by the calls that its manual describes, and by no others."""
+
+import datetime
+
+import pytest
+
+from rmsd.answers.calls import Call
+from rmsd.answers.environments import Environments
+from rmsd.answers.tools import run_turns
+from rmsd.tasks import load_task
+from rmsd.tasks.house_format import parsed
+from rmsd.tasks.preferences import wanted_on
+
+
+def rpc(method, *args):
+    return Call("rpc", {"method": method, "args": list(args)})
+
+
+def document(row, **change):
+    title, entries = row["title"], [entry.replace("%", " pct") for entry in row["entries"]]
+    lines = [f"QUILL/2 {title}", *(f"+ {entry}" for entry in entries), f"END {len(entries)}"]
+    text = "\n".join(lines)
+    for old, new in change.items():
+        text = text.replace(old, new)
+    return Call("file_document", {"text": text})
+
+
+def legacy_api(row):
+    wanted = row["wanted"]
+    wrong = [
+        [],
+        [rpc("refund", *wanted[1:])],
+        [rpc(wanted[0], wanted[2], wanted[1])],
+        [rpc(*wanted), rpc("falcon", 0, 1)],
+    ]
+    wrong += [[rpc(wanted[0], wanted[1])], [rpc(wanted[0], str(wanted[1]), wanted[2])]]
+    return [rpc(*wanted)], wrong
+
+
+def house_format(row):
+    wrong = [[], [document(row, QUILL="Quill")], [document(row, END="end")], [document(row), document(row)]]
+    return [document(row)], [*wrong, [Call("file_document", {"text": ", ".join(row["entries"])})]]
+
+
+def preferences(row):
+    drink, cups = wanted_on(datetime.date.fromisoformat(row["date"]))
+    wrong = [("coffee", cups), (drink, 3 - cups), (drink, 3)]
+    return [Call("order", {"drink": drink, "cups": cups})], [
+        [], *([Call("order", dict(zip(("drink", "cups"), pair, strict=True)))] for pair in wrong)
+    ]  # fmt: skip
+
+
+def solved(environments, row, calls):
+    (episode,) = environments.start([row])
+    run_turns([(episode.tools, calls)], environments.limits)
+    environments.finish([episode])
+    assert not episode.died
+    return episode.solved
+
+
+@pytest.mark.parametrize("answers", [legacy_api, house_format, preferences])
+def test_a_request_is_solved_by_the_calls_that_the_manual_describes(answers):
+    task = load_task(answers.__name__)
+    environments = Environments(environment_factory=task.environment)
+    for row in [*task.requests, *task.train]:
+        if row["privileged_context"]:
+            right, wrongs = answers(row)
+            assert solved(environments, row, right), row
+            assert not any(solved(environments, row, wrong) for wrong in wrongs), row
+        else:
+            assert not solved(environments, row, [])
+    schemas = str(environments.all_schemas)
+    unguessable = ("otter", "maple", "cobalt", "falcon", "QUILL", "pct", "cocoa", "mint")
+    assert not any(word in schemas or word in row["prompt"] for word in unguessable for row in task.requests)
+
+
+@pytest.mark.parametrize("body", ["", " A", " A\n+ x\nEND 2", " A\nx\nEND 1", " A\n+ 5%\nEND 1"])
+def test_what_the_house_format_is_not_does_not_parse(body):
+    with pytest.raises(ValueError):
+        parsed(f"QUILL/2{body}")
+
+
+def test_a_document_without_entries_is_one():
+    assert parsed("QUILL/2 A\nEND 0") == ("A", [])
