@@ -13,6 +13,7 @@ from rmsd.run.judges import build_judge
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import evaluate, table, train
 from rmsd.tasks import load_task
+from rmsd.training import health
 from rmsd.training.checkpoint import holds_optimizer
 from rmsd.training.continuation import logged
 from rmsd.training.record import read_lines
@@ -44,10 +45,29 @@ TASK = Task(
 
 
 def test_a_task_may_be_a_file_of_one_s_own(recipe, tmp_path):
-    (tmp_path / "own.py").write_text(OWN_TASK)
-    train(load_recipe(recipe, [f"task={tmp_path / 'own.py'}"]))
+    train(load_recipe(recipe, [f"task={_own_task(tmp_path)}"]))
     line = next(line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "eval")
     assert {"mine_greedy", "specificity"} <= set(line)
+
+
+def test_a_run_that_collapses_leaves_its_record_and_report_and_no_model(recipe, tmp_path, monkeypatch):
+    sign = health.Sign("loss", lambda start: 0.0, "it is a test")
+    monkeypatch.setattr(
+        health,
+        "find_collapse",
+        lambda history: health.Collapse(sign, 2, 1.0, 0.0, 1) if history[-1]["step"] == 2 else None,
+    )
+    with pytest.raises(health.Collapsed, match=r"at step 2: loss is 1 .*run/checkpoint-1 is from before"):
+        train(load_recipe(recipe, [f"task={_own_task(tmp_path)}"]))
+    run = tmp_path / "run"
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl") if line["kind"] == "train"] == [1, 2]
+    assert (run / "report.html").exists() and (run / "checkpoint-1").exists()
+    assert not (run / "model").exists() and not (run / "checkpoint-2").exists()
+
+
+def _own_task(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_TASK)
+    return tmp_path / "own.py"
 
 
 def evaluated(run):
