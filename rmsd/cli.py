@@ -170,6 +170,9 @@ def env(debug: Debug = False) -> None:
 
 def main() -> None:
     """Errors are one line on stderr and exit code 1, or 130 for Ctrl-C; --debug shows where they come from."""
+    # Read once, as torch is imported. Threads that spin while they wait keep the cores from those they wait for as soon
+    # as another program runs: two runs on two cores took 20 to 60 times as long as one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "--debug" in sys.argv:
         app()
         return

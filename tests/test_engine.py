@@ -15,8 +15,10 @@ from peft import LoraConfig, get_peft_model
 
 from rmsd import RMSDConfig
 from rmsd.answers.data import Prompts, check_lengths, context_of, encode
-from rmsd.answers.engines import TransformersEngine, check_vllm, engine_gap, merged_weights
+from rmsd.answers.engines import TransformersEngine, engine_gap
 from rmsd.answers.rollout import generate, hidden_states
+from rmsd.answers.vllm_engine import check_vllm
+from rmsd.models.merging import merged_weights
 from rmsd.run.recipe import load_recipe, trainer_config
 
 OPTIONS = dict(max_new_tokens=6, pad_id=0, eos_ids=[0], temperature=1.0, top_p=1.0, top_k=0, seed=3)

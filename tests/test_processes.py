@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_judge_server import keep
 
 from rmsd import RMSDConfig
-from rmsd.answers.engines import check_vllm
+from rmsd.answers.vllm_engine import check_vllm
 from rmsd.models.sharding import check_sharded_teacher
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import train

@@ -1,6 +1,9 @@
 """A recipe from its files to its table: tiny models and a real task."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -249,3 +252,16 @@ def test_the_score_weighs_target_against_specificity_and_drift(recipe, tmp_path)
     for line in (line for line in lines if line["kind"] == "eval"):
         expected = line["target_greedy"] * line["specificity"] * math.exp(-line["drift"])
         assert line["score"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("asked", [None, "ACTIVE"])
+def test_waiting_threads_sleep_unless_the_user_would_have_them_spin(asked):
+    """The policy is read as torch is imported, so it must stand before."""
+    code = (
+        "import os, sys; from rmsd import cli; "
+        "cli.app = lambda: print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY']); cli.main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": asked} if asked else {}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False", asked or "PASSIVE"]

@@ -9,8 +9,9 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rmsd.answers.engines import TOP, VLLMEngine
+from rmsd.answers.engines import TOP
 from rmsd.answers.rollout import generate, hidden_states
+from rmsd.answers.vllm_engine import VLLMEngine
 from rmsd.models.heads import OutputHead
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import train

@@ -13,7 +13,7 @@ import tiny
 import torch
 from vllm_cases import student, trainer
 
-from rmsd.answers.engines import VLLMEngine
+from rmsd.answers.vllm_engine import VLLMEngine
 from rmsd.models.sharding import whole
 
 

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from vllm_cases import PROMPTS, built, options, student, trainer
 
-from rmsd.answers.engines import TOP, VLLMEngine
+from rmsd.answers.engines import TOP
+from rmsd.answers.vllm_engine import VLLMEngine
 from rmsd.models.heads import OutputHead
 from rmsd.models.hidden import completion_hidden
 from rmsd.step.micro_batch import MicroBatch

@@ -12,7 +12,7 @@ from rmsd_kernels import linear_token_scores
 from ..answers.data import Prompts, encode
 from ..answers.episodes import Episodes
 from ..answers.rollout import Rollouts, eos_ids_of, generate, pad_id_of
-from ..models.heads import OutputHead
+from ..models.heads import OutputHead, Reading, head_options
 from ..models.hidden import completion_hidden
 from ..tasks import Task
 from .solving import Solving
@@ -140,18 +140,11 @@ class Evaluator:
         )
         with self._autocast():
             hidden = completion_hidden(model, base.prompt_ids, ids, mask, self.pad_id)
-        # KL(base || student): the base model takes the place of `student` in reverse_kl. Under mixed precision a
-        # decoder's last layer may leave another dtype than the head's.
-        return linear_token_scores(
-            base_hidden.to(base_weight.dtype),
-            base_weight,
-            hidden.to(head.weight.dtype),
-            head.weight,
-            ids,
-            student_bias=base_bias,
-            teacher_bias=head.bias,
-            **head.transform,
-        ).divergence[mask]
+        # KL(base || student): the base model takes the place of `student` in reverse_kl.
+        of_base = Reading(base_hidden, head._replace(weight=base_weight, bias=base_bias))
+        of_student = Reading(hidden, head)
+        options = head_options(of_base, of_student)
+        return linear_token_scores(*of_base.linear, *of_student.linear, ids, **options).divergence[mask]
 
 
 def _share(passed) -> float:

@@ -10,9 +10,10 @@ from transformers import TrainingArguments
 from rmsd_kernels.checks import check_options, check_selection
 
 from ..answers.data import PLACES, TEACHER_TEMPLATE
-from ..answers.engines import ENGINES, check_vllm
+from ..answers.engines import ENGINES
 from ..answers.teacher import KINDS
 from ..answers.tools import ToolLimits
+from ..answers.vllm_engine import check_vllm
 from ..criteria import CRITERIA, check_criterion
 from .health import ACTIONS
 

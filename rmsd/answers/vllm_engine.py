@@ -1,0 +1,188 @@
+"""Who writes the rollouts: vLLM in this process, holding a copy of the student's weights."""
+
+import contextlib
+import gc
+import importlib.util
+import os
+import random
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..models.merging import merged_weights
+from ..models.parts import causal_lm
+from .rollout import Recorded, Rollouts
+from .sampling import seeds_of
+
+
+def check_vllm() -> None:
+    """Raises ImportError, in one line, where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            "engine=vllm needs vLLM: pip install 'rmsd-kernels[vllm]', or on a CPU `make vllm`; "
+            "engine=transformers needs nothing"
+        )
+
+
+class VLLMEngine:
+    """vLLM in this process, beside the model that is trained.
+
+    It is built from the model's config alone and gets its weights by `sync`: one copy from tensor to tensor, so that
+    nothing is written to disk and a LoRA is merged on the way. Its answers carry the log-probabilities that it sampled
+    by, but no hidden states; those take a forward of the student over the finished answers.
+
+    Args:
+        model: the student, a causal LM of transformers or a PEFT (LoRA) model around one.
+        max_length: tokens of a prompt and its answer together, at most.
+        cache_gb: GiB of its KV cache. Requests that do not fit wait for others to finish.
+        num_top: likeliest tokens recorded at every position.
+    """
+
+    def __init__(self, model: nn.Module, *, max_length: int, cache_gb: float, num_top: int = 0):
+        check_vllm()
+        self._num_top = num_top
+        # Its own process would need every weight pickled to it, and its log tells of things that are as they should be.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # A former engine takes the process group with it when it is collected: now, not while this one is built.
+        gc.collect()
+        base = causal_lm(model)
+        parameter = next(base.parameters())
+        self._device = parameter.device
+        # With several processes each has an engine of its own, in the process group that they train by.
+        joins = torch.distributed.is_initialized() and "RANK" in os.environ
+        with tempfile.TemporaryDirectory() as folder, _process_as_it_was(self._device):
+            from vllm import LLM
+
+            config = type(base.config).from_dict(base.config.to_dict())
+            config.architectures = [type(base).__name__]
+            config.save_pretrained(folder)
+            self._llm = LLM(
+                model=folder,
+                load_format="dummy",  # `sync` brings the weights
+                skip_tokenizer_init=True,  # ids in, ids out
+                generation_config="vllm",  # no sampling option but ours
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                max_model_len=max_length,
+                kv_cache_memory_bytes=int(cache_gb * 2**30),
+                gpu_memory_utilization=0.01,  # not used where the cache's size is given, but checked
+                enable_prefix_caching=False,  # cached keys are of the weights before
+                distributed_executor_backend="external_launcher" if joins else None,
+                enforce_eager=parameter.device.type == "cpu",  # nothing to capture there, and a compiler to wait for
+            )
+
+        if joins:  # vLLM would end that group with the engine; and let go of what it kept from the collector
+            self._llm.llm_engine.engine_core._finalizer.detach()
+            gc.unfreeze()
+
+    def sync(self, model: nn.Module) -> None:
+        """Copies every weight of the student, or of a teacher whose readings are wanted, and on a CPU repacks it: 0.4
+        to 0.9 s for 135M fp32 parameters on one core."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
+        self._llm.apply_model(_repack_head)
+
+    def __call__(
+        self,
+        prompt_ids: list[list[int]],
+        *,
+        max_new_tokens: int,
+        pad_id: int,
+        eos_ids: list[int],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | Sequence[int] = 0,
+    ) -> Rollouts:
+        from vllm import SamplingParams
+
+        sampling = [
+            SamplingParams(
+                max_tokens=max_new_tokens,
+                stop_token_ids=eos_ids,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=number,
+                logprobs=self._num_top,  # and of the sampled token, before temperature and top-k
+                detokenize=False,
+            )
+            for number in seeds_of(seed, len(prompt_ids))
+        ]
+        outputs = self._outputs(prompt_ids, sampling)
+        answers = [list(output.outputs[0].token_ids) for output in outputs]
+        width = max(map(len, answers))
+        return Rollouts(
+            prompt_ids=prompt_ids,
+            completion_ids=_right_padded(answers, width, pad_id).to(self._device),
+            completion_mask=_right_padded([[True] * len(answer) for answer in answers], width, False).to(self._device),
+            recorded=self._recorded(answers, [output.outputs[0].logprobs for output in outputs], width),
+        )
+
+    def turns(self):
+        """Each turn's prompt is read anew: prefix caching is off, for its keys would outlive the weights."""
+        return contextlib.nullcontext()
+
+    def read(self, prompt_ids: list[list[int]], rollouts: Rollouts) -> Recorded:
+        """What the weights it holds say of finished answers after these prompts. vLLM projects every token that it
+        reads, the prompts' too, one sequence after the other, and writes one token more."""
+        from vllm import SamplingParams
+
+        present = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
+        answers = [ids[mask].tolist() for ids, mask in present]
+        sequences = [prompt + answer for prompt, answer in zip(prompt_ids, answers, strict=True)]
+        reading = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=self._num_top, detokenize=False)
+        outputs = self._outputs(sequences, [reading] * len(sequences))
+        entries = [output.prompt_logprobs[len(ids) :] for output, ids in zip(outputs, prompt_ids, strict=True)]
+        return self._recorded(answers, entries, rollouts.completion_ids.shape[1])
+
+    def _outputs(self, prompt_ids: list[list[int]], sampling: list):
+        with _process_as_it_was(self._device):
+            outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompt_ids], sampling, use_tqdm=False)
+        if [output.prompt_token_ids for output in outputs] != prompt_ids:
+            raise RuntimeError("vLLM read other tokens than it was given: its ids are not the trainer's")
+        return outputs
+
+    def _recorded(self, answers: list[list[int]], entries: list[list[dict]], width: int) -> Recorded:
+        """`entries` are vLLM's: {token id: log-probability} of each position's likeliest tokens and its own."""
+        places = [list(zip(*pair, strict=True)) for pair in zip(answers, entries, strict=True)]
+        own = [[entry[token].logprob for token, entry in row] for row in places]
+        top = [[sorted(entry, key=lambda i: -entry[i].logprob)[: self._num_top] for _, entry in row] for row in places]
+        logprobs = [
+            [[entry[i].logprob for i in ids] for ids, (_, entry) in zip(*pair, strict=True)]
+            for pair in zip(top, places, strict=True)
+        ]
+        none = [0] * self._num_top
+        return Recorded(
+            _right_padded(own, width, 0.0).to(self._device),
+            _right_padded(top, width, none).long().to(self._device),
+            _right_padded(logprobs, width, none).float().to(self._device),
+        )
+
+
+def _repack_head(model: nn.Module) -> None:
+    """On a CPU vLLM multiplies by repacked copies of its weights. A reload renews them all but that of a head tied to
+    the embedding, which no checkpoint holds: it would go on sampling from the head it was built with."""
+    head = getattr(model, "lm_head", None)
+    if method := getattr(head, "quant_method", None):
+        method.process_weights_after_loading(head)
+
+
+def _right_padded(rows: list[list], width: int, pad) -> Tensor:
+    return torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+
+
+@contextlib.contextmanager
+def _process_as_it_was(device: torch.device):
+    """vLLM assumes a process of its own: it seeds every generator and draws from them, though each request has one, and
+    on a CPU it makes torch.set_num_threads a no-op."""
+    python, numpy, set_num_threads = random.getstate(), np.random.get_state(), torch.set_num_threads
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        random.setstate(python)
+        np.random.set_state(numpy)

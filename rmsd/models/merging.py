@@ -1,0 +1,37 @@
+"""A model's weights with its adapter merged into them."""
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+# A module that PEFT copies holds the original beside a copy for each adapter.
+_COPIED = re.compile(r"(.+)\.(?:original_module|modules_to_save\.([^.]+))\.(.+)")
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) as a checkpoint of the model names them. The active LoRA, if it is not switched off, is added to a
+    copy of each weight that it changes, one at a time: merging in place and back would leave rounding in the base
+    weights. Of a module that PEFT's `modules_to_save` copies, the copy in use."""
+    if not hasattr(model, "get_base_model"):
+        yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
+        return
+    base = model.get_base_model()
+    layers = dict(base.named_modules())
+    for name, parameter in base.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if owner.endswith(".base_layer"):
+            owner = owner.removesuffix(".base_layer")
+            layer, weight = layers[owner], parameter.detach()
+            if leaf == "weight":
+                adapters = [] if layer.disable_adapters else layer.active_adapters
+                weight = sum((layer.get_delta_weight(name).detach() for name in adapters), weight)
+            yield f"{owner}.{leaf}", weight
+        elif copied := _COPIED.match(name):
+            owner, adapter, rest = copied.groups()
+            layer = layers[owner]
+            in_use = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.modules_to_save]
+            if adapter in in_use or (adapter is None and not in_use):
+                yield f"{owner}.{rest}", parameter.detach()
+        elif ".lora_" not in name:
+            yield name, parameter.detach()
