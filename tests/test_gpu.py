@@ -5,6 +5,7 @@ import torch
 
 import rmsd_kernels as rk
 from rmsd import RMSDLoss
+from rmsd.models.transfer import to_device, to_host
 from rmsd_kernels import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -122,3 +123,12 @@ def test_no_tensor_of_logits_size_beside_the_gradient(rows):
     rk.token_divergence(student, teacher, rows=chosen, vocab_topk=500).sum().backward()
     extra = torch.cuda.max_memory_allocated() - before - student.nbytes
     assert extra < 0.01 * student.nbytes, f"{extra} bytes beside a gradient of {student.nbytes}"
+
+
+def test_what_the_host_knows_is_queued_and_not_waited_for():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_device = to_device([3, 1, 2], "cuda").sort().values
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [tensor.tolist() for tensor in to_host(on_device, on_device * 2)] == [[1, 2, 3], [2, 4, 6]]

@@ -7,9 +7,7 @@ import torch
 from rmsd.answers.rollout import Rollouts
 from rmsd.judge import Question
 from rmsd.step.micro_batch import MicroBatch
-from rmsd.step.wishes import Logprobs
 from rmsd.training.record import rollout_lines
-from rmsd_kernels import TokenScores
 
 INF = float("inf")
 
@@ -21,13 +19,13 @@ def test_what_the_student_did_not_write_is_told_from_scores_that_are_not_finite(
     rollouts = Rollouts([[1]], torch.zeros(1, 5, dtype=torch.int64), mask)
     batch = MicroBatch([{}], [[1]], [[1]], rollouts=rollouts)
     batch.questions, batch.kept = [question], [[0]]
-    batch.scores = TokenScores(*rows, *[torch.zeros(1, 5)] * 4)
+    batch.host_scores = dict(zip(("student_logprob", "teacher_logprob", "divergence"), rows, strict=True))
     (line,) = rollout_lines(7, batch, 1)
     json.dumps(line, allow_nan=False)
     assert line["unwritten"] == [1]
     assert line["student_logprob"] == [-1.0, None, -3.0, -4.0]
     assert line["teacher_logprob"] == [-1.5, None, None, -4.5]
     assert line["divergence"] == [0.1, None, None, 0.4]
-    batch.scores = Logprobs(*rows[:2])
+    del batch.host_scores["divergence"]
     (line,) = rollout_lines(7, batch, 1)
     assert line["teacher_logprob"] == [-1.5, None, None, -4.5] and "divergence" not in line

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..models.transfer import to_device
 from .rollout import Rollouts
 
 
@@ -42,7 +43,8 @@ def rollouts_of(rows: list[dict], prompt_ids: list[list[int]], tokenizer, pad_id
         present[b, :length] = True
         mask = row.get("completion_mask")
         written[b, :length] = True if mask is None else torch.tensor(mask, dtype=torch.bool)
-    return Rollouts(prompt_ids, ids.to(device), written.to(device), attention_mask=present.to(device))
+    ids, written, present = (to_device(tensor, device) for tensor in (ids, written, present))
+    return Rollouts(prompt_ids, ids, written, attention_mask=present)
 
 
 def _is_id(value) -> bool:

@@ -1,6 +1,7 @@
 """The student's answers, and the hidden states that their tokens were drawn from."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from ..models.hidden import completion_hidden, left_padded
+from ..models.hidden import completion_hidden, left_padded, row_lengths
 from ..models.parts import captured_hidden, causal_lm, last_position_head
+from ..models.transfer import to_device, to_host
 from .past import CACHE_ARGUMENT, Past
 from .sampling import Draw, seeds_of
 
@@ -21,6 +23,14 @@ class Recorded(NamedTuple):
     logprob: Tensor  # (B, L) fp32, of the answers' own tokens; 0 on padding
     top_ids: Tensor  # (B, L, k) int64, the likeliest tokens of each position, the likeliest first
     top_logprob: Tensor  # (B, L, k) fp32
+
+
+class OnHost(NamedTuple):
+    """Of `Rollouts`, on the host."""
+
+    completion_ids: Tensor
+    completion_mask: Tensor
+    attention_mask: Tensor
 
 
 @dataclass
@@ -42,10 +52,15 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
+    @functools.cached_property
+    def on_host(self) -> "OnHost":
+        """What of the answers a host needs, brought there once."""
+        return OnHost(*to_host(self.completion_ids, self.completion_mask, self.attention_mask))
+
     def of(self, sequences: Tensor, length: int | None = None) -> "Rollouts":
         """The answers at `sequences`, (B',) int64 on the host, cut after `length` tokens: what is needed to read them.
         A sequence may stand there more than once."""
-        at = sequences.to(self.completion_ids.device)
+        at = to_device(sequences, self.completion_ids.device)
         return Rollouts(
             [self.prompt_ids[i] for i in sequences.tolist()],
             self.completion_ids[at, :length],
@@ -104,8 +119,9 @@ def generate(
         )
     model.train(was_training)
     completion_ids = sequences[:, width:]
-    ended = torch.isin(completion_ids, torch.tensor(eos_ids, device=completion_ids.device)).cumsum(1)
-    just_ended = torch.isin(completion_ids, torch.tensor(eos_ids, device=completion_ids.device)) & (ended == 1)
+    ends = torch.isin(completion_ids, to_device(torch.tensor(eos_ids, dtype=torch.int64), completion_ids.device))
+    ended = ends.cumsum(1)
+    just_ended = ends & (ended == 1)
     completion_mask = (ended == 0) | just_ended
     if past is not None:
         past.ids, past.mask = sequences, torch.cat([attention_mask, completion_mask.long()], 1)
@@ -140,7 +156,14 @@ def hidden_states(model, rollouts: Rollouts, pad_id: int) -> Tensor:
         return rollouts.student_hidden
     was_training = model.training
     model.eval()
-    hidden = completion_hidden(model, rollouts.prompt_ids, rollouts.completion_ids, rollouts.attention_mask, pad_id)
+    hidden = completion_hidden(
+        model,
+        rollouts.prompt_ids,
+        rollouts.completion_ids,
+        rollouts.attention_mask,
+        pad_id,
+        lengths=row_lengths(rollouts.on_host.attention_mask),
+    )
     model.train(was_training)
     return hidden
 

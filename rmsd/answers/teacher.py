@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..models.heads import OutputHead, frozen_copy
-from ..models.hidden import completion_hidden
+from ..models.hidden import completion_hidden, row_lengths
 from ..models.sharding import whole
+from ..models.transfer import to_device
 from .rollout import Rollouts
 
 KINDS = ("initial", "live", "ema", "adapter_off")
@@ -71,7 +72,12 @@ class Teacher:
         """(B, L, H): the teacher's hidden states for the student's answers."""
         with self.active() as model, self._autocast():  # not in `active`, where an engine takes merged weights
             return completion_hidden(
-                model, teacher_prompt_ids, rollouts.completion_ids, rollouts.attention_mask, pad_id
+                model,
+                teacher_prompt_ids,
+                rollouts.completion_ids,
+                rollouts.attention_mask,
+                pad_id,
+                lengths=row_lengths(rollouts.on_host.attention_mask),
             )
 
     @torch.no_grad()
@@ -82,8 +88,8 @@ class Teacher:
         weight = self.head.weight
         hidden = weight.new_zeros(*keep.shape, weight.shape[1])
         if len(kept):
-            upto = keep.flip(1).cumsum(1).flip(1).bool()[kept].to(weight.device)
-            at = kept.to(weight.device)
+            upto = to_device(keep.flip(1).cumsum(1).flip(1).bool()[kept], weight.device)
+            at = to_device(kept, weight.device)
             needed = rollouts.of(kept)
             needed.completion_mask, needed.attention_mask = needed.completion_mask & upto, needed.attention_mask & upto
             hidden[at] = self.hidden([teacher_prompt_ids[i] for i in kept.tolist()], needed, pad_id).to(weight.dtype)

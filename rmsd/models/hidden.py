@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from .parts import captured_hidden, no_head
+from .transfer import to_device, to_host
 
 # What a forward of its own costs, in tokens: it reads every weight once more and, where it trains, adds up a
 # gradient of every weight. From the ratio of arithmetic to memory bandwidth: tens on a CPU, hundreds on a GPU.
@@ -15,9 +16,9 @@ _PASS_TOKENS_ELSEWHERE = 512
 def left_padded(prompt_ids: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, (B, P) int64, of prompts that end together, where the answers begin."""
     width = max(map(len, prompt_ids))
-    ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
-    return ids, mask
+    ids = [[pad_id] * (width - len(ids)) + ids for ids in prompt_ids]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
+    return to_device(ids, device), to_device(mask, device)
 
 
 def by_length(prompt_lengths: list[int], lengths: list[int], device: torch.device) -> list[list[int]]:
@@ -44,10 +45,10 @@ def by_length(prompt_lengths: list[int], lengths: list[int], device: torch.devic
 
 
 def row_lengths(mask: Tensor) -> list[int]:
-    """(B, L) bool -> each row's length up to its last true entry."""
+    """(B, L) bool on the host -> each row's length up to its last true entry."""
     if not mask.shape[1]:
         return [0] * len(mask)
-    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
+    return (mask * torch.arange(1, mask.shape[1] + 1)).amax(1).tolist()
 
 
 def completion_hidden(
@@ -57,21 +58,24 @@ def completion_hidden(
     completion_mask: Tensor,  # (B, L) bool: what belongs to the answer, as opposed to padding on its right
     pad_id: int,
     one_forward: bool = False,
+    lengths: list[int] | None = None,
 ) -> Tensor:
     """(B, L, H): the hidden states whose logits are the distributions that the completion's tokens are drawn from;
-    finite numbers without meaning where a sequence has ended. The forwards are `by_length`'s groups, or one."""
+    finite numbers without meaning where a sequence has ended. The forwards are `by_length`'s groups, or one. `lengths`
+    are `row_lengths` of the mask, where the host knows them."""
     if one_forward:
         return _one_forward(model, prompt_ids, completion_ids, completion_mask, pad_id)
-    lengths = row_lengths(completion_mask)
+    if lengths is None:
+        lengths = row_lengths(*to_host(completion_mask))
     groups = by_length(list(map(len, prompt_ids)), lengths, completion_ids.device)
     hidden = None
     for group in groups:
         length = max(lengths[i] for i in group)
-        prompts, mask = [prompt_ids[i] for i in group], completion_mask[group, :length]
-        part = _one_forward(model, prompts, completion_ids[group, :length], mask, pad_id)
+        rows, prompts = to_device(group, completion_ids.device), [prompt_ids[i] for i in group]
+        part = _one_forward(model, prompts, completion_ids[rows, :length], completion_mask[rows, :length], pad_id)
         if hidden is None:
             hidden = part.new_zeros(*completion_ids.shape, part.shape[-1])
-        hidden[group, :length] = part
+        hidden[rows, :length] = part
     return hidden
 
 

@@ -9,8 +9,11 @@ from torch import Tensor
 from ..answers.data import prompt_text
 from ..judge import Candidate, Judge, MagnitudeJudge, Question
 from ..judge.pieces import Pieces
+from ..models.transfer import to_host
 from .micro_batch import MicroBatch
 from .scoring import turns_of
+
+_SHOWN = ("student_logprob", "teacher_logprob", "divergence")  # scores that a reader of the run is shown
 
 
 def told_text(row: dict) -> str:
@@ -22,17 +25,19 @@ def told_text(row: dict) -> str:
 
 
 def questions_of(batch: MicroBatch, tokenizer, max_kept: int, per_turn: bool = False) -> list[Question]:
-    """What a judge needs to know of a scored micro-batch, as text. Everything is brought to the host at once, not
-    number by number. `max_kept` is of a rollout, or of each of its turns."""
-    rollouts, scores, wishes = batch.rollouts, batch.scores, batch.wishes
-    present = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
-    written = rollouts.completion_mask.cpu()
+    """What a judge needs to know of a scored micro-batch, as text. Fills in `host_scores` on the way: everything is
+    brought to the host at once, not number by number. `max_kept` is of a rollout, or of each of its turns."""
+    answered = batch.rollouts.on_host
+    present, written = zip(answered.completion_ids, answered.attention_mask, strict=True), answered.completion_mask
     turns = turns_of(written).amax(1).tolist() if per_turn and written.shape[1] else [1] * len(written)
     answers = [Pieces(tokenizer, ids[mask].tolist()) for ids, mask in present]
-    gap = (scores.teacher_logprob - scores.student_logprob).cpu()
-    positions = batch.candidates.cpu().tolist()
-    promoted, student_preferred, teacher_preferred = (ids.tolist() for ids in wishes[:3])
-    contrast = None if wishes.contrast is None else wishes.contrast.tolist()
+    columns = {name: getattr(batch.scores, name) for name in _SHOWN if name in batch.scores._fields}
+    wishes = [tensor for name, tensor in batch.wishes._asdict().items() if name != "tail_mass" and tensor is not None]
+    told = to_host(*columns.values(), batch.candidates, *wishes)
+    batch.host_scores = dict(zip(columns, told, strict=False))
+    positions, promoted, student_preferred, teacher_preferred, *rest = (x.tolist() for x in told[len(columns) :])
+    contrast = rest[0] if rest else None
+    gap = batch.host_scores["teacher_logprob"] - batch.host_scores["student_logprob"]
     return [
         Question(
             prompt=prompt_text(row["prompt"]),
@@ -64,7 +69,7 @@ def judge_batch(batch: MicroBatch, judge: Judge | None) -> None:
     wrote is kept."""
     started = time.monotonic()
     if judge is None:
-        batch.kept = [row.nonzero().flatten().tolist() for row in batch.rollouts.completion_mask.cpu()]
+        batch.kept = [row.nonzero().flatten().tolist() for row in batch.rollouts.on_host.completion_mask]
     else:
         batch.kept = ask(judge, batch.questions)
     batch.judge_seconds = time.monotonic() - started

@@ -2,7 +2,7 @@
 
     write           rollouts            answers to the prompts, by an engine, or the rows' own
     score           scores, candidates, wishes (and teacher_hidden, where the trainer's forwards score)
-    judge           questions, kept, judge_seconds
+    judge           questions, host_scores, kept, judge_seconds
     settle          keep, parts (and teacher_hidden, where the engine scored)
     train           reads them, one part after the other
 
@@ -69,6 +69,7 @@ class MicroBatch:
     engine_gaps: dict[str, float] = field(default_factory=dict)
 
     questions: list[Question] | None = None
+    host_scores: dict[str, Tensor] | None = None  # those of `scores` that a reader is shown, (B, L) each, on the host
     kept: list[list[int]] | None = None  # positions of each rollout, as the judge ranks them
     judge_seconds: float = 0.0
 

@@ -17,6 +17,7 @@ from ..answers.rollout import Recorded, hidden_states
 from ..answers.teacher import Teacher
 from ..loss import LinearRMSDLoss
 from ..models.heads import OutputHead, Reading, head_options
+from ..models.transfer import to_device
 from .micro_batch import MicroBatch, TrainPart
 from .wishes import Logprobs, recorded_wishes, wishes
 
@@ -91,7 +92,7 @@ def _read_by_teacher(batch: MicroBatch, teacher: Teacher, pad_id: int) -> tuple[
     prompt_ids = [*batch.teacher_prompt_ids, *(batch.contrast_prompt_ids[i] for i in at)]
     hidden = teacher.hidden(prompt_ids, twice, pad_id)
     contrast = torch.full_like(hidden[:size], torch.nan)
-    contrast[torch.tensor(at, device=hidden.device)] = hidden[size:]
+    contrast[to_device(at, hidden.device)] = hidden[size:]
     return hidden[:size].clone(), contrast  # the first is held until the step has trained, the whole need not be
 
 
@@ -168,8 +169,8 @@ def kept_engine_gaps(
     if not part.keep.any():
         return {}
     device = batch.rollouts.completion_ids.device
-    b, i = (index.to(device) for index in part.keep.nonzero(as_tuple=True))
-    sequence = part.sequences.to(device)[b]
+    b, i = (to_device(index, device) for index in part.keep.nonzero(as_tuple=True))
+    sequence = to_device(part.sequences, device)[b]
     student, teacher = student.at(b, i), teacher.at(b, i)
     ours = linear_token_scores(
         *student.linear,

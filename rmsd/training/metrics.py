@@ -10,6 +10,7 @@ from rmsd_kernels import TokenScores
 
 from ..answers.tools import ERRORS
 from ..judge import LLMJudge
+from ..models.transfer import to_device
 from ..step.judging import told_text
 from ..step.micro_batch import MicroBatch
 from .health import repeated_ngrams
@@ -53,12 +54,12 @@ class StepMetrics:
         """Of a settled micro-batch; `eos_ids` end an answer. What is unknown, a divergence of Logprobs or a
         tail_mass of None, is no number of the entry."""
         mask, scores, tail_mass = batch.rollouts.completion_mask, batch.scores, batch.wishes.tail_mass
-        keep = batch.keep.to(mask.device, non_blocking=True)
+        keep = to_device(batch.keep, mask.device)
         ids = batch.rollouts.completion_ids
-        ended = (torch.isin(ids, torch.tensor(eos_ids, dtype=ids.dtype, device=ids.device)) & mask).any(1)
+        ended = (torch.isin(ids, to_device(torch.tensor(eos_ids, dtype=ids.dtype), ids.device)) & mask).any(1)
         if batch.episodes is not None:  # whose earlier turns have ended
             cut = [bool(episode.counts["cut"]) for episode in batch.episodes]
-            ended = ~torch.tensor(cut, device=ids.device)
+            ended = ~to_device(cut, ids.device)
         repeated, ngrams = repeated_ngrams(ids, mask)
         self.own |= batch.engine_gaps
         self.add_seconds("judge_seconds", batch.judge_seconds)

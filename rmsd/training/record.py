@@ -67,20 +67,17 @@ def rollout_lines(step: int, batch: MicroBatch, number: int) -> list[dict]:
     stands in each column. Null at any other position is a score that was not finite. A score that is not known at all,
     as the divergence where an engine scored, is no column.
     """
-    questions, scores = batch.questions[:number], batch.scores
-    if not questions:
-        return []
-    names = [name for name in ("student_logprob", "teacher_logprob", "divergence") if name in scores._fields]
-    written = batch.rollouts.completion_mask[:number]
-    table = torch.stack([getattr(scores, name)[:number].where(written, torch.nan) for name in names]).tolist()
-    written = written.tolist()
+    questions = batch.questions[:number]
+    mask = batch.rollouts.on_host.completion_mask[:number]
+    columns = {name: scores[:number].where(mask, torch.nan).tolist() for name, scores in batch.host_scores.items()}
+    written = mask.tolist()
     return [
         {
             "step": step,
             "prompt": question.prompt,
             "privileged_context": question.privileged_context,
             "tokens": list(question.tokens),
-            **{name: finite(column[b][: len(question.tokens)]) for name, column in zip(names, table, strict=True)},
+            **{name: finite(column[b][: len(question.tokens)]) for name, column in columns.items()},
             "unwritten": [i for i in range(len(question.tokens)) if not written[b][i]],
             **({"episode": batch.episodes[b].numbers} if batch.episodes else {}),
             "candidates": [candidate.position for candidate in question.candidates],

@@ -24,6 +24,7 @@ from ..loss import LinearRMSDLoss
 from ..models.heads import OutputHead, Reading
 from ..models.hidden import completion_hidden
 from ..models.sharding import as_rank_zero, check_sharded_teacher, check_sharding, most_of_ranks, whole
+from ..models.transfer import to_device
 from ..step.judging import judge_batch, questions_of
 from ..step.micro_batch import NO_PART, MicroBatch
 from ..step.scoring import kept_engine_gaps, scored_by_engine, scored_by_forwards
@@ -186,7 +187,7 @@ class RMSDTrainer(Trainer):
         for batch, count in zip(batches, most, strict=True):
             batch.parts += [NO_PART] * (count - len(batch.parts))
         sequences = sum(batch.keep.any(1).sum() for batch in batches)
-        sequences = self.accelerator.reduce(sequences.to(device, torch.float32))
+        sequences = self.accelerator.reduce(to_device(sequences.float(), device))
         self.metrics.add_seconds("prepare_seconds", time.monotonic() - started)
         return [batch.inputs() for batch in batches], sequences.clamp_min(1.0)
 
@@ -268,7 +269,7 @@ class RMSDTrainer(Trainer):
         student_hidden = completion_hidden(
             model, rollouts.prompt_ids, ids, rollouts.attention_mask, self.pad_id, one_forward=True
         )
-        teacher_hidden = batch.teacher_hidden[part.sequences.to(ids.device), :length]
+        teacher_hidden = batch.teacher_hidden[to_device(part.sequences, ids.device), :length]
         student, teacher = Reading(student_hidden, self.student_head()), Reading(teacher_hidden, self.teacher.head)
         if self.args.engine_scores:
             self.metrics.own |= kept_engine_gaps(batch, part, student, teacher, self.loss)

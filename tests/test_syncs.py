@@ -1,0 +1,103 @@
+"""Where a step makes the host wait for the device. Without a GPU, tensors that would be on it are marked, and what is
+asked of them is listed; tests/test_gpu.py has a GPU's own word."""
+
+import dataclasses
+import sys
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from tiny import trainer
+
+import rmsd.step.scoring
+from rmsd.answers.engines import TransformersEngine
+from rmsd.training.record import RunRecord
+
+# What needs a value, a size or a copy on the host.
+WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose"}
+WAITS |= {"__bool__", "__int__", "__float__", "__index__", "__contains__", "is_nonzero"}
+found: Counter = Counter()
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that would be on a GPU; what is computed from it would be, too."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name, place = func.__name__, where()
+        index = args[1] if name in ("__getitem__", "__setitem__") else ()
+        masks = [i for i in (index if isinstance(index, tuple) else (index,)) if isinstance(i, OnDevice)]
+        if place and (name in WAITS or any(mask.dtype == torch.bool for mask in masks)):
+            found[place, name] += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def where() -> str | None:
+    """The innermost module of rmsd or transformers that is running. None within rmsd_kernels: that reads ids and rows
+    on a CPU alone, and has tests of its own."""
+    frame = sys._getframe(1)
+    while frame:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("rmsd_kernels."):
+            return None
+        if module.startswith(("rmsd.", "transformers.masking_utils")):
+            return f"{module}.{frame.f_code.co_name}" if module.startswith("rmsd.") else module
+        frame = frame.f_back
+    return None
+
+
+def marked(tensor):
+    return tensor.as_subclass(OnDevice) if isinstance(tensor, torch.Tensor) else tensor
+
+
+def plain(*tensors):
+    """As `to_host`: one wait for all of them."""
+    found[where(), "to_host"] += 1
+    return tuple(tensor.as_subclass(torch.Tensor) for tensor in tensors)
+
+
+class Engine(TransformersEngine):
+    def __call__(self, *args, **options):
+        written = super().__call__(*args, **options)  # sampling waits for every token
+        found.clear()
+        names = ("completion_ids", "completion_mask", "attention_mask", "student_hidden")
+        return dataclasses.replace(written, **{name: marked(getattr(written, name)) for name in names})
+
+
+@pytest.fixture
+def step(tmp_path, monkeypatch):
+    """The waits of one step, from the answers to the backward."""
+    replaced = {"to_device": lambda values, device: marked(torch.as_tensor(values)), "to_host": plain}
+    for module in [module for name, module in sys.modules.items() if name.startswith("rmsd.")]:
+        for name in replaced.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, replaced[name])
+    score, wishes = rmsd.step.scoring.score, rmsd.step.scoring.wishes
+
+    def scored(*args):
+        scores, candidates = score(*args)
+        return type(scores)(*map(marked, scores)), marked(candidates)
+
+    monkeypatch.setattr(rmsd.step.scoring, "score", scored)
+    monkeypatch.setattr(rmsd.step.scoring, "wishes", lambda *args: type(w := wishes(*args))(*map(marked, w)))
+
+    def run(**options):
+        made = trainer(tmp_path, tiny.model("llama"), callbacks=[RunRecord(tmp_path)], max_steps=1, **options)
+        made.engine = Engine()
+        found.clear()
+        inputs, number = made.get_batch_samples(iter([tiny.ROWS]), 1, made.args.device)
+        made.training_step(made.model, inputs[0], number)
+        return dict(found)
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["rmsd", "opsd"])
+def test_a_step_waits_for_the_answers_and_for_what_the_judge_is_told(step, method):
+    """And twice a forward (the teacher's and the student's, of one group each) in transformers, which looks for padding
+    in the mask. Where a log entry is due, Trainer waits for it."""
+    assert step(method=method) == {
+        ("rmsd.answers.rollout.on_host", "to_host"): 1,
+        ("rmsd.step.judging.questions_of", "to_host"): 1,
+        ("transformers.masking_utils", "__bool__"): 4,
+    }
