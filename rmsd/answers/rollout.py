@@ -61,12 +61,14 @@ class Rollouts:
         """The answers at `sequences`, (B',) int64 on the host, cut after `length` tokens: what is needed to read them.
         A sequence may stand there more than once."""
         at = to_device(sequences, self.completion_ids.device)
-        return Rollouts(
+        chosen = Rollouts(
             [self.prompt_ids[i] for i in sequences.tolist()],
             self.completion_ids[at, :length],
             self.completion_mask[at, :length],
             attention_mask=self.attention_mask[at, :length],
         )
+        chosen.on_host = OnHost(*(tensor[sequences, :length] for tensor in self.on_host))
+        return chosen
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The teacher: the same model, reading the student's answer under the prompt that holds the privileged context."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,7 +92,8 @@ class Teacher:
             upto = to_device(keep.flip(1).cumsum(1).flip(1).bool()[kept], weight.device)
             at = to_device(kept, weight.device)
             needed = rollouts.of(kept)
-            needed.completion_mask, needed.attention_mask = needed.completion_mask & upto, needed.attention_mask & upto
+            masks = {"completion_mask": needed.completion_mask & upto, "attention_mask": needed.attention_mask & upto}
+            needed = dataclasses.replace(needed, **masks)
             hidden[at] = self.hidden([teacher_prompt_ids[i] for i in kept.tolist()], needed, pad_id).to(weight.dtype)
         return hidden
 

@@ -230,13 +230,13 @@ def flops(
                 merged = 2 * sizes.body_trained * sizes.has_adapter
                 parts[f"engine reads the answer as {reader}"] = _forward(sizes, length) + (row - merged) * length
     elif not generated or args.engine != "transformers":  # which records the hidden states as it samples
-        parts["student reads its answer"] = _forward(sizes, prompt + answer) + row
+        parts["student reads its answer"] = _forward(sizes, prompt + answer)
     # An adapter that is switched off multiplies nothing; a second one, as a continuation makes, does.
     off = sizes.body_trained if sizes.has_adapter and args.teacher != "live" and not teacher_bytes(sizes, args) else 0
     recomputed = 2 if args.gradient_checkpointing else 1
     backward = (2 * sizes.body + 2 * sizes.body_trained) * (prompt + answer)
     backward += 2 * _attention(sizes, prompt + answer, prompt + answer)
-    parts["teacher reads the answer"] = _forward(sizes, told + answer) - 2 * off * (told + answer) + row
+    parts["teacher reads the answer"] = _forward(sizes, told + answer) - 2 * off * (told + answer)
     if contrasted:
         again = parts["teacher reads the answer"]
         if args.engine_scores:  # which reads all of it, with the head over the prompt too
@@ -250,7 +250,7 @@ def flops(
         parts["head: scores of every token, both models"] = 2 * row * answer
         parts["head: what the teacher wants at the candidates"] = 2 * row * args.num_candidates
     return parts | {
-        "student's training forward": recomputed * _forward(sizes, prompt + answer) + row,
+        "student's training forward": recomputed * _forward(sizes, prompt + answer),
         "student's training backward": backward,
         "head: loss of the kept tokens": row * kept * _loss_products(sizes, args, kept, on_gpu),
     }

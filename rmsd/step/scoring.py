@@ -104,7 +104,7 @@ def _recorded_contrast(batch: MicroBatch, engine: Engine) -> Recorded | None:
     found = []
     for tensor in read:
         whole = tensor.new_full((len(batch.rows), *tensor.shape[1:]), torch.nan if tensor.is_floating_point() else 0)
-        whole[torch.tensor(at, device=tensor.device)] = tensor
+        whole[to_device(at, tensor.device)] = tensor
         found.append(whole)
     return Recorded(*found)
 
