@@ -130,7 +130,7 @@ class VLLMEngine:
         reads, the prompts' too, one sequence after the other, and writes one token more."""
         from vllm import SamplingParams
 
-        present = zip(rollouts.completion_ids.cpu(), rollouts.attention_mask.cpu(), strict=True)
+        present = zip(rollouts.on_host.completion_ids, rollouts.on_host.attention_mask, strict=True)
         answers = [ids[mask].tolist() for ids, mask in present]
         sequences = [prompt + answer for prompt, answer in zip(prompt_ids, answers, strict=True)]
         reading = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=self._num_top, detokenize=False)

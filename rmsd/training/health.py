@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from ..answers.teacher import FILE as TEACHER_FILE
 from ..answers.teacher import Teacher
+from ..models.transfer import to_device
 from .checkpoint import last_whole_checkpoint, step_of
 
 log = logging.getLogger("rmsd")
@@ -32,7 +33,7 @@ def repeated_ngrams(
         return completion_mask.new_zeros((), dtype=torch.int64), completion_mask.new_zeros((), dtype=torch.int64)
     whole = completion_mask.unfold(1, NGRAM, 1).all(-1)
     # A hash of each n-gram, in int64 that overflows: of a batch's some thousands, two alike by chance are one in 10^12.
-    powers = torch.tensor([pow(0x9E3779B97F4A7C15, i, 2**63) for i in range(NGRAM)], device=completion_ids.device)
+    powers = to_device([pow(0x9E3779B97F4A7C15, i, 2**63) for i in range(NGRAM)], completion_ids.device)
     hashed = ((completion_ids + 1).unfold(1, NGRAM, 1) * powers).sum(-1)
     none = torch.iinfo(torch.int64).max
     hashed = hashed.masked_fill(~whole, none).sort(1).values

@@ -79,7 +79,7 @@ class StepMetrics:
         if isinstance(scores, TokenScores):
             finite = mask & scores.divergence.isfinite()
             divergence = scores.divergence.where(finite, 0.0)
-            anchors = torch.tensor([not told_text(row).strip() for row in batch.rows], device=mask.device).unsqueeze(1)
+            anchors = to_device([not told_text(row).strip() for row in batch.rows], mask.device).unsqueeze(1)
             numbers |= {
                 "divergence": divergence.sum(),
                 "student_entropy": scores.student_entropy.where(finite, 0.0).sum(),
