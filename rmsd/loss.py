@@ -261,9 +261,13 @@ def _rows_where(keep: Tensor, completion_mask: Tensor) -> Tensor:
     """(B, L) bool -> (R,) rows of the flattened axis, -1 for none.
 
     A judge answers on the host, so `keep` may stay on the CPU: then R is the number kept, or 1. On a GPU R is B*L,
-    since counting would sync; rows of -1 are skipped there by the kernels."""
+    since counting would sync. The kernels skip rows of -1; a head is multiplied with all of them."""
     check_mask(keep, completion_mask.shape, getattr(keep, "device", completion_mask.device), "keep")
     if keep.device.type == "cpu":
+        moves = keep.device != completion_mask.device
+        if moves and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # A replay would copy from this call's memory, freed by then.
+            raise ValueError(f"keep must be on {completion_mask.device} where a CUDA graph is captured, not on the CPU")
         rows = keep.flatten().nonzero().squeeze(1)
         if not rows.numel() and keep.numel():
             rows = rows.new_tensor([-1])  # the head still gets a gradient, of zeros, which other processes wait for

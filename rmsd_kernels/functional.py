@@ -151,8 +151,8 @@ def token_divergence(
     """Divergence of every row, differentiable in `student_logits`.
 
     Args:
-        rows: only these rows of the flattened leading axis, -1 standing for none; each row at most once. The others'
-            logits get exactly zero gradient and are never read.
+        rows: only these rows of the flattened leading axis, -1 standing for none. The others' logits get exactly zero
+            gradient and are never read; a row that is named twice gets the sum of both gradients.
         vocab_topk: sum over the student's this many largest logits only (ties to the lower id); None for all.
         tail: what happens to the rest of the mass: "bucket" (one more entry holds it: never negative, 0 only where the
             coarsened distributions agree), "renorm" (both renormalised over the k) or "drop" (left out: not a

@@ -124,7 +124,7 @@ def divergence_backward(
     grad_divergence: Tensor,  # (R,) fp32
     student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
     teacher_logits: Tensor,  # (B, L, V), same dtype
-    rows: Tensor | None,  # (R,) int64, distinct but for -1
+    rows: Tensor | None,  # (R,) int64, -1 for none; where one is named twice, both gradients are the sum of the two
     stats: Tensor,  # (R, 16) fp32
     *fields,
 ) -> Tensor:  # (B, L, V) in the logits' dtype, contiguous; 0 in rows not named
@@ -145,8 +145,19 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
+def _summed_over_repeats(grad_divergence: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """(R,): the sum of a row's gradients wherever it is named. Whether rows repeat cannot be asked of a device without
+    waiting for it; so those that do write the same numbers to the same place, in whatever order."""
+    slots = torch.where((rows >= 0) & (rows < num_rows), rows, num_rows)
+    sums = grad_divergence.new_zeros(num_rows + 1).index_put((slots,), grad_divergence, accumulate=True)
+    return sums[slots]
+
+
 def _backward(ctx, grad_divergence, _grad_stats):
     student_logits, teacher_logits, rows, stats = ctx.saved_tensors
+    if rows is not None:
+        num_rows = student_logits.shape[0] * student_logits.shape[1]
+        grad_divergence = _summed_over_repeats(grad_divergence, rows, num_rows)
     grad = divergence_backward(grad_divergence, student_logits, teacher_logits, rows, stats, *ctx.options)
     return grad, None, None, *(None for _ in ctx.options)
 

@@ -69,6 +69,13 @@ def logsumexp(logits: Tensor) -> Tensor:
     return torch.where(total > 0, torch.where(total > 0, total, 1.0).log() + peak.squeeze(-1), -_INF)
 
 
+def row_peaks(logits: Tensor) -> Tensor:
+    """(N, 1) each row's largest logit, a constant to autograd; 0 where none is finite. Taken off a row first, it leaves
+    numbers that rounding hurts less: off by a log-sum-exp of 1e4, every log-probability would be rounded to 5e-4."""
+    peaks = logits.detach().amax(-1, keepdim=True)
+    return peaks.where(peaks.isfinite(), 0.0)
+
+
 def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     """p log(p / q) entry by entry: 0 where p = 0, +inf where q = 0 and p is not. Gradients are finite everywhere."""
     in_p, in_q = log_p > -_INF, log_q > -_INF
@@ -133,6 +140,8 @@ def token_scores(
     valid = valid_rows(student) & valid_rows(teacher) & in_vocab
     sampled_ids = sampled_ids.where(in_vocab, 0).unsqueeze(-1)
 
+    student_peaks, teacher_peaks = row_peaks(student), row_peaks(teacher)
+    student, teacher = student - student_peaks, teacher - teacher_peaks
     student_lse, teacher_lse = logsumexp(student), logsumexp(teacher)
     student_logprobs, teacher_logprobs = student - student_lse.unsqueeze(-1), teacher - teacher_lse.unsqueeze(-1)
     zeros = torch.zeros_like(student)  # log 1: kl_terms(log p, log 1) is p log p
@@ -140,8 +149,8 @@ def token_scores(
         student_logprob=student_logprobs.gather(-1, sampled_ids).squeeze(-1),
         teacher_logprob=teacher_logprobs.gather(-1, sampled_ids).squeeze(-1),
         divergence=divergence_terms(student_logprobs, teacher_logprobs, divergence, beta).sum(-1),
-        student_lse=student_lse,
-        teacher_lse=teacher_lse,
+        student_lse=student_lse + student_peaks.squeeze(-1),
+        teacher_lse=teacher_lse + teacher_peaks.squeeze(-1),
         student_entropy=-kl_terms(student_logprobs, zeros).sum(-1),
         teacher_entropy=-kl_terms(teacher_logprobs, zeros).sum(-1),
     )
@@ -181,6 +190,7 @@ def token_divergence(
     # whose own derivative there is NaN.
     student = scaled_logits(student_logits.where(valid.unsqueeze(-1), 0.0), temperature, **shared)
     teacher = teacher.where(valid.unsqueeze(-1), 0.0)
+    student, teacher = student - row_peaks(student), teacher - row_peaks(teacher)  # the same distributions
 
     if vocab_topk is not None:
         support = topk_support(student_logits.detach()[..., :vocab_size], vocab_topk)

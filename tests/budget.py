@@ -1,14 +1,19 @@
 """The error budget of docs/kernels.md, "Accuracy", and what the kernels' tests measure with it.
 
 Truth is `reference.py` in fp64 on the fp64 upcast of the very inputs that the kernel gets, so rounding the inputs is
-nobody's error. Plain torch in the same dtype is `reference.py` on those inputs: log_softmax in fp32 of the upcast
-logits, scores in fp32, gradients rounded to the logits' dtype by autograd. That is the strictest reading for fp16 and
-bf16: log_softmax in bf16 itself is a thousand times less accurate. It runs on the kernel's device: a GPU's exponential
-is good to 2e-7, and not to half a unit in the last place.
+nobody's error. Plain torch in the same dtype is `reference.py` on those inputs with a row's log-sum-exp taken off its
+logits as they are: scores in fp32, gradients rounded to the logits' dtype by autograd. That is the strictest reading
+for fp16 and bf16: log_softmax in bf16 itself is a thousand times less accurate. It runs on the kernel's device: a GPU's
+exponential is good to 2e-7, and not to half a unit in the last place. Rows with an offset are held to more
+(`stable=True`): to `reference.py` as it is, which takes the largest logit off first, and which tests/test_reference.py
+holds to torch.log_softmax.
 
 A kernel's largest error over a tensor may be twice plain torch's largest, plus 1e-6. NaN and infinities must be where
 the truth has them.
 """
+
+import contextlib
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -60,10 +65,20 @@ def _scores(backend, student, teacher, ids, **options) -> rk.TokenScores:
     return dispatch.scores_of_rows(student, teacher, ids, _options(backend, student, options))
 
 
-def check_scores(backend, student, teacher, ids, *, device="cpu", allow_rounding=0.0, **options) -> rk.TokenScores:
+def plain_torch(stable: bool):
+    """A context in which `reference.py` is plain torch."""
+    if stable:
+        return contextlib.nullcontext()
+    return mock.patch.object(reference, "row_peaks", lambda logits: logits.new_zeros(()).expand(*logits.shape[:-1], 1))
+
+
+def check_scores(
+    backend, student, teacher, ids, *, device="cpu", allow_rounding=0.0, stable=False, **options
+) -> rk.TokenScores:
     """Holds every score of `backend` to the budget; inputs are made on the CPU."""
     got = _scores(backend, student.to(device), teacher.to(device), ids.to(device), **options)
-    plain = _scores("torch", student.to(device), teacher.to(device), ids.to(device), **options)
+    with plain_torch(stable):
+        plain = _scores("torch", student.to(device), teacher.to(device), ids.to(device), **options)
     truth = reference.token_scores(flat(student.double()), flat(teacher.double()), ids.reshape(-1), **options)
     for name in rk.TokenScores._fields:
         have, want = getattr(got, name), getattr(truth, name).view(ids.shape)
@@ -85,11 +100,14 @@ def _divergence(backend, student, teacher, rows, **options) -> tuple[Tensor, Ten
     return result, grad
 
 
-def check_divergence(backend, student, teacher, *, rows=None, device="cpu", allow_rounding=0.0, **options):
+def check_divergence(
+    backend, student, teacher, *, rows=None, device="cpu", allow_rounding=0.0, stable=False, **options
+):
     """Holds the divergence and its gradient to the budget; returns both."""
     on_device = [None if tensor is None else tensor.to(device) for tensor in (student, teacher, rows)]
     got, got_grad = _divergence(backend, *on_device, **options)
-    plain, plain_grad = _divergence("torch", *on_device, **options)
+    with plain_torch(stable):
+        plain, plain_grad = _divergence("torch", *on_device, **options)
     truth, truth_grad = _divergence("torch", student.double(), teacher.double(), rows, **options)
     assert got.dtype == torch.float32
     assert got_grad.dtype == student.dtype

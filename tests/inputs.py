@@ -34,9 +34,12 @@ def saturated(shape, dtype=torch.float32) -> Case:
     return Case((30 * _normal(shape).sign()).to(dtype), (30 * _normal(shape, seed=1).sign()).to(dtype))
 
 
-REGIMES = {
-    function.__name__: function for function in (far_apart, nearly_equal, saturated)
-}  # x dtypes: bf16 is the 4th
+def offset(shape, dtype=torch.float32) -> Case:
+    """Around 1e4, both models alike: it changes no distribution, and one unit in the last place of a logit is 1e-3."""
+    return Case((_normal(shape) + 1e4).to(dtype), (_normal(shape, seed=1) + 1e4).to(dtype))
+
+
+REGIMES = {function.__name__: function for function in (far_apart, nearly_equal, saturated, offset)}  # x dtypes
 
 
 def sampled_ids(case: Case, seed: int = 2) -> Tensor:

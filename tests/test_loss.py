@@ -237,3 +237,16 @@ def test_the_count_of_left_out_rows_follows_the_inputs(batch):
     rows = torch.empty(4, dtype=torch.int64, device="meta")
     criterion._mean(torch.empty(4, device="meta"), rows, batch[2].shape, 1)
     assert criterion.nonfinite_rows.device.type == "meta"
+
+
+def test_keep_on_the_host_is_refused_where_a_graph_is_captured(batch, monkeypatch):
+    """Its rows are copied to the device from memory that a replay would find freed. No GPU here: another device stands
+    for one, and a stream that says whether it is captured."""
+    student, teacher, ids, mask = (tensor.to("meta") for tensor in batch)
+    keep = torch.ones(ids.shape, dtype=torch.bool)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    RMSDLoss(backend="torch")(student, teacher, ids, mask, keep)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match=r"^keep must be on meta where a CUDA graph is captured, not on the CPU"):
+        RMSDLoss(backend="torch")(student, teacher, ids, mask, keep)

@@ -6,6 +6,7 @@ import math
 import by_hand
 import pytest
 import torch
+from budget import assert_within_budget
 
 from rmsd_kernels import reference
 
@@ -283,3 +284,64 @@ def test_the_teacher_gets_no_gradient():
     student, teacher = rows()
     teacher.requires_grad_()
     assert not reference.token_divergence(student, teacher).requires_grad
+
+
+# ---- rows with an offset -------------------------------------------------------------------------------------------
+
+
+def by_log_softmax(student, teacher, divergence, tail):
+    """As anyone would write it: torch.log_softmax over the vocabulary, and what the tail asks for."""
+    support = reference.topk_support(student.detach(), 4)
+    if tail == "renorm":
+        student, teacher = (logits[support].view(len(logits), 4) for logits in (student, teacher))
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    if tail in ("drop", "bucket"):
+        (inner_p, rest_p), (inner_q, rest_q) = (
+            (row[support].view(len(row), 4), row[~support].view(len(row), -1).logsumexp(-1, keepdim=True))
+            for row in (log_p, log_q)
+        )
+        log_p, log_q = inner_p, inner_q
+        if tail == "bucket":
+            log_p, log_q = torch.cat([inner_p, rest_p], -1), torch.cat([inner_q, rest_q], -1)
+    return reference.divergence_terms(log_p, log_q, divergence).sum(-1)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -3e4])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_an_offset_costs_no_digits(divergence, tail, offset):
+    """The `torch` backend is held to what torch.log_softmax gives in the same dtype, not to itself."""
+    student, teacher = (logits + offset for logits in rows(dtype=torch.float32, count=40))
+
+    def derived(function, dtype):
+        leaf = student.to(dtype).requires_grad_()
+        result = function(leaf, teacher.to(dtype))
+        return result, torch.autograd.grad(result.sum(), leaf)[0]
+
+    def ours(student, teacher):
+        return reference.token_divergence(student, teacher, **{**divergence_options(divergence, tail), "beta": 0.5})
+
+    def plain(student, teacher):
+        return by_log_softmax(student, teacher, divergence, tail)
+
+    results = derived(ours, torch.float32), derived(plain, torch.float32), derived(plain, torch.float64)
+    for what, *values in zip(("divergence", "gradient"), *results, strict=True):
+        assert_within_budget(*values, what)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_an_offset_costs_scores_no_digits(divergence):
+    student, teacher = (logits + 1e4 for logits in rows(dtype=torch.float32, count=40))
+    ids = torch.arange(40) % V
+    got = reference.token_scores(student, teacher, ids, divergence=divergence)
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (student, teacher))
+    plain_p, plain_q = (logits.log_softmax(-1) for logits in (student, teacher))
+    column = ids.unsqueeze(-1)
+    assert_within_budget(got.student_logprob, plain_p.gather(1, column)[:, 0], log_p.gather(1, column)[:, 0], "log p")
+    assert_within_budget(got.teacher_logprob, plain_q.gather(1, column)[:, 0], log_q.gather(1, column)[:, 0], "log q")
+    terms, truth = (
+        reference.divergence_terms(*pair, divergence).sum(-1) for pair in ((plain_p, plain_q), (log_p, log_q))
+    )
+    assert_within_budget(got.divergence, terms, truth, "divergence")
+    entropy, truth = (-(row.exp() * row).sum(-1) for row in (plain_p, log_p))
+    assert_within_budget(got.student_entropy, entropy, truth, "entropy")

@@ -165,12 +165,12 @@ def scores_kernel(
 class Selection(NamedTuple):
     """What the launch needs besides, to pick each sequence's candidates when its rows are done."""
 
-    mask: Tensor  # (B, L) bool
+    mask: Tensor | None  # (B, L) bool
     num_candidates: int
     criterion: str
     threshold: float
-    index: Tensor  # (B, num_candidates) int64, written to
-    finished: Tensor  # (B,) int32 zeros
+    candidates: Tensor | None  # (B, num_candidates) int64, written to
+    finished: Tensor | None  # (B,) int32 zeros
 
 
 _NO_SELECTION = Selection(None, 0, "", 0.0, None, None)
@@ -191,7 +191,7 @@ def _launch(
             sampled_ids_ptr=sampled_ids.contiguous(),
             mask_ptr=selection.mask,
             scores_ptr=scores,
-            index_ptr=selection.index,
+            index_ptr=selection.candidates,
             finished_ptr=selection.finished,
             **row_strides(student_logits, teacher_logits),
             length=length,
@@ -203,7 +203,7 @@ def _launch(
             DIVERGENCE=options.divergence,
             CRITERION=selection.criterion,
             HAS_SOFTCAP=options.softcap is not None,
-            HAS_SELECTION=selection.index is not None,
+            HAS_SELECTION=selection.candidates is not None,
             **tile_options(student_logits, teacher_logits),
             BLOCK_L=BLOCK_L,
         )
