@@ -1,10 +1,13 @@
 """The report in a real browser: what a reader sees and does. Needs what browser.py says."""
 
+import time
+
 import pytest
 from browser import luminance
 from fake_run import CONTEXT, TOKENS, WISHES, make_run, rollout, write_lines
 from test_report_safety import hostile_run
 
+from rmsd.judge.measure import load
 from rmsd.report import write_report
 
 CANDIDATES = "#answer .t.candidate"
@@ -81,6 +84,33 @@ def test_colour_follows_the_contrast_on_demand(reader, page, tmp_path):
     assert reader.one("#key-contrast").is_displayed() and not reader.one("#key-gap").is_displayed()
     reader.one("#by-contrast").click()
     assert reader.indices(f"#answer .t:is({coloured})") == before
+
+
+def test_marked_tokens_are_saved_as_labels_that_judges_are_measured_by(reader, page, tmp_path):
+    reader.open(page)
+    assert not reader.one("#save").is_displayed()
+    expected = rollout_of(reader, 1, 0)
+    wanted, other = expected["candidates"][0], expected["candidates"][-1]
+    for position in (wanted, other):
+        reader.one(f'[data-index="{position}"]').click()
+        reader.run("document.querySelector('#detail .mark').click()")
+    reader.run("document.querySelector('#detail .mark').click()")  # taken off again
+    assert reader.indices("#answer .t.marked") == {wanted}
+    assert reader.one("#save").text == "Save labels of 1 answer"
+    reader.run(
+        "const make = URL.createObjectURL;"
+        "URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; }); return make(blob); };"
+    )
+    reader.one("#save").click()
+    for _ in range(50):
+        if saved := reader.run("return window.saved"):
+            break
+        time.sleep(0.1)
+    (tmp_path / "labelled.jsonl").write_text(saved)
+    (one,) = load(tmp_path / "labelled.jsonl")
+    assert one.relevant == {wanted} and one.question.tokens == tuple(TOKENS)
+    assert [candidate.position for candidate in one.question.candidates] == expected["candidates"]
+    assert one.question.candidates[0].gap != 0.0 and one.question.privileged_context == CONTEXT
 
 
 def test_the_answer_is_shown_token_by_token(reader, page):

@@ -128,6 +128,7 @@ function token(text, i, isCandidate, isKept) {
   }
   node.classList.toggle("candidate", isCandidate);
   node.classList.toggle("kept", isKept);
+  node.classList.toggle("marked", marked.get(shown)?.has(i) ?? false);
   node.dataset.index = i;
   node.tabIndex = -1;
   node.setAttribute("role", "option");
@@ -190,8 +191,53 @@ function scoredDetail(i, place) {
     ...(shown.divergence ? [["divergence", nats(shown.divergence[i])]] : []), // an engine that scores does not know it
     place,
   ]);
+  const mark = rank < 0 ? [] : [markButton(i)];
   const bars = element("div", "bars", ...bar("Student", shown.student[i]), ...bar("Teacher", shown.teacher[i]));
-  return [element("div", "role", ...role), bars, wish, facts];
+  return [element("div", "role", ...role), bars, wish, facts, ...mark];
+}
+
+// ---- labels: which candidates bear on the wanted behaviour, for `rmsd judge --questions` ----
+const marked = new Map(); // rollout -> set of positions; a rollout that was looked at and has none is labelled too
+
+function markButton(i) {
+  const is = marked.get(shown)?.has(i) ?? false;
+  const button = element("button", "mark", is ? "Relevant: take the mark off" : "Mark as relevant");
+  button.type = "button";
+  button.setAttribute("aria-pressed", String(is));
+  button.addEventListener("click", () => {
+    const positions = marked.get(shown) ?? new Set();
+    if (!positions.delete(i)) positions.add(i);
+    marked.set(shown, positions);
+    nodeOf(i)?.classList.toggle("marked", positions.has(i));
+    $("save").hidden = false;
+    $("save").textContent = `Save labels of ${marked.size} answer${marked.size > 1 ? "s" : ""}`;
+    describe(i);
+  });
+  return button;
+}
+
+function labelled() { // a line an answer, as rmsd.judge.measure reads it
+  return [...marked].map(([rollout, positions]) => JSON.stringify({
+    prompt: data.texts[rollout.prompt],
+    privileged_context: data.texts[rollout.context],
+    tokens: rollout.tokens,
+    candidates: rollout.candidates.filter((i) => i < rollout.tokens.length && rollout.student[i] !== null && rollout.teacher[i] !== null).map((i) => ({
+      position: i,
+      token: rollout.tokens[i],
+      promoted: rollout.preferred[i] ?? "",
+      gap: rollout.teacher[i] - rollout.student[i],
+      contrast: rollout.contrast?.[i] ?? null,
+    })),
+    relevant: [...positions].sort((a, b) => a - b),
+  }) + "\n").join("");
+}
+
+function saveLabels() {
+  const link = element("a");
+  link.href = URL.createObjectURL(new Blob([labelled()], { type: "application/jsonl" }));
+  link.download = "labelled.jsonl";
+  link.click();
+  URL.revokeObjectURL(link.href);
 }
 
 function move(by) {
@@ -230,6 +276,7 @@ function startTokens() {
   $("rollout").addEventListener("change", showRollout);
   $("previous").addEventListener("click", () => move(-1));
   $("next").addEventListener("click", () => move(1));
+  $("save").addEventListener("click", saveLabels);
   $("by-contrast").addEventListener("change", () => {
     $("key-gap").hidden = $("by-contrast").checked;
     $("key-contrast").hidden = !$("by-contrast").checked;
