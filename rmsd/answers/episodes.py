@@ -1,6 +1,7 @@
 """Rollouts of several turns: the model writes, its calls are made, it reads what they came to and writes on."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ from .rollout import Rollouts
 from .sampling import seeds_of
 from .tools import run_turns
 from .turns import TurnSuffix
+
+log = logging.getLogger("rmsd")
 
 Write = Callable[..., Rollouts]  # an engine: prompt_ids, max_new_tokens=, seed= -> an answer each
 
@@ -49,6 +52,11 @@ class Episodes:
         self.tokenizer, self.environments, self.max_turns = tokenizer, environments, max_turns
         suffixes = [TurnSuffix(tokenizer, schemas) for schemas in environments.all_schemas]
         self.suffix = suffixes[0]  # what stands between two turns is the same whatever tools a prompt shows
+        if self.suffix.difference:
+            log.warning(
+                "the chat template %s: a server that renders the whole conversation anew reads other tokens than these",
+                self.suffix.difference,
+            )
 
     def play(
         self, write: Write, episodes: Sequence[Episode], prompt_ids: list[list[int]], *,
