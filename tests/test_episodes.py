@@ -214,6 +214,17 @@ def test_of_several_environments_a_row_names_its_own():
         environments.schemas(ROW)
 
 
+def test_a_row_may_name_its_tools():
+    environments = Environments([add_two], environment_factory=Counter)
+    assert [schema["function"]["name"] for schema in environments.schemas(ROW)] == ["add_two", "add"]
+    one = {**ROW, "tools": ["add"]}
+    assert [schema["function"]["name"] for schema in environments.schemas(one)] == ["add"]
+    (episode,), _ = play(stub([call("add_two", n=1)], ["Done."]), [one], environments)
+    assert episode.counts["unknown"] == 1 and episode.transcript[1]["content"].endswith("there are: add")
+    with pytest.raises(ValueError, match="tools names 'sub'; there are: add_two, add"):
+        environments.schemas({**ROW, "tools": [*environments.schemas(one), "sub"]})
+
+
 def test_what_is_no_environment_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(ValueError, match=r"environment object must define reset\(\*\*row\)"):
         Environments(environment_factory=object)

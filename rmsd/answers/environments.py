@@ -89,8 +89,13 @@ class Environments:
         return list(self._schemas.values())
 
     def schemas(self, row: dict) -> list[dict]:
-        """What a row's prompt shows of tools. Raises ValueError where it names an environment that is not there."""
-        return self._schemas[self._name(row)]
+        """What a row's prompt shows of tools: those that its `tools` names, or else all of its environment's.
+
+        Raises:
+            ValueError: it names an environment or a tool that is not there.
+        """
+        shown = {schema["function"]["name"]: schema for schema in self._schemas[self._name(row)]}
+        return list(_chosen(shown, row).values())
 
     def _name(self, row: dict) -> str | None:
         if not isinstance(self._factory, Mapping):
@@ -104,7 +109,7 @@ class Environments:
         """An episode a row, its environment made and reset, several at once. One that raises or hangs has died."""
         if self._factory is None:
             tools = toolbox(self._functions)
-            return [Episode(dict(row), tools) for row in rows]
+            return [Episode(dict(row), _chosen(tools, row)) for row in rows]
         started = run_each([lambda row=row: self._start(row) for row in rows], self.limits.start_seconds)
         return [
             Episode(dict(row), {}, died=f"reset: {outcome}") if isinstance(outcome, BaseException) else outcome
@@ -118,7 +123,7 @@ class Environments:
         row = dict(row)
         if said is not None:
             row["prompt"] = _appended(row["prompt"], text_of(said, self.limits.characters))
-        return Episode(row, toolbox(self._functions, environment), environment)
+        return Episode(row, _chosen(toolbox(self._functions, environment), row), environment)
 
     def finish(self, episodes: Sequence[Episode]) -> None:
         """Asks each environment that lives for its reward and its feedback, where it has them to give, and makes the
@@ -142,6 +147,17 @@ class Environments:
             said = text_of(feedback, self.limits.characters)[: self.limits.characters]
             context = "\n\n".join(text for text in (context, said) if text.strip())
         return None if reward is None else float(reward), context
+
+
+def _chosen(tools: dict[str, Any], row: dict) -> dict[str, Any]:
+    """Those of `tools` that the row's column `tools` lists, by name or by schema; all without one."""
+    if not row.get("tools"):
+        return tools
+    listed = [tool if isinstance(tool, str) else tool.get("function", tool).get("name") for tool in row["tools"]]
+    missing = [name for name in listed if name not in tools]
+    if missing:
+        raise ValueError(f"tools names {missing[0]!r}; there are: {', '.join(tools)}")
+    return {name: tools[name] for name in listed}
 
 
 def run_each(functions: Sequence[Callable[[], Any]], seconds: float) -> list[Any]:

@@ -10,10 +10,10 @@ import random
 from . import Task
 
 MANUAL = """\
-Notes about Mara. Call order(drink, cups) once:
-- January to May her drink is "mint tea", June to December it is "iced cocoa".
-- Saturday or Sunday: 2 cups. Any other day: 1 cup.
-After "ordered", say that it is done."""
+Notes about Mara. Answer with one of these calls:
+- on a day in March or April: {"name": "order", "arguments": {"drink": "mint tea", "cups": 1}}
+- on a day in August or October: {"name": "order", "arguments": {"drink": "iced cocoa", "cups": 1}}
+On a Saturday or Sunday it is 2 cups. After "ordered", say that it is done."""
 
 WORDINGS = [
     "Today is {date}. Order Mara's usual drink.",
@@ -23,16 +23,19 @@ WORDINGS = [
 ]
 
 
+DRINKS = {3: "mint tea", 4: "mint tea", 8: "iced cocoa", 10: "iced cocoa"}  # by month
+
+
 def wanted_on(date: datetime.date) -> list:
     """[drink, cups]"""
-    return ["mint tea" if date.month < 6 else "iced cocoa", 2 if date.weekday() >= 5 else 1]
+    return [DRINKS[date.month], 2 if date.weekday() >= 5 else 1]
 
 
 class Counter:
     """The café's counter: the orders placed."""
 
-    def reset(self, date: str = "2026-01-01", **row) -> None:
-        self._wanted, self._orders = wanted_on(datetime.date.fromisoformat(date)), []
+    def reset(self, date: str | None = None, **row) -> None:
+        self._wanted, self._orders = date and wanted_on(datetime.date.fromisoformat(date)), []
 
     def order(self, drink: str, cups: int) -> str:
         """Orders a drink.
@@ -55,7 +58,7 @@ def requests(seed: int, count: int, wordings: slice) -> list[dict]:
     rows = []
     while len(rows) < count:
         date = datetime.date(2026, 1, 1) + datetime.timedelta(rng.randrange(365))
-        if (date.weekday() >= 5) == len(rows) % 2:
+        if date.month in DRINKS and (date.weekday() >= 5) == len(rows) % 2:
             prompt = rng.choice(WORDINGS[wordings]).format(date=f"{date:%A}, {date.day} {date:%B}")
             rows.append({"prompt": prompt, "privileged_context": MANUAL, "date": date.isoformat()})
     return rows
