@@ -80,6 +80,8 @@ def starts(draw):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_from_any_start(backend, path, divergence):
     skip_unless_served(backend)
+    if backend == "triton" and path == "linear" and divergence != "reverse_kl":
+        pytest.skip("the same kernels as from logits: interpreted once")
 
     @examples(backend)
     @given(starts())

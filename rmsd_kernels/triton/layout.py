@@ -37,6 +37,7 @@ class RowStats(NamedTuple):
     is_finite: tl.tensor  # 1, or 0 where the divergence is not and the gradient is 0
 
 
+assert len(RowStats._fields) <= ops.NUM_STATS
 NUM_STATS = tl.constexpr(ops.NUM_STATS)
 _slots = {name: tl.constexpr(slot) for slot, name in enumerate(RowStats._fields)}
 STUDENT_LSE_SLOT = _slots["student_lse"]
