@@ -64,7 +64,7 @@ def judge(url, monkeypatch):
     texts, text_of = [], LLMJudge._text
 
     def make(**options):
-        return LLMJudge("smollm2", base_url=url, api_key_env="JUDGE_KEY", max_retries=0, **options)
+        return LLMJudge("smollm2", base_url=url, api_key_env="JUDGE_KEY", max_retries=0, timeout=300, **options)
 
     def recorded(completion):
         texts.append(text_of(completion))
@@ -88,6 +88,7 @@ def test_every_answer_is_the_schema_s_and_names_candidates(judge):
         assert len(answer) <= q.max_kept and set(answer) <= {0, 2, 4}
     lists = [json.loads(text)["verdicts"] for text in judge.texts]
     assert all(set(entry) == {"candidate", "reason", "relevant"} for entries in lists for entry in entries)
+    assert all(len(entry["reason"]) <= 80 for entries in lists for entry in entries)
     assert all(isinstance(entry["candidate"], int) for entries in lists for entry in entries)
     assert all(len(entries) <= 3 for entries in lists), "the candidates' number bounds each list"
     assert asked.stats["tokens_read"] > 0 and asked.stats["tokens_written"] > 0
@@ -132,7 +133,8 @@ def test_a_run_asks_the_server_and_writes_the_key_nowhere(url, monkeypatch, tmp_
 model: {tmp_path / "student"}
 data: {tmp_path / "rows.jsonl"}
 output_dir: {tmp_path / "run"}
-judge: {{kind: llm, model: smollm2, base_url: "{url}", api_key_env: JUDGE_KEY, max_retries: 0, cache: {tmp_path}/judge}}
+judge: {{kind: llm, model: smollm2, base_url: "{url}", api_key_env: JUDGE_KEY, max_retries: 0, timeout: 300,
+  cache: {tmp_path}/judge}}
 train: {{max_steps: 2, per_device_train_batch_size: 2, max_completion_length: 12, num_candidates: 4, save_steps: 1}}
 """
     )

@@ -10,6 +10,9 @@ log = logging.getLogger("rmsd")
 YES, NO = "yes", "no"
 WATCHED = 16  # answers, before it is said that a judge keeps the same places
 SAME = 0.75  # of them
+# Without a bound a small model goes on giving reasons until its answer is cut off. Of the keywords that would do, this
+# is the one that servers of strict schemas know.
+REASON = "^[A-Za-z0-9 ,.'-]{0,80}$"
 
 
 def answer_schema(num_candidates: int) -> dict:
@@ -20,7 +23,7 @@ def answer_schema(num_candidates: int) -> dict:
         "type": "object",
         "properties": {
             "candidate": {"type": "integer"},
-            "reason": {"type": "string"},
+            "reason": {"type": "string", "pattern": REASON},
             "relevant": {"type": "string", "enum": [YES, NO]},
         },
         "required": ["candidate", "reason", "relevant"],
