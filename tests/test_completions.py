@@ -75,7 +75,7 @@ def test_training_on_recorded_rollouts_equals_training_on_them_as_they_are_sampl
     given.teacher.model.load_state_dict(tiny.model().state_dict())
     given.train()
     after = weights(sampled.model)
-    assert max((after[name] - before[name]).abs().max() for name in after) > 1e-4
+    assert max((after[name] - before[name]).abs().max() for name in after) > 1e-5
     for name, value in weights(given.model).items():
         torch.testing.assert_close(value, after[name], rtol=1e-4, atol=1e-7)
 

@@ -24,8 +24,13 @@ def ranked_by_hand(criterion):
     entropy_p, entropy_q = (-(x.exp() * x).sum(-1) for x in (p, q))
     divergence = (p.exp() * (p - q)).sum(-1)
     h, d = (x / x.masked_fill(~MASK, 0.0).amax(1, keepdim=True) for x in (entropy_p, divergence))
-    score = {"supported": gap, "opposed": -gap, "entropy_rise": entropy_q - entropy_p,
-             "entropy_fall": entropy_p - entropy_q, "tip": h + d - h * d}[criterion]  # fmt: skip
+    score = {
+        "supported": gap,
+        "opposed": -gap,
+        "entropy_rise": entropy_q - entropy_p,
+        "entropy_fall": entropy_p - entropy_q,
+        "tip": h + d - h * d,
+    }[criterion]
     return [sorted((i for i in range(6) if MASK[b, i] and score[b, i] > 0), key=lambda i: -score[b, i]) for b in (0, 1)]
 
 

@@ -42,9 +42,13 @@ def trainer(tmp_path, rows=ROWS, factory=Counter, **options):
     made = options.pop("trainer", {})
     callbacks = [RunRecord(tmp_path)]
     return tiny.trainer(
-        tmp_path, talkative(), callbacks, rows=rows, called=dict(environment_factory=factory, **made),
+        tmp_path,
+        talkative(),
+        callbacks,
+        rows=rows,
+        called=dict(environment_factory=factory, **made),
         **{**OPTIONS, **options},
-    )  # fmt: skip
+    )
 
 
 def test_a_step_of_episodes_trains_on_the_students_turns_alone_and_says_what_happened(tmp_path):
@@ -251,9 +255,14 @@ def test_an_evaluation_says_what_is_solved_in_how_many_turns_and_tokens_with_how
     model = tiny.model()
     episodes = module.Episodes(TOKENIZER, environments)
     evaluator = Evaluator(
-        model, TOKENIZER, task, samples=1, max_new_tokens=200, episodes=episodes,
+        model,
+        TOKENIZER,
+        task,
+        samples=1,
+        max_new_tokens=200,
+        episodes=episodes,
         prompts=Prompts(TOKENIZER, place="system", tools=environments.schemas),
-    )  # fmt: skip
+    )
     evaluator.max_new_tokens = 3
     metrics = evaluator(model)
     tokens = sum(len(TOKENIZER(text)["input_ids"]) + 1 for text in (call("add", n=3), call("oops"), "Done.", "Done."))

@@ -85,10 +85,12 @@ def test_an_episode_is_the_conversation_and_each_token_is_whose_it_is():
     write = stub([call("add", n=1)], [f"Two more: {call('add', n=2)}"], ["Done."])
     (episode,), rollouts = play(write, [ROW])
     assert texts(rollouts) == [
-        (True, call("add", n=1) + "<|end|>"), (False, "<|tool|>now 1<|end|><|assistant|>"),
-        (True, f"Two more: {call('add', n=2)}<|end|>"), (False, "<|tool|>now 3<|end|><|assistant|>"),
+        (True, call("add", n=1) + "<|end|>"),
+        (False, "<|tool|>now 1<|end|><|assistant|>"),
+        (True, f"Two more: {call('add', n=2)}<|end|>"),
+        (False, "<|tool|>now 3<|end|><|assistant|>"),
         (True, "Done.<|end|>"),
-    ]  # fmt: skip
+    ]
     assert episode.solved and episode.reward == 1.0
     assert episode.row["privileged_context"] == "zorblat\n\nit came to 3" and ROW["privileged_context"] == "zorblat"
     assert [message["role"] for message in episode.transcript] == [
@@ -177,8 +179,11 @@ def test_a_rollout_whose_environment_died_is_dropped_and_the_others_stay():
     rows = [{**ROW, "fails": "reset"}, ROW, {**ROW, "fails": "reward"}, ROW]
     episodes, rollouts = play(write, rows, Environments(environment_factory=Broken, limits=ToolLimits(seconds=1.0)))
     assert [episode.died for episode in episodes] == [
-        "reset: no database", "a call that did not return", "its end: 1", None
-    ]  # fmt: skip
+        "reset: no database",
+        "a call that did not return",
+        "its end: 1",
+        None,
+    ]
     assert rollouts.completion_mask.any(1).tolist() == [False, False, False, True]
     assert episodes[1].counts["hung"] == 1 and episodes[3].solved
     Broken.forever.set()

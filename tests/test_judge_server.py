@@ -20,8 +20,18 @@ def question(answer="a b c"):
 
 def completion(text):
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    return 200, {}, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
-                     "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}}  # fmt: skip
+    return (
+        200,
+        {},
+        {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "m",
+            "choices": [choice],
+            "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+        },
+    )
 
 
 def keep(*numbers):

@@ -50,8 +50,13 @@ def test_labelled_questions_are_read_back_as_they_were_written(tmp_path):
 
 
 def test_a_user_s_file_needs_only_what_a_judge_reads(tmp_path):
-    line = {"prompt": "a", "privileged_context": "b", "tokens": ["c"], "relevant": [0],
-            "candidates": [{"position": 0, "token": "c", "promoted": "d", "gap": -1.0}]}  # fmt: skip
+    line = {
+        "prompt": "a",
+        "privileged_context": "b",
+        "tokens": ["c"],
+        "relevant": [0],
+        "candidates": [{"position": 0, "token": "c", "promoted": "d", "gap": -1.0}],
+    }
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(line))
     (one,) = load(path)

@@ -46,8 +46,9 @@ def preferences(row):
     drink, cups = wanted_on(datetime.date.fromisoformat(row["date"]))
     wrong = [("coffee", cups), (drink, 3 - cups), (drink, 3)]
     return [Call("order", {"drink": drink, "cups": cups})], [
-        [], *([Call("order", dict(zip(("drink", "cups"), pair, strict=True)))] for pair in wrong)
-    ]  # fmt: skip
+        [],
+        *([Call("order", dict(zip(("drink", "cups"), pair, strict=True)))] for pair in wrong),
+    ]
 
 
 def solved(environments, row, calls):

@@ -148,9 +148,10 @@ def test_tools_that_hang_are_left_behind_together_and_the_others_answers_stay():
     forever.set()
     for result in hung:
         assert [m["content"] for m in result.messages] == [
-            "3", "Error: hang did not return within 1 seconds",
+            "3",
+            "Error: hang did not return within 1 seconds",
             "Error: add was not called: the call before it did not return",
-        ]  # fmt: skip
+        ]
         assert result.hung and result.counts == {"calls": 3, "hung": 1}
     assert fine.messages[0]["content"] == "3" and not fine.hung
 

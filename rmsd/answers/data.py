@@ -67,6 +67,15 @@ def checked_rows(rows: Iterable[dict]) -> list[dict]:
     return [{name: row.get(name) for name in columns} for row in rows]
 
 
+def checked_dataset(rows):
+    """A list's `checked_rows`, or a datasets.Dataset or Dataset of torch, each of whose rows is looked at."""
+    if isinstance(rows, list):
+        return checked_rows(rows)
+    for number, row in enumerate(rows):
+        check_row(row, f"row {number}")
+    return rows
+
+
 def check_row(row: dict, where: str) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object with prompt and privileged_context, not {type(row).__name__}")

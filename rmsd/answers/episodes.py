@@ -1,6 +1,5 @@
 """Rollouts of several turns: the model writes, its calls are made, it reads what they came to and writes on."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from torch import Tensor
 from .calls import calls_of
 from .environments import Environments, Episode
 from .rollout import Rollouts
-from .sampling import seeds_of
+from .sampling import seed_at, seeds_of
 from .tools import run_turns
 from .turns import TurnSuffix
 
@@ -59,9 +58,17 @@ class Episodes:
             )
 
     def play(
-        self, write: Write, episodes: Sequence[Episode], prompt_ids: list[list[int]], *,
-        max_new_tokens: int, pad_id: int, eos_ids: Sequence[int], seed: int | Sequence[int], device,
-    ) -> Rollouts:  # fmt: skip
+        self,
+        write: Write,
+        episodes: Sequence[Episode],
+        prompt_ids: list[list[int]],
+        *,
+        max_new_tokens: int,
+        pad_id: int,
+        eos_ids: Sequence[int],
+        seed: int | Sequence[int],
+        device,
+    ) -> Rollouts:
         """The episodes' rollouts, up to `max_new_tokens` each, what their tools said included. The episodes' own
         transcripts, counts, rewards and feedback are written into them.
 
@@ -79,7 +86,7 @@ class Episodes:
                 max_new_tokens=max(room),
                 pad_id=pad_id,
                 eos_ids=list(eos_ids),
-                seed=[_seed(seeds[i], turn) for i in active],
+                seed=[seed_at(seeds[i], turn) for i in active],
             )
             calls = {}
             for row, (i, most) in enumerate(zip(active, room, strict=True)):
@@ -125,10 +132,6 @@ class Episodes:
             tokens[i].add(said, 0, hidden[-1].new_zeros(len(said), hidden[-1].shape[-1]) if hidden else None)
             going_on.append(i)
         return going_on
-
-
-def _seed(seed: int, turn: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr((seed, turn)).encode()).digest()[:8]) >> 1
 
 
 def _rollouts(tokens: list[_Tokens], dropped: list[bool], pad_id: int, device) -> Rollouts:

@@ -1,10 +1,16 @@
 """Each answer drawn by random numbers of its own, whatever else is in its batch and whichever process holds it."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+
+def seed_at(*place: int) -> int:
+    """A seed for a place in a run, such as its own seed, a step and a row, unlike those of all other places."""
+    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8]) >> 1
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:

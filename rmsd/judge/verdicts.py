@@ -92,5 +92,7 @@ class PlaceWatch:
         log.warning(
             "the judge keeps candidates %s of the list in %d of %d answers, whatever they are: it does not read them; "
             "`rmsd judge` measures it",
-            ", ".join(map(str, places)), times, answers,
-        )  # fmt: skip
+            ", ".join(map(str, places)),
+            times,
+            answers,
+        )

@@ -94,11 +94,22 @@ class Probe:
             args = trainer_config(recipe, recipe.output_dir)
             size = min(args.per_device_train_batch_size, len(rows))
             once = dict(
-                output_dir=folder, method="rmsd", max_steps=1, per_device_train_batch_size=size,
-                gradient_accumulation_steps=1, save_strategy="no", eval_strategy="no", eval_on_start=False,
-                load_best_model_at_end=False, disable_tqdm=True, logging_steps=1, learning_rate=0.0,
-                continuation_steps=[], continuation_metric=None, recorded_rollouts=0,
-            )  # fmt: skip
+                output_dir=folder,
+                method="rmsd",
+                max_steps=1,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=1,
+                save_strategy="no",
+                eval_strategy="no",
+                eval_on_start=False,
+                load_best_model_at_end=False,
+                disable_tqdm=True,
+                logging_steps=1,
+                learning_rate=0.0,
+                continuation_steps=[],
+                continuation_metric=None,
+                recorded_rollouts=0,
+            )
             for name, value in once.items():
                 setattr(args, name, value)
             trainer = RMSDTrainer(self.model, args, rows, self.tokenizer, judge=heard, **self.called)

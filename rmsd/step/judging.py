@@ -1,7 +1,8 @@
 """Judge: from candidates to kept tokens. The judge is asked about rollouts whose teacher was told something."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -73,6 +74,22 @@ def judge_batch(batch: MicroBatch, judge: Judge | None) -> None:
     else:
         batch.kept = ask(judge, batch.questions)
     batch.judge_seconds = time.monotonic() - started
+
+
+def judge_as_scored(
+    scored: Iterable[MicroBatch], judge: Judge | None, tokenizer, max_kept: int, per_turn: bool = False
+) -> None:
+    """Has every micro-batch judged: the judge reads one while the next is written and scored."""
+    with ThreadPoolExecutor(1) as executor:
+        asked = []
+        for batch in scored:
+            batch.questions = questions_of(batch, tokenizer, max_kept, per_turn)
+            asked.append(executor.submit(judge_batch, batch, judge))
+            for answer in asked:
+                if answer.done():
+                    answer.result()  # a judge that has failed ends the step before more is written
+        for answer in asked:
+            answer.result()
 
 
 def ask(judge: Judge, questions: Sequence[Question]) -> list[list[int]]:

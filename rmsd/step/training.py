@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from ..answers.rollout import Rollouts
 from ..answers.teacher import Teacher
 from ..loss import LinearRMSDLoss
 from ..models.heads import Reading, head_options
 from ..models.hidden import by_length, row_lengths
+from ..models.sharding import most_of_ranks
+from ..models.transfer import to_device
 from .judging import keep_mask
 from .micro_batch import NO_PART, MicroBatch, TrainPart
 
@@ -37,6 +40,20 @@ def train_parts(
     else:
         groups = by_length([prompt_lengths[i] for i in kept.tolist()], lengths, device)
     return [TrainPart(kept[group], keep[kept[group], : max(lengths[i] for i in group)]) for group in groups]
+
+
+def same_number_of_parts(batches: list[MicroBatch], accelerator) -> None:
+    """As many parts of each micro-batch on every rank: one with fewer waits for the others in forwards of its own."""
+    most = most_of_ranks([len(batch.parts) for batch in batches], accelerator)
+    for batch, count in zip(batches, most, strict=True):
+        batch.parts += [NO_PART] * (count - len(batch.parts))
+
+
+def part_of(batch: MicroBatch, part: TrainPart) -> tuple[Rollouts, Tensor]:
+    """The answers of one part, and the teacher's hidden states of them."""
+    length = part.keep.shape[1]
+    sequences = to_device(part.sequences, batch.teacher_hidden.device)
+    return batch.rollouts.of(part.sequences, length), batch.teacher_hidden[sequences, :length]
 
 
 def train_loss(

@@ -22,9 +22,21 @@ After "filed", say that it is done."""
 
 TITLES = ["Groceries", "Tasks", "Budget", "Trip", "Party", "Garden", "Office", "Repairs", "School", "Music"]
 ENTRIES = [
-    "rent", "food", "paint", "milk", "bread", "chairs", "lamps", "tickets", "maps", "books", "10% off", "save 20%",
-    "5% tax", "tip 15%",
-]  # fmt: skip
+    "rent",
+    "food",
+    "paint",
+    "milk",
+    "bread",
+    "chairs",
+    "lamps",
+    "tickets",
+    "maps",
+    "books",
+    "10% off",
+    "save 20%",
+    "5% tax",
+    "tip 15%",
+]
 WORDINGS = [
     "File a document titled {title} with the entries: {entries}.",
     "Please file {title}. Its entries are: {entries}.",

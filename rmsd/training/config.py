@@ -22,6 +22,18 @@ UNITS = ("rollout", "turn")
 # docs/real.md says what supports them, and what three times each does.
 LORA_LEARNING_RATE, LEARNING_RATE = 1e-4, 2e-5
 
+_LOSS_OPTIONS = (
+    "num_candidates",
+    "num_kept",
+    "criterion",
+    "threshold",
+    "divergence",
+    "beta",
+    "vocab_topk",
+    "tail",
+    "temperature",
+    "backend",
+)
 _LEAST = dict(
     sampling_temperature=0,
     max_completion_length=1,
@@ -208,6 +220,11 @@ class RMSDConfig(TrainingArguments):
     @property
     def tool_limits(self) -> ToolLimits:
         return ToolLimits(seconds=self.tool_seconds, characters=self.max_tool_output)
+
+    @property
+    def loss_options(self) -> dict:
+        """What RMSDLoss is made with."""
+        return {name: getattr(self, name) for name in _LOSS_OPTIONS}
 
     @property
     def n_gpu(self) -> int:

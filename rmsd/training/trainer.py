@@ -1,10 +1,8 @@
 """`RMSDTrainer`: transformers' Trainer whose batches are the student's own answers. It wires; rmsd.step computes."""
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,23 +10,24 @@ from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from ..answers.data import Prompts, check_lengths, check_row, checked_rows, context_of, prompt_text
+from ..answers.data import Prompts, check_lengths, checked_dataset, context_of, prompt_text
 from ..answers.engines import TOP, engine_for
 from ..answers.environments import ContextAfter, Environments, Factory
 from ..answers.episodes import Episodes
 from ..answers.rollout import eos_ids_of, pad_id_of
+from ..answers.sampling import seed_at
 from ..answers.teacher import Teacher
 from ..judge import ContextJudge, Judge
 from ..judge.llm import llm_of
 from ..loss import LinearRMSDLoss
 from ..models.heads import OutputHead, Reading
 from ..models.hidden import completion_hidden
-from ..models.sharding import as_rank_zero, check_sharded_teacher, check_sharding, most_of_ranks, whole
+from ..models.sharding import as_rank_zero, check_sharded_teacher, check_sharding, whole
 from ..models.transfer import to_device
-from ..step.judging import judge_batch, questions_of
-from ..step.micro_batch import NO_PART, MicroBatch
+from ..step.judging import judge_as_scored
+from ..step.micro_batch import MicroBatch
 from ..step.scoring import kept_engine_gaps, scored_by_engine, scored_by_forwards
-from ..step.training import settle, train_loss
+from ..step.training import part_of, same_number_of_parts, settle, train_loss
 from ..step.writing import write
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
@@ -73,11 +72,7 @@ class RMSDTrainer(Trainer):
         context_after: ContextAfter | None = None,
         **kwargs: Any,
     ):
-        if isinstance(train_dataset, list):
-            train_dataset = checked_rows(train_dataset)
-        else:
-            for number, row in enumerate(train_dataset):
-                check_row(row, f"row {number}")
+        train_dataset = checked_dataset(train_dataset)
         args = args.with_learning_rate(has_adapter=hasattr(model, "peft_config"))
         super().__init__(
             model=model,
@@ -105,18 +100,7 @@ class RMSDTrainer(Trainer):
         self.head_transform = OutputHead.of(self.model).transform
         self.eos_ids = eos_ids_of(self.model, processing_class)
         self.pad_id = pad_id_of(processing_class, self.eos_ids)
-        self.loss = LinearRMSDLoss(
-            num_candidates=args.num_candidates,
-            num_kept=args.num_kept,
-            criterion=args.criterion,
-            threshold=args.threshold,
-            divergence=args.divergence,
-            beta=args.beta,
-            vocab_topk=args.vocab_topk,
-            tail=args.tail,
-            temperature=args.temperature,
-            backend=args.backend,
-        ).to(args.device)
+        self.loss = LinearRMSDLoss(**args.loss_options).to(args.device)
         batch = args.per_device_train_batch_size * args.world_size
         if args.dataloader_drop_last and len(train_dataset) < batch:
             raise ValueError(f"dataloader_drop_last leaves nothing of {len(train_dataset)} rows in batches of {batch}")
@@ -135,13 +119,8 @@ class RMSDTrainer(Trainer):
             self.episodes = Episodes(processing_class, environments, max_turns=args.max_turns)
         shown = self.episodes.environments.schemas if self.episodes else None
         self.prompts = Prompts(processing_class, args.teacher_template, args.teacher_place, shown, self.contrasts)
-        read, told = check_lengths(
-            train_dataset,
-            self.prompts,
-            args.max_completion_length,
-            context,
-            config.vocab_size,
-        )
+        longest = args.max_completion_length
+        read, told = check_lengths(train_dataset, self.prompts, longest, context, config.vocab_size)
         if self.episodes:  # what an environment says at its start, and its feedback, is known only then
             read, told = (min(context, length + 2 * args.max_tool_output) for length in (read, told))
         self.engine = engine_for(
@@ -183,9 +162,7 @@ class RMSDTrainer(Trainer):
             for batch in batches:
                 settle(batch, self.teacher, self.pad_id, one_forward)
         self._note(batches)
-        most = most_of_ranks([len(batch.parts) for batch in batches], self.accelerator)
-        for batch, count in zip(batches, most, strict=True):
-            batch.parts += [NO_PART] * (count - len(batch.parts))
+        same_number_of_parts(batches, self.accelerator)
         sequences = sum(batch.keep.any(1).sum() for batch in batches)
         sequences = self.accelerator.reduce(to_device(sequences.float(), device))
         self.metrics.add_seconds("prepare_seconds", time.monotonic() - started)
@@ -227,18 +204,9 @@ class RMSDTrainer(Trainer):
         )
 
     def _judge(self, scored: Iterator[MicroBatch]) -> None:
-        """The judge reads one micro-batch while the next is written and scored."""
-        judge = self.judge if self.args.method == "rmsd" else None
-        with ThreadPoolExecutor(1) as executor:
-            asked = []
-            for batch in scored:
-                batch.questions = questions_of(batch, self.processing_class, self.args.num_kept, self.per_turn)
-                asked.append(executor.submit(judge_batch, batch, judge))
-                for answer in asked:
-                    if answer.done():
-                        answer.result()  # a judge that has failed ends the step before more is written
-            for answer in asked:
-                answer.result()
+        args = self.args
+        judge = self.judge if args.method == "rmsd" else None
+        judge_as_scored(scored, judge, self.processing_class, args.num_kept, self.per_turn)
 
     def _note(self, batches: list[MicroBatch]) -> None:
         """Counts the step's micro-batches for the log, and records the step's first rollouts."""
@@ -263,14 +231,11 @@ class RMSDTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The student's forward over one part of the batch."""
         batch, part = inputs["micro_batch"], inputs["part"]
-        length = part.keep.shape[1]
-        rollouts = batch.rollouts.of(part.sequences, length)
-        ids, mask = rollouts.completion_ids, rollouts.completion_mask
-        student_hidden = completion_hidden(
-            model, rollouts.prompt_ids, ids, rollouts.attention_mask, self.pad_id, one_forward=True
-        )
-        teacher_hidden = batch.teacher_hidden[to_device(part.sequences, ids.device), :length]
-        student, teacher = Reading(student_hidden, self.student_head()), Reading(teacher_hidden, self.teacher.head)
+        rollouts, teacher_hidden = part_of(batch, part)
+        ids, mask, attended = rollouts.completion_ids, rollouts.completion_mask, rollouts.attention_mask
+        hidden = completion_hidden(model, rollouts.prompt_ids, ids, attended, self.pad_id, one_forward=True)
+        # FSDP leaves the head's weight whole after the forward, until the backward.
+        student, teacher = Reading(hidden, self.student_head()), Reading(teacher_hidden, self.teacher.head)
         if self.args.engine_scores:
             self.metrics.own |= kept_engine_gaps(batch, part, student, teacher, self.loss)
         # Data parallel training averages gradients over ranks; ours are shares of a sum.
@@ -291,8 +256,7 @@ class RMSDTrainer(Trainer):
         with the whole batch does, of which this micro-batch is the (micro_batch * ranks + rank)-th part."""
         part = micro_batch * self.accelerator.num_processes + self.accelerator.process_index
         first = part * self.args.train_batch_size
-        places = [(self.args.seed, self.state.global_step, first + i) for i in range(count)]
-        return [int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8]) >> 1 for place in places]
+        return [seed_at(self.args.seed, self.state.global_step, first + i) for i in range(count)]
 
     # ---- the teacher's weights -------------------------------------------------------------------------------------
 
