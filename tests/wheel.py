@@ -58,7 +58,7 @@ def main() -> None:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
         pip = [python, "-m", "pip", "install", "--quiet"]
-        run(*pip, "torch", "numpy")
+        run(*pip, "--no-compile", "torch", "numpy")
         run(*pip, wheel)
         assert re.fullmatch(r"C\+\+ kernels of (avx512|avx2|default)", kernels(python)), kernels(python)
         run(python, "-c", SERVES.format("cpu"))
