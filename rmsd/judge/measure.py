@@ -70,7 +70,7 @@ def _labelled(line: dict) -> Labelled:
         raise ValueError(f"relevant names position {min(unknown)}, which is no candidate")
     tokens = tuple(line.pop("tokens"))
     known = {field.name for field in dataclasses.fields(Question)}
-    rest = {name: value for name, value in line.items() if name in known}
+    rest = {name: tuple(x) if isinstance(x, list) else x for name, x in line.items() if name in known}
     return Labelled(
         Question(tokens=tokens, candidates=tuple(candidates), **{"max_kept": len(candidates), **rest}), relevant
     )
