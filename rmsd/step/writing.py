@@ -1,5 +1,6 @@
 """Write: the answers of a micro-batch."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from ..answers.completions import rollouts_of
@@ -19,7 +20,7 @@ def write(
     *,
     max_new_tokens: int,
     eos_ids: list[int],
-    seed: int,
+    seed: int | Sequence[int],
     **sampling,
 ) -> MicroBatch:
     """Fills in `rollouts`: the rows' own completions or, where they bring none, what the engine writes with `sampling`
