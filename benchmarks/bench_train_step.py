@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from benchmarks.common import Result, assert_parity, command_line, report, spread
 from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
-from rmsd.answers.data import encode
+from rmsd.answers.prompts import encode
 from rmsd.answers.rollout import Rollouts, generate
 from rmsd.models.loading import load_model
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rmsd.answers.data import encode
+from rmsd.answers.prompts import encode
 from rmsd.answers.rollout import eos_ids_of, generate, pad_id_of
 
 ASKED = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}\n```"

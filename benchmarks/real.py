@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from rmsd.answers.data import encode
+from rmsd.answers.prompts import encode
 from rmsd.answers.rollout import eos_ids_of, generate, pad_id_of
 from rmsd.models.loading import load_model
 from rmsd.run.recipe import load_recipe

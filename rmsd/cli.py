@@ -94,6 +94,24 @@ def preflight(
 
 
 @app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Check that a recipe's model, tokenizer and rows are what a step takes them for, in seconds and without a run.
+
+    \b
+    On the first prompts: what is sampled is what is scored, padding changes nothing, the teacher under the student's
+    prompt is the student, logits follow from hidden states, a gradient reaches the weights. Every run begins with the
+    same checks, unless train.self_check=false.
+    """
+    from .run.check import check as run
+    from .run.recipe import load_recipe
+
+    text, passed = run(load_recipe(recipe, overrides or []))
+    print(text)
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def judge(
     recipe: RecipeArgument,
     overrides: Overrides = None,

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import ROWS, model, tokenizer, trainer
 
 from rmsd.answers.contrast import Contrasts
-from rmsd.answers.data import encode, prompt_text, teacher_prompt
+from rmsd.answers.prompts import encode, prompt_text, teacher_prompt
 from rmsd.answers.rollout import Recorded
 from rmsd.judge import Candidate, ContrastJudge, Question
 from rmsd.models.heads import OutputHead, Reading

@@ -14,8 +14,8 @@ import rmsd.step.training
 import rmsd.training.trainer
 from benchmarks.common import peak_bytes
 from rmsd import RMSDConfig
-from rmsd.answers.data import encode, teacher_prompt
 from rmsd.answers.engines import TransformersEngine
+from rmsd.answers.prompts import encode, teacher_prompt
 from rmsd.answers.teacher import Teacher
 from rmsd.models.hidden import completion_hidden
 from rmsd.run.costs import Lengths, Sizes, activation_bytes, flops, judged_at_most, kv_bytes, memory

@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rmsd import RMSDConfig
-from rmsd.answers.data import Prompts, check_lengths, context_of, encode
+from rmsd.answers.data import check_lengths, context_of
 from rmsd.answers.engines import TransformersEngine, engine_gap
+from rmsd.answers.prompts import Prompts, encode
 from rmsd.answers.rollout import generate, hidden_states
 from rmsd.answers.vllm_engine import check_vllm
 from rmsd.models.merging import merged_weights

@@ -145,10 +145,10 @@ def test_seeded_rollouts_neither_read_nor_move_the_global_random_state():
     assert not torch.equal(generate(model, [[7, 8]], seed=6, **options).completion_ids, first.completion_ids)
 
 
-def test_end_tokens_come_from_the_generation_config_then_the_tokenizer():
+def test_end_tokens_are_the_generation_configs_and_the_tokenizers():
     model, tokenizer = tiny.model(), tiny.tokenizer()
     model.generation_config.eos_token_id = [3, 4]
-    assert eos_ids_of(model, tokenizer) == [3, 4]
+    assert eos_ids_of(model, tokenizer) == [tokenizer.eos_token_id, 3, 4]
     model.generation_config.eos_token_id = None
     assert eos_ids_of(model, tokenizer) == [tokenizer.eos_token_id]
 

@@ -14,7 +14,8 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rmsd.run.skeleton
-from rmsd.answers.data import checked_rows, encode, fix_template_variables
+from rmsd.answers.data import checked_rows
+from rmsd.answers.prompts import encode, fix_template_variables
 from rmsd.judge import LLMJudge
 from rmsd.models.wheels import is_gguf, readable
 from rmsd.run.judges import build_judge
@@ -302,13 +303,15 @@ def test_the_published_recipe_trains_a_tiny_model(folder, tmp_path, server):
 def test_template_variables_are_fixed_for_every_prompt(monkeypatch):
     tokenizer = tiny.tokenizer()
     monkeypatch.setattr(
-        tokenizer, "chat_template", "{% if thinks is defined and not thinks %}quick {{ n }} {% endif %}"
+        tokenizer,
+        "chat_template",
+        "{% if thinks is defined and not thinks %}quick {{ n }} {{ messages[0].content }}{% endif %}",
     )
     fix_template_variables(tokenizer, {})
-    with pytest.raises(ValueError, match="has no tokens"):
+    with pytest.raises(ValueError, match="leaves out what a message says"):
         encode(tokenizer, "Hi")
     fix_template_variables(tokenizer, {"thinks": False, "n": 'a"b'})
-    assert tokenizer.decode(encode(tokenizer, "Hi")) == 'quick a"b '
+    assert tokenizer.decode(encode(tokenizer, "Hi")) == 'quick a"b Hi'
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="has no chat template"):
         fix_template_variables(tokenizer, {"thinks": False})

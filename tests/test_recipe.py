@@ -10,7 +10,8 @@ import tiny
 import yaml
 from datasets import Dataset
 
-from rmsd.answers.data import checked_rows, encode, load_rows, prompt_text, teacher_prompt
+from rmsd.answers.data import checked_rows, load_rows
+from rmsd.answers.prompts import encode, prompt_text, teacher_prompt
 from rmsd.cli import main
 from rmsd.run.recipe import keys, load_recipe, trainer_config
 from rmsd.tasks import load_task, names
@@ -67,7 +68,7 @@ def test_recipe_becomes_the_trainers_arguments(recipe, tmp_path):
     assert args.eval_on_start and args.eval_steps == 3
 
 
-@pytest.mark.parametrize(("override", "steps"), [("max_steps=-1", 500), ("max_steps=0", 500), ("max_steps=7", 7)])
+@pytest.mark.parametrize(("override", "steps"), [("max_steps=-1", 500), ("max_steps=7", 7)])
 def test_without_an_interval_evaluation_waits_for_the_last_step_that_is_known(recipe, tmp_path, override, steps):
     read = load_recipe(recipe, [f"train.{override}", "train.use_cpu=true"])
     assert trainer_config(read, tmp_path).eval_steps == steps
@@ -85,6 +86,15 @@ def test_without_an_interval_evaluation_waits_for_the_last_step_that_is_known(re
         ("train.beta=x", "train.beta: input should be a valid number"),
         ("train.max_steps=ten", "train.max_steps: input should be a valid integer"),
         ("train.seed=1", "unknown key 'train.seed'; did you mean 'seed'?"),
+        ("train.lr=1", "unknown key 'train.lr'; did you mean 'train.learning_rate'?"),
+        ("train.epochs=2", "unknown key 'train.epochs'; did you mean 'train.num_train_epochs'?"),
+        ("train.batch_size=3", "unknown key 'train.batch_size'; did you mean 'train.per_device_train_batch_size'?"),
+        ("train.use_lora=true", "unknown key 'train.use_lora'; did you mean 'lora'?"),
+        ("zzz=1", "unknown key 'zzz'; `rmsd keys` lists them"),
+        ("judge=magnitude", "judge is a section of keys, not 'magnitude': write judge.kind=magnitude, or in the file"),
+        ("lora=true", "lora is a section of keys, not True: write lora.r=16, or in the file `lora: {r: 16}`"),
+        ("train.resume_from_checkpoint=x", "train.resume_from_checkpoint is not heeded: resume=true goes on from"),
+        ("train.do_eval=true", "train.do_eval is not heeded: a task's recipe is evaluated"),
         ("judge.kind=llm", "judge.kind=llm needs judge.model"),
         ("judge.replay=true", "judge.replay=true needs judge.cache"),
         ("data=x.jsonl", "either a task or a data file"),
@@ -124,6 +134,7 @@ def test_a_value_the_trainer_refuses_is_named(recipe, tmp_path):
     [
         ("continuation_patience=0", "continuation_patience must be at least 1, not 0"),
         ("continuation_steps=[0, 300]", r"continuation_steps must be at least 1, not \[0, 300\]"),
+        ("max_steps=0", "max_steps must be at least 1, or -1 for num_train_epochs, not 0"),
         ("max_continuations=-1", "max_continuations must be at least 0, not -1"),
         ("recorded_rollouts=-1", "recorded_rollouts must be at least 0, not -1"),
         ("logging_steps=7", "save_steps must be a multiple of logging_steps 7, not 500"),
@@ -134,6 +145,11 @@ def test_a_value_the_trainer_refuses_is_named(recipe, tmp_path):
 def test_a_value_that_no_run_could_mean_is_refused_before_the_run(recipe, tmp_path, override, message):
     with pytest.raises(ValueError, match=f"train: {message}"):
         trainer_config(load_recipe(recipe, [f"train.{override}"]), tmp_path)
+
+
+def test_no_steps_and_no_epochs_are_no_run(recipe, tmp_path):
+    with pytest.raises(ValueError, match="num_train_epochs must be above 0, not 0"):
+        trainer_config(load_recipe(recipe, ["train.max_steps=-1", "train.num_train_epochs=0"]), tmp_path)
 
 
 def test_unreadable_recipes(tmp_path):
@@ -151,6 +167,15 @@ def test_unreadable_recipes(tmp_path):
     (tmp_path / "bad.yaml").write_bytes(b"model: caf\xe9")
     with pytest.raises(ValueError, match=r"bad.yaml is not YAML: 'utf-8' codec"):
         load_recipe(tmp_path / "bad.yaml")
+
+
+def test_a_byte_order_mark_is_read_over(recipe, tmp_path):
+    """Which some editors write."""
+    recipe.write_bytes(b"\xef\xbb\xbf" + recipe.read_bytes())
+    assert load_recipe(recipe).model == RECIPE["model"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(b"\xef\xbb\xbf" + ROW.encode())
+    assert load_rows(rows) == [json.loads(ROW)]
 
 
 def test_every_shipped_recipe_is_valid():

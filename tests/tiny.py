@@ -72,6 +72,7 @@ def trainer(tmp_path, student=None, callbacks=(), judge=None, evaluator=None, ro
         disable_tqdm=True,
         seed=1,
         lr_scheduler_type="constant",
+        self_check=False,
     )
     return RMSDTrainer(
         student or model(),

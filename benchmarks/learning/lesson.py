@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from rmsd.answers.data import teacher_prompt
+from rmsd.answers.prompts import teacher_prompt
 from rmsd.judge import Question
 from rmsd.run.evaluate import Evaluator
 from rmsd.tasks import Task

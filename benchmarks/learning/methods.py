@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from rmsd import RMSDConfig, RMSDTrainer
-from rmsd.answers.data import teacher_prompt
+from rmsd.answers.prompts import teacher_prompt
 from rmsd.answers.rollout import generate
 from rmsd.judge import ContextJudge, ContrastJudge, MagnitudeJudge
 from rmsd.models.hidden import completion_hidden

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..words import FUNCTION_WORDS, words_of
-from .data import TEACHER_TEMPLATE, Prompt, is_told, prompt_text, teacher_prompt
+from .prompts import TEACHER_TEMPLATE, Prompt, is_told, prompt_text, teacher_prompt
 
 _WORD = re.compile(r"\w+")
 _QUOTED = re.compile(r'"([^"\n]+)"|\u201c([^\u201d\n]+)\u201d|`([^`\n]+)`')

@@ -1,27 +1,22 @@
-"""Rows of `prompt` and `privileged_context`, and the two prompts that the student and the teacher read.
+"""Rows of `prompt` and `privileged_context`: read, checked, and held to what the model can take.
 
-A prompt is a string (one user message) or a list of chat messages. A row with an empty `privileged_context` and no
-`teacher_prompt` is an anchor: the teacher reads the student's own prompt, so that every gap is drift from the initial
-model. Rows that bring a `completion` are rollouts made elsewhere (rmsd.answers.completions). A `contrast_context`, or
-beside a `teacher_prompt` a `contrast_prompt`, is what a contrast judge has the teacher told instead
-(rmsd.answers.contrast).
+A prompt is a string (one user message) or a list of chat messages. A row may hold `tools`, JSON schemas of what the
+model may call, and `chat_template_kwargs`, variables of the chat template. A row with an empty `privileged_context` and
+no `teacher_prompt` is an anchor: the teacher reads the student's own prompt, so that every gap is drift from the
+initial model. Rows that bring a `completion` are rollouts made elsewhere (rmsd.answers.completions). A
+`contrast_context`, or beside a `teacher_prompt` a `contrast_prompt`, is what a contrast judge has the teacher told
+instead (rmsd.answers.contrast).
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from jinja2 import TemplateError
 
 from .completions import check_completion, completion_ids
-
-Prompt = str | list[dict[str, str]]
-
-TEACHER_TEMPLATE = "{privileged_context}\n\n{prompt}"
-PLACES = ("user", "system")  # the teacher's message that holds the privileged context
+from .prompts import Prompts, is_told, tools_of
 
 
 def load_rows(path: str | Path, completions: bool = False) -> list[dict]:
@@ -38,7 +33,8 @@ def load_rows(path: str | Path, completions: bool = False) -> list[dict]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line.decode("utf-8")))
+                    # The first line may begin with a byte order mark, as some editors write it.
+                    rows.append(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
                 except json.JSONDecodeError as error:
@@ -67,13 +63,53 @@ def checked_rows(rows: Iterable[dict]) -> list[dict]:
     return [{name: row.get(name) for name in columns} for row in rows]
 
 
-def checked_dataset(rows):
-    """A list's `checked_rows`, or a datasets.Dataset or Dataset of torch, each of whose rows is looked at."""
-    if isinstance(rows, list):
-        return checked_rows(rows)
-    for number, row in enumerate(rows):
+def checked_dataset(dataset):
+    """What a trainer is given, each row checked: a list of them, or a dataset as it is, whose rows are had by number.
+
+    Raises:
+        ValueError: naming the row and what is wrong with it; or that rows cannot be had by number, or that there are
+            none.
+    """
+    kind = type(dataset).__name__
+    if isinstance(dataset, str | Path):
+        raise ValueError(f"train_dataset must be rows, not a path: rmsd.answers.data.load_rows({str(dataset)!r})")
+    if isinstance(dataset, Mapping):
+        raise ValueError(f"train_dataset must be one split, not a {kind} of {', '.join(map(str, dataset)) or 'none'}")
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            f"train_dataset must have a length and rows by number, which a {kind} has not: give a list, for instance "
+            "of the first rows, list(itertools.islice(dataset, 1000))"
+        )
+    if not len(dataset):
+        raise ValueError("train_dataset holds no rows")
+    if isinstance(dataset, list | tuple):
+        return checked_rows(dataset)
+    for number in range(len(dataset)):
+        try:
+            row = dataset[number]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"train_dataset[{number}] must be a row, which a {kind} has not: give a list") from error
         check_row(row, f"row {number}")
-    return rows
+        _check_no_nulls(row, f"row {number}", getattr(dataset, "features", None) is not None)
+    return dataset
+
+
+def _check_no_nulls(row: dict, where: str, of_table: bool) -> None:
+    """Of a table, whose columns have one type: there a null is most often another row's key."""
+    calls = row["prompt"] if isinstance(row["prompt"], list) else []
+    of_calls = [message.get("tool_calls") for message in calls]
+    for column, value in (("tools", row.get("tools")), ("the prompt's tool_calls", of_calls)):
+        if of_table and value is not None and any(map(_holds_null, value if isinstance(value, list) else [])):
+            raise ValueError(
+                f"{where}: {column} hold null where a table's column has other rows' keys: give the rows as a list, "
+                "or tools as JSON text (json.dumps)"
+            )
+
+
+def _holds_null(value) -> bool:
+    """Inside a value; a value that is null itself is simply not there."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return any(item is None or _holds_null(item) for item in inner)
 
 
 def check_row(row: dict, where: str) -> None:
@@ -98,8 +134,47 @@ def check_row(row: dict, where: str) -> None:
             raise ValueError(f"{where}: {column} must be a string or a list of messages with role and content")
         elif not all(map(_is_of_text, prompt)):
             raise ValueError(f"{where}: {column} holds a message whose content is not text")
+    for column in (
+        "prompt",
+        "teacher_prompt",
+        "privileged_context",
+        "contrast_context",
+        "contrast_prompt",
+        "completion",
+    ):
+        if half := _half_character(row.get(column)):
+            raise ValueError(f"{where}: {column} holds {half!r}, half of a character (a lone surrogate)")
     if row.get("completion") is not None:
         check_completion(row, where)
+    _check_tools(row, where)
+    if not isinstance(row.get("chat_template_kwargs") or {}, dict):
+        raise ValueError(f"{where}: chat_template_kwargs must be an object of the chat template's variables")
+
+
+def _check_tools(row: dict, where: str) -> None:
+    wanted = f"{where}: tools must be a list of JSON schemas, each an object with a name, or of names; or its JSON text"
+    try:
+        tools = tools_of(row)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{wanted} ({error.msg})") from error
+    if not (tools is None or (isinstance(tools, list) and all(map(_is_schema, tools)))):
+        raise ValueError(wanted)
+
+
+def _is_schema(value) -> bool:
+    if not isinstance(value, dict):
+        return isinstance(value, str)
+    function = value.get("function") or value
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def _half_character(value) -> str | None:
+    """The first surrogate without its other half, which no file and no tokenizer can hold."""
+    if isinstance(value, str):
+        return next((character for character in value if "\ud800" <= character <= "\udfff"), None)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return next(filter(None, map(_half_character, value)), None) if isinstance(value, list) else None
 
 
 def _is_message(value) -> bool:
@@ -117,51 +192,10 @@ def _is_of_text(message: dict) -> bool:
     return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
 
 
-def _of_text(prompt: Prompt) -> Prompt:
-    """With each message's parts of text as one text: a list in a template is its Python repr."""
-    if isinstance(prompt, str):
-        return prompt
-    return [{**message, "content": _text(message["content"])} for message in prompt]
-
-
-def _text(content: str | list[dict] | None) -> str | None:
-    return "".join(part["text"] for part in content) if isinstance(content, list) else content
-
-
 def context_of(config, args) -> float:
     """Tokens that a model of this config can train on, infinity where it does not say. An engine that reads answers
     writes one more after each."""
     return (getattr(config, "max_position_embeddings", None) or math.inf) - args.engine_scores
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """How rows become the tokens of the student's prompt and of the teacher's."""
-
-    tokenizer: Any
-    template: str = TEACHER_TEMPLATE  # as `teacher_prompt` takes it
-    place: str = "user"
-    tools: Callable[[dict], list[dict]] | None = None  # the JSON schemas that a row's prompt shows
-    contrasts: Any = None  # answers.contrast.Contrasts, where the teacher reads answers under those contexts too
-
-    def told(self, row: dict) -> Prompt:
-        """The teacher's prompt as text or messages."""
-        return teacher_prompt(row, self.template, self.place)
-
-    def contrast(self, row: dict) -> list[int] | None:
-        """None for an anchor, whose teacher is told nothing, and where there are no contrast contexts."""
-        if self.contrasts is None or not is_told(row):
-            return None
-        return self._encoded(row, self.contrasts.prompt(row, self.template, self.place))
-
-    def student(self, row: dict) -> list[int]:
-        return self._encoded(row, row["prompt"])
-
-    def teacher(self, row: dict) -> list[int]:
-        return self._encoded(row, self.told(row))
-
-    def _encoded(self, row: dict, prompt: Prompt) -> list[int]:
-        return encode(self.tokenizer, prompt, self.tools(row) if self.tools else None)
 
 
 def check_lengths(rows: Iterable[dict], prompts: Prompts, longest: int, context: int, vocab: int) -> tuple[int, int]:
@@ -192,91 +226,28 @@ def check_lengths(rows: Iterable[dict], prompts: Prompts, longest: int, context:
         readers = [(0, "prompt", prompts.student), (1, "teacher's prompt", prompts.teacher)]
         if prompts.contrasts and is_told(row):
             readers.append((1, "teacher's prompt with the contrast context", prompts.contrast))
+        read = []
         for reader, role, ids_of in readers:
             try:
-                length = len(ids_of(row)) + room
-            except (ValueError, TemplateError) as error:  # a template may refuse a system message, for one
+                read.append(ids_of(row))
+            except (ValueError, TypeError, TemplateError) as error:  # a template may refuse a system message, for one
                 raise ValueError(f"row {number}: {error}") from error
+            if max(read[-1]) >= vocab:
+                unknown = max(read[-1])
+                raise ValueError(
+                    f"row {number}: the {role} holds token id {unknown} ({prompts.tokenizer.decode([unknown])!r}); the "
+                    f"model has {vocab}: model.resize_token_embeddings(len(tokenizer)), or leave that token out"
+                )
+            length = len(read[-1]) + room
             if length > context:
                 raise ValueError(
                     f"row {number}: the {role} and {answer} take {length} tokens; the model's context holds {context}"
                 )
             most[reader] = max(most[reader], length)
+        if read[0] == read[1] and is_told(row):
+            raise ValueError(
+                f"row {number}: the teacher's prompt has the same tokens as the student's, so there is nothing to "
+                "learn: the template drops the privileged context, or teacher_prompt repeats the prompt (for an anchor "
+                "leave both empty)"
+            )
     return most[0], most[1]
-
-
-def is_told(row: dict) -> bool:
-    """Whether the row's teacher is told something; the row is an anchor otherwise."""
-    return bool(row["privileged_context"].strip() or row.get("teacher_prompt"))
-
-
-def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE, place: str = "user") -> Prompt:
-    """The prompt that also holds the privileged context: given whole by the row's own `teacher_prompt`, or put by
-    `template` around the last user message or, with place="system", around the system message, which is made where
-    there is none."""
-    if row.get("teacher_prompt"):
-        return _of_text(row["teacher_prompt"])
-    prompt, context = _of_text(row["prompt"]), row["privileged_context"]
-    if not context.strip():
-        return prompt
-    if place == "system":
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        has_system = messages[0]["role"] == "system"
-        own = messages[0]["content"] if has_system else ""
-        told = template.format(privileged_context=context, prompt=own).strip()
-        return [{"role": "system", "content": told}, *messages[has_system:]]
-    if isinstance(prompt, str):
-        return template.format(privileged_context=context, prompt=prompt)
-    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
-    told = template.format(privileged_context=context, prompt=prompt[last]["content"])
-    return [*prompt[:last], {**prompt[last], "content": told}, *prompt[last + 1 :]]
-
-
-def fix_template_variables(tokenizer, values: dict) -> None:
-    """Sets variables of the tokenizer's chat template for good, wherever it is used: in training, in evaluation, and in
-    the saved model.
-
-    Raises:
-        ValueError: there is no template to hold them.
-    """
-    if not values:
-        return
-    if not tokenizer.chat_template:
-        raise ValueError("chat_template_kwargs: the tokenizer has no chat template")
-    fixed = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items())
-    tokenizer.chat_template = fixed + tokenizer.chat_template
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt as one text, for a judge or a reader."""
-    prompt = _of_text(prompt)
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content'] or ''}" for message in prompt)
-
-
-def encode(tokenizer, prompt: Prompt, tools: list[dict] | None = None) -> list[int]:
-    """Token ids of a prompt through the tokenizer's chat template, up to where the answer begins. Without a template
-    a string is taken as it stands. `tools` are JSON schemas, which the template shows in its own way.
-
-    Raises:
-        ValueError: chat messages but no template, or a prompt of no tokens.
-    """
-    prompt = _of_text(prompt)
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = tokenizer.apply_chat_template(
-            messages,
-            tools=tools or None,  # some templates introduce an empty list
-            add_generation_prompt=True,
-            return_dict=True,
-        )["input_ids"]
-    elif isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        raise ValueError("the tokenizer has no chat template: give prompts as strings, or set tokenizer.chat_template")
-    if not ids:
-        raise ValueError(f"the prompt {prompt_text(prompt)!r} has no tokens")
-    return ids

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .prompts import tools_of
 from .tools import Tool, ToolLimits, text_of, toolbox
 
 Factory = Callable[[], Any]
@@ -153,7 +154,7 @@ def _chosen(tools: dict[str, Any], row: dict) -> dict[str, Any]:
     """Those of `tools` that the row's column `tools` lists, by name or by schema; all without one."""
     if not row.get("tools"):
         return tools
-    listed = [tool if isinstance(tool, str) else tool.get("function", tool).get("name") for tool in row["tools"]]
+    listed = [tool if isinstance(tool, str) else tool.get("function", tool).get("name") for tool in tools_of(row)]
     missing = [name for name in listed if name not in tools]
     if missing:
         raise ValueError(f"tools names {missing[0]!r}; there are: {', '.join(tools)}")

@@ -171,12 +171,12 @@ def hidden_states(model, rollouts: Rollouts, pad_id: int) -> Tensor:
 
 
 def eos_ids_of(model, tokenizer) -> list[int]:
-    """Every id that ends an answer: the generation config's, or the tokenizer's; none where neither knows one."""
-    ids = model.generation_config.eos_token_id
-    ids = ids if ids is not None else tokenizer.eos_token_id
-    if ids is None:
-        return []
-    return list(ids) if isinstance(ids, list | tuple) else [ids]
+    """Every id that ends an answer: the generation config's and the tokenizer's, as transformers joins them when
+    training begins; none where neither knows one."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    ids = [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+    own = tokenizer.eos_token_id
+    return ids if own is None or own in ids else [own, *ids]
 
 
 def pad_id_of(tokenizer, eos_ids: list[int]) -> int:

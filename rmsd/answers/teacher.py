@@ -25,29 +25,39 @@ class Teacher:
 
     Args:
         model: the student.
-        kind: "initial", the weights that training starts from: a frozen copy; under PEFT the adapter switched off, at
+        kind: "initial", the weights that training starts from: a frozen copy; under LoRA the adapter switched off, at
             no memory, or a copy of an adapter that has been trained before. "adapter_off" switches it off whatever it
             has learnt. "live" is the student as it is. "ema" is a copy that follows the student by `average`.
         autocast: makes the context that the student's forward runs in under mixed precision. accelerate puts it around
             the student alone; a copy without it would differ from the student by rounding where they agree.
 
-    `snapshot` makes the student as it is now the teacher (continuation). Under PEFT that is a second adapter, not a
-    copy of the model.
+    `snapshot` makes the student as it is now the teacher (continuation). Under LoRA that is a second adapter, not a
+    copy of the model; another method of PEFT, or weights trained beside its adapter, are copied whole.
+
+    Raises:
+        ValueError: the model has no adapter to switch off, learnt prompts, or several adapters at once.
     """
 
     def __init__(self, model, kind: str = "initial", autocast: Callable = contextlib.nullcontext):
         if kind not in KINDS:
             raise ValueError(f"teacher must be one of {', '.join(KINDS)}, not {kind!r}")
         self.has_adapter = hasattr(model, "disable_adapter")
-        if kind == "adapter_off" and not self.has_adapter:
+        if self.has_adapter:
+            _check_adapters(model)
+        elif kind == "adapter_off":
             raise ValueError("teacher='adapter_off' needs a PEFT model; 'initial' keeps a copy of any other")
+        by_adapter = self.has_adapter and _trains_lora_alone(model)
+        if kind == "adapter_off" and beside_adapter(model):
+            raise ValueError(
+                f"teacher='adapter_off' needs all trained weights in the adapter, and {beside_adapter(model)} is "
+                "beside it: 'initial' keeps a copy"
+            )
         self.kind, self.student, self._autocast = kind, model, autocast
         self.changed = False  # from the initial weights
         self.has_snapshot = False  # an adapter of its own
         self._averages: dict[str, Tensor] = {}  # fp32, of the weights below that
-        self.is_copy = kind == "ema" or (kind == "initial" and not self.has_adapter)
-        if self.has_adapter and (kind == "ema" or (kind == "initial" and _changes_the_model(model))):
-            self.is_copy = False
+        self.is_copy = kind in ("initial", "ema") and not by_adapter
+        if by_adapter and (kind == "ema" or (kind == "initial" and _changes_the_model(model))):
             self._add_adapter()
         self.model = frozen_copy(model) if self.is_copy else model
         self._transform = OutputHead.of(self.model).transform
@@ -134,7 +144,7 @@ class Teacher:
         """Takes the teacher that a checkpoint holds, if it holds one. The student's adapter comes with it: beside a
         second adapter's folder Trainer forgets the one at the checkpoint's root, before transformers 5.23."""
         if self.has_adapter and (Path(directory) / "adapter_model.safetensors").exists():
-            self.student.load_adapter(directory, "default", is_trainable=True)
+            self.student.load_adapter(directory, "default", is_trainable=self.student.active_adapter == "default")
         path = Path(directory) / FILE
         if not path.exists():
             return
@@ -194,13 +204,58 @@ class Teacher:
         return {name: value for name, value in parameters.items() if _is_own(name)}
 
 
+def _check_adapters(model) -> None:
+    learnt = sorted(name for name, config in model.peft_config.items() if getattr(config, "is_prompt_learning", False))
+    if learnt:
+        method = str(getattr(model.peft_config[learnt[0]].peft_type, "value", "")).lower()
+        raise ValueError(
+            f"the adapter {learnt[0]!r} learns prompts ({method}), not weights: the teacher and the student read "
+            "prompts of their own; use LoRA or another method on weights"
+        )
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise ValueError(
+            f"{len(active)} adapters are active ({', '.join(active) or 'none'}): model.set_adapter(name) chooses one, "
+            "model.add_weighted_adapter makes one of several"
+        )
+    if _ADAPTER in model.peft_config:
+        raise ValueError(f"an adapter is named {_ADAPTER!r}, which is kept for the teacher's own: give it another name")
+
+
+def beside_adapter(model) -> str | None:
+    """The first trained parameter that is not the active adapter's, as a bias under LoRA's bias="all"; or None."""
+    active = model.active_adapters[0]
+    return next(
+        (name for name, p in model.named_parameters() if p.requires_grad and active not in name.split(".")), None
+    )
+
+
+def _trains_lora_alone(model) -> bool:
+    kind = model.peft_config[model.active_adapters[0]].peft_type
+    return kind == "LORA" and beside_adapter(model) is None
+
+
 def _changes_the_model(model) -> bool:
     """Whether a LoRA adapter does something, which a new one's B of zeros does not: it has been trained, or (PiSSA,
-    OLoRA) began as a part of the base weights."""
-    return any(
-        ("lora_B" in name or "lora_embedding_B" in name) and not value.is_meta and bool(value.any())
-        for name, value in model.named_parameters()
-    )
+    OLoRA) began as a part of the base weights. What else belongs to it (a magnitude, rows of the embedding) is taken to
+    do something, unless it is a module's copy that is still equal to the original."""
+    active = model.active_adapters[0]
+    parameters = dict(model.named_parameters())
+    for name, value in parameters.items():
+        parts = name.split(".")
+        if active not in parts or value.is_meta or "lora_A" in parts or "lora_embedding_A" in parts:
+            continue
+        if "lora_B" in parts or "lora_embedding_B" in parts:
+            same = not bool(value.any())
+        elif "modules_to_save" in parts:
+            at = parts.index("modules_to_save")
+            original = parameters.get(".".join([*parts[:at], "original_module", *parts[at + 2 :]]))
+            same = original is not None and original.shape == value.shape and torch.equal(original, value)
+        else:
+            same = False
+        if not same:
+            return True
+    return False
 
 
 def _is_own(name: str) -> bool:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rmsd_kernels import linear_token_scores
 
-from ..answers.data import Prompts, encode
 from ..answers.episodes import Episodes
+from ..answers.prompts import Prompts, encode
 from ..answers.rollout import Rollouts, eos_ids_of, generate, pad_id_of
 from ..models.heads import OutputHead, Reading, head_options
 from ..models.hidden import completion_hidden

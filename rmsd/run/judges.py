@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 
-from ..answers.data import prompt_text
+from ..answers.prompts import prompt_text
 from ..judge import CachedJudge, ContextJudge, ContrastJudge, Judge, LLMJudge, MagnitudeJudge
 from .recipe import JudgeSection
 

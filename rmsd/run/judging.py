@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ..answers.data import encode
+from ..answers.prompts import encode
 from ..judge.llm import llm_of
 from ..judge.measure import Labelled, Marks, agreement, load, measure, save
 from .probe import Probe, spread

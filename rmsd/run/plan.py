@@ -12,14 +12,16 @@ from functools import cached_property
 from statistics import fmean
 
 from ..answers.completions import completion_ids
-from ..answers.data import Prompts, check_lengths, context_of, encode, prompt_text, teacher_prompt
+from ..answers.data import check_lengths, context_of
 from ..answers.environments import Environments
 from ..answers.episodes import Episodes
+from ..answers.prompts import Prompts, encode, prompt_text, teacher_prompt, tools_of
 from ..judge import Candidate, Judge, LLMJudge, Question
 from ..judge.llm import llm_of
 from ..models.sharding import check_sharded_teacher
 from ..step.judging import told_text
 from ..tasks import Task
+from ..training.checks import embedding_size
 from ..training.config import RMSDConfig
 from .costs import Lengths, Sizes, flops, judged_at_most, memory
 from .recipe import Recipe
@@ -74,7 +76,7 @@ class Plan:
                 tokenizer, args.teacher_template, args.teacher_place, tools, getattr(judge, "contrasts", None)
             )
             longest = args.max_completion_length
-            check_lengths(rows, prompts, longest, context_of(config, args), config.vocab_size)
+            check_lengths(rows, prompts, longest, context_of(config, args), embedding_size(model))
         lengths = lengths_of(rows, tokenizer, args, tools)
         return cls(recipe, args, rows, judge, task, tokenizer, source, Sizes.of(model), lengths, environments)
 
@@ -258,9 +260,9 @@ def lengths_of(
     as long as they may get. `tools`: the schemas that a row's prompt shows."""
 
     def number(prompt, row) -> int:
-        shown = tools(row) if tools else []
+        shown = (tools(row) if tools else tools_of(row)) or []
         if tokenizer:
-            return len(encode(tokenizer, prompt, shown))
+            return len(encode(tokenizer, prompt, shown, row.get("chat_template_kwargs")))
         return _estimate(prompt_text(prompt) + "".join(map(json.dumps, shown))) + _TEMPLATE
 
     def answer(row) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from ..answers.contrast import Contrasts, is_told
-from ..answers.data import Prompt, Prompts, encode, prompt_text, teacher_prompt
 from ..answers.episodes import Episodes
+from ..answers.prompts import Prompt, Prompts, encode, prompt_text, teacher_prompt
 from ..answers.rollout import eos_ids_of, generate, pad_id_of
 from ..judge import ContextJudge, ContrastJudge, Judge, MagnitudeJudge, Question
 from ..models.loading import with_lora

@@ -1,7 +1,6 @@
 """Recipes: a YAML file, `key=value` overrides, and the checks made before anything is loaded."""
 
 import dataclasses
-import difflib
 import json
 import re
 import typing
@@ -14,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from ..models.wheels import WHEELS
 from ..training.config import RMSDConfig
+from .problems import NOT_HEEDED, not_a_section, unknown
 
 # TrainingArguments expands ~ in its output_dir, and checkpoints must lie where the rest of the run does.
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -117,7 +117,7 @@ class Recipe(_Section):
 
 # These follow from the recipe's own keys; given twice they could disagree.
 _DERIVED = {"output_dir", "seed", "method", "engine", "data_seed", "eval_strategy", "eval_steps", "eval_on_start"}
-_TRAIN_KEYS = {field.name for field in dataclasses.fields(RMSDConfig) if field.init} - _DERIVED
+_TRAIN_KEYS = {field.name for field in dataclasses.fields(RMSDConfig) if field.init} - _DERIVED - NOT_HEEDED.keys()
 
 _TRAIN_TYPES = typing.get_type_hints(RMSDConfig)
 
@@ -180,7 +180,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} does not exist")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -227,6 +227,8 @@ def _checked(values: dict) -> Recipe:
 
 def _argument(key: str, value: Any) -> Any:
     """A value of `train` as its argument's own type: `no` is False for a bool, and stays a word for a strategy."""
+    if key in NOT_HEEDED:
+        raise ValueError(f"train.{key} is not heeded: {NOT_HEEDED[key]}")
     if key not in _TRAIN_KEYS:
         raise ValueError(_unknown(f"train.{key}"))
     try:
@@ -244,19 +246,18 @@ def _first_problem(error: Exception) -> str:
     key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return _unknown(key)
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type") and key in _SECTIONS:
+        return not_a_section(key, problem["input"], _SECTIONS[key].model_fields)
     if problem["type"] == "missing":
         return f"the recipe has no {key!r}"
     return f"{key}: {problem['msg'].lower()}, not {problem['input']!r}"
 
 
 def _unknown(key: str) -> str:
-    known = [*Recipe.model_fields, *(f"train.{name}" for name in sorted(_TRAIN_KEYS))]
+    own = [*Recipe.model_fields, *(f"train.{name}" for name in RMSDConfig.__annotations__ if name in _TRAIN_KEYS)]
     for name, section in _SECTIONS.items():
-        known += [f"{name}.{field}" for field in section.model_fields]
-    # A key right but for its section is nearer than one that is spelled alike.
-    last = key.rpartition(".")[2]
-    near = [name for name in known if name.rpartition(".")[2] == last] or difflib.get_close_matches(key, known, 1, 0.5)
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        own += [f"{name}.{field}" for field in section.model_fields]
+    return unknown(key, [*own, *(f"train.{name}" for name in sorted(_TRAIN_KEYS))], own)
 
 
 def trainer_config(recipe: Recipe, output_dir: Path) -> RMSDConfig:

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..answers.data import fix_template_variables
+from ..answers.prompts import fix_template_variables
 from ..models.loading import adapted, with_attention, with_lora
 from ..models.wheels import is_gguf, readable
 from .recipe import Recipe

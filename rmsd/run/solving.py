@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ..answers.data import Prompts
 from ..answers.engines import TransformersEngine
 from ..answers.episodes import Episodes
+from ..answers.prompts import Prompts
 from ..answers.tools import ERRORS
 
 

@@ -10,9 +10,10 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from ..answers.data import Prompts, checked_rows, fix_template_variables, load_rows
+from ..answers.data import checked_rows, load_rows
 from ..answers.environments import Environments
 from ..answers.episodes import Episodes
+from ..answers.prompts import Prompts, fix_template_variables
 from ..models.loading import load_model, with_lora
 from ..tasks import Task, load_task
 from ..training.checkpoint import holds_optimizer, last_whole_checkpoint
@@ -28,6 +29,7 @@ from .evaluate import Evaluator
 from .judges import build_judge
 from .plan import Plan
 from .recipe import Recipe, trainer_config
+from .resuming import check_output_dir, check_resumed
 
 
 def train(recipe: Recipe) -> str:
@@ -55,17 +57,20 @@ def train(recipe: Recipe) -> str:
     if not recipe.resume and (out / "metrics.jsonl").exists():
         raise FileExistsError(f"{out} holds a run: continue it with resume=true, or choose another output_dir")
 
+    if checkpoint:
+        check_resumed(recipe, checkpoint)
+
     if recipe.dry_run:
         plan = Plan.of(recipe, args, rows, judge, task, environments)
         return str(plan) if args.should_save else ""
 
+    check_output_dir(out)
     set_seed(recipe.seed)
     model, tokenizer = load(recipe, args.device)
     evaluator = _evaluator(recipe, args, model, tokenizer, environments) if task else None
     if recipe.lora:
         model = with_lora(model, recipe.lora)
     if args.should_save:
-        out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         (out / "recipe.yaml").write_text(text, encoding="utf-8")
     callbacks: list[TrainerCallback] = [RunRecord(out, resume=checkpoint is not None)]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..answers.data import prompt_text
+from ..answers.prompts import prompt_text
 from ..judge import Candidate, Judge, MagnitudeJudge, Question
 from ..judge.pieces import Pieces
 from ..models.transfer import to_host

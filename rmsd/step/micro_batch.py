@@ -26,8 +26,8 @@ from torch import Tensor
 
 from rmsd_kernels import TokenScores
 
-from ..answers.data import Prompt, Prompts
 from ..answers.environments import Episode
+from ..answers.prompts import Prompt, Prompts
 from ..answers.rollout import Rollouts
 from ..judge import Question
 from .wishes import Logprobs, Wishes

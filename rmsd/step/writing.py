@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from ..answers.completions import rollouts_of
-from ..answers.data import Prompts
 from ..answers.engines import Engine
 from ..answers.episodes import Episodes
+from ..answers.prompts import Prompts
 from .micro_batch import MicroBatch
 
 

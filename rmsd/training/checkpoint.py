@@ -1,5 +1,6 @@
 """Which checkpoint a run can go on from."""
 
+import contextlib
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch.optim.lr_scheduler import LambdaLR
 
 log = logging.getLogger("rmsd")
 
@@ -58,3 +60,30 @@ def _problem(checkpoint: Path) -> str | None:
         if not zipfile.is_zipfile(path):
             return f"{path.name} is truncated"
     return None
+
+
+@contextlib.contextmanager
+def own_settings(optimizer, scheduler, checkpoint: str | Path):
+    """Around the loading of a checkpoint's optimizer and schedule, whose state also brings the settings of the run that
+    wrote it. Afterwards rate, decay and the rest are those that this run was given, at the checkpoint's step; the rate
+    halved where that run was rolled back before.
+
+    Raises:
+        ValueError: the checkpoint's optimizer is another kind.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # without accelerate's wrapper
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    history = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    part = 0.5 ** sum("rolled_back_from" in entry for entry in history)
+    rates = [rate * part for rate in getattr(scheduler, "base_lrs", [])]
+    yield
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        if group.keys() - {"params"} != settings.keys():
+            raise ValueError("the checkpoint's optimizer is of another kind than this run's: set optim back to its")
+        group.update({name: value for name, value in settings.items() if name not in ("lr", "initial_lr")})
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = rates
+        now = [rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)]
+        scheduler._last_lr = now
+        for group, base, rate in zip(optimizer.param_groups, rates, now, strict=True):
+            group["initial_lr"], group["lr"] = base, rate

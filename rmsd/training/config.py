@@ -9,12 +9,13 @@ from transformers import TrainingArguments
 
 from rmsd_kernels.checks import check_options, check_selection
 
-from ..answers.data import PLACES, TEACHER_TEMPLATE
 from ..answers.engines import ENGINES
+from ..answers.prompts import PLACES, TEACHER_TEMPLATE
 from ..answers.teacher import KINDS
 from ..answers.tools import ToolLimits
 from ..answers.vllm_engine import check_vllm
 from ..criteria import CRITERIA, check_criterion
+from ..models.router import CHOICES
 from .health import ACTIONS
 
 METHODS = ("rmsd", "opsd")
@@ -114,6 +115,13 @@ class RMSDConfig(TrainingArguments):
     )
     recorded_rollouts: int = field(default=8, metadata={"help": "Rollouts a step written for the report, at most."})
 
+    router_loss: str | None = field(
+        default=None, metadata={"help": "add or drop: a mixture of experts' own loss, where its config asks for it."}
+    )
+    self_check: bool = field(
+        default=True, metadata={"help": "Before the first step, on its prompts: is the model what a step takes it for?"}
+    )
+
     per_device_train_batch_size: int = field(
         default=8, metadata={"help": "Prompts, so rollouts, a micro-batch a device."}
     )
@@ -133,6 +141,10 @@ class RMSDConfig(TrainingArguments):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("drift"):
             self.greater_is_better = False  # transformers takes whatever is no loss for a score
         super().__post_init__()
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, not {self.max_steps}")
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs must be above 0, not {self.num_train_epochs}")
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
         check_criterion(self.criterion)
@@ -164,6 +176,8 @@ class RMSDConfig(TrainingArguments):
                 raise ValueError(
                     f"engine_scores leaves {self.continuation_metric} unknown: name another continuation_metric"
                 )
+        if self.router_loss not in (None, *CHOICES):
+            raise ValueError(f"router_loss must be add or drop, not {self.router_loss!r}")
         if self.engine == "vllm":
             check_vllm()
         if not self.engine_cache_gb > 0:

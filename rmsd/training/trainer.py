@@ -10,10 +10,11 @@ from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from ..answers.data import Prompts, check_lengths, checked_dataset, context_of, prompt_text
+from ..answers.data import check_lengths, checked_dataset, context_of
 from ..answers.engines import TOP, engine_for
 from ..answers.environments import ContextAfter, Environments, Factory
 from ..answers.episodes import Episodes
+from ..answers.prompts import Prompts, prompt_text
 from ..answers.rollout import eos_ids_of, pad_id_of
 from ..answers.sampling import seed_at
 from ..answers.teacher import Teacher
@@ -22,6 +23,7 @@ from ..judge.llm import llm_of
 from ..loss import LinearRMSDLoss
 from ..models.heads import OutputHead, Reading
 from ..models.hidden import completion_hidden
+from ..models.router import RouterLoss
 from ..models.sharding import as_rank_zero, check_sharded_teacher, check_sharding, whole
 from ..models.transfer import to_device
 from ..step.judging import judge_as_scored
@@ -29,12 +31,15 @@ from ..step.micro_batch import MicroBatch
 from ..step.scoring import kept_engine_gaps, scored_by_engine, scored_by_forwards
 from ..step.training import part_of, same_number_of_parts, settle, train_loss
 from ..step.writing import write
+from .checkpoint import own_settings
+from .checks import check_arguments, check_pad_id, embedding_size
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
 from .faults import NonfiniteGradients, saving
 from .health import CollapseWatch
 from .metrics import StepMetrics
 from .record import RunRecord, rollout_lines
+from .self_check import SelfCheck
 
 
 class RMSDTrainer(Trainer):
@@ -72,6 +77,7 @@ class RMSDTrainer(Trainer):
         context_after: ContextAfter | None = None,
         **kwargs: Any,
     ):
+        check_arguments(model, args, processing_class)
         train_dataset = checked_dataset(train_dataset)
         args = args.with_learning_rate(has_adapter=hasattr(model, "peft_config"))
         super().__init__(
@@ -94,12 +100,13 @@ class RMSDTrainer(Trainer):
         # is asked of it before the first step, belongs on the device too.
         if self.model.device.type != args.device.type:
             self._move_model_to_device(self.model, args.device)
+        self.router_loss = RouterLoss(self.model, args.router_loss)
         self.teacher = Teacher(self.model, args.teacher, self.accelerator.autocast)
         if self.is_fsdp_enabled:
             check_sharded_teacher(self.teacher.has_adapter, args, self.teacher.has_snapshot)
         self.head_transform = OutputHead.of(self.model).transform
-        self.eos_ids = eos_ids_of(self.model, processing_class)
         self.pad_id = pad_id_of(processing_class, self.eos_ids)
+        check_pad_id(self.pad_id, embedding_size(self.model))
         self.loss = LinearRMSDLoss(**args.loss_options).to(args.device)
         batch = args.per_device_train_batch_size * args.world_size
         if args.dataloader_drop_last and len(train_dataset) < batch:
@@ -111,6 +118,7 @@ class RMSDTrainer(Trainer):
         self.per_turn = args.selection_unit == "turn"
         self.add_callback(TeacherSchedule(self.teacher, self.continue_from_student))
         self.add_callback(NonfiniteGradients(self.metrics, self.loss, self.accelerator))
+        self.add_callback(SelfCheck(self))
         config = self.model.config.get_text_config()
         context = context_of(config, args)
         self.episodes = None
@@ -119,8 +127,8 @@ class RMSDTrainer(Trainer):
             self.episodes = Episodes(processing_class, environments, max_turns=args.max_turns)
         shown = self.episodes.environments.schemas if self.episodes else None
         self.prompts = Prompts(processing_class, args.teacher_template, args.teacher_place, shown, self.contrasts)
-        longest = args.max_completion_length
-        read, told = check_lengths(train_dataset, self.prompts, longest, context, config.vocab_size)
+        longest, size = args.max_completion_length, embedding_size(self.model)
+        read, told = check_lengths(train_dataset, self.prompts, longest, context, size)
         if self.episodes:  # what an environment says at its start, and its feedback, is known only then
             read, told = (min(context, length + 2 * args.max_tool_output) for length in (read, told))
         self.engine = engine_for(
@@ -233,7 +241,8 @@ class RMSDTrainer(Trainer):
         batch, part = inputs["micro_batch"], inputs["part"]
         rollouts, teacher_hidden = part_of(batch, part)
         ids, mask, attended = rollouts.completion_ids, rollouts.completion_mask, rollouts.attention_mask
-        hidden = completion_hidden(model, rollouts.prompt_ids, ids, attended, self.pad_id, one_forward=True)
+        with self.router_loss.of_forwards(model) as of_router:
+            hidden = completion_hidden(model, rollouts.prompt_ids, ids, attended, self.pad_id, one_forward=True)
         # FSDP leaves the head's weight whole after the forward, until the backward.
         student, teacher = Reading(hidden, self.student_head()), Reading(teacher_hidden, self.teacher.head)
         if self.args.engine_scores:
@@ -241,12 +250,19 @@ class RMSDTrainer(Trainer):
         # Data parallel training averages gradients over ranks; ours are shares of a sum.
         scale = self.accelerator.num_processes
         loss = scale * train_loss(self.loss, student, teacher, ids, mask, part.keep, num_items_in_batch)
+        if of_router:  # the mean over the sequences that are trained on, as the loss is
+            loss = loss + scale * sum(of_router) * part.keep.any(1).sum().item() / num_items_in_batch
         return (loss, None) if return_outputs else loss
 
     @property
     def student(self) -> torch.nn.Module:
         """The model without what accelerate has put around it."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """As they are now: transformers may change the model's generation config until the first step."""
+        return eos_ids_of(self.student, self.processing_class)
 
     def student_head(self) -> OutputHead:
         return OutputHead.current(self.student, self.head_transform)
@@ -276,13 +292,19 @@ class RMSDTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         if self.is_fsdp_enabled and not _internal_call:  # checkpoints may stay in shards, what is loaded elsewhere not
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        super().save_model(output_dir, _internal_call)
+        with self.router_loss.as_asked_for():
+            super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:  # a checkpoint
             self.teacher.save(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.teacher.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        own = own_settings(self.optimizer, self.lr_scheduler, checkpoint) if checkpoint else contextlib.nullcontext()
+        with own:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- evaluation and logs ---------------------------------------------------------------------------------------
 

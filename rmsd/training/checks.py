@@ -1,0 +1,49 @@
+"""What a trainer is given, looked at before anything is made of it."""
+
+from ..models.parts import causal_lm
+
+
+def check_arguments(model, args, processing_class) -> None:
+    """
+    Raises:
+        TypeError: model, args or processing_class is another kind of thing; with what to give.
+        ValueError: the model is no causal LM, or no weight of it is trained.
+    """
+    from .config import RMSDConfig
+
+    if not hasattr(model, "named_parameters"):
+        raise TypeError(
+            f"model must be a loaded model, not {model!r:.80}: AutoModelForCausalLM.from_pretrained(...), or "
+            "rmsd.models.loading.load_model(...)"
+        )
+    if not isinstance(args, RMSDConfig):
+        raise TypeError(f"args must be an RMSDConfig, not {type(args).__name__}: it takes the same arguments and more")
+    if hasattr(processing_class, "tokenizer"):
+        kind = type(processing_class).__name__
+        raise TypeError(f"processing_class must be a tokenizer, not a {kind}: give its .tokenizer")
+    if not (callable(processing_class) and hasattr(processing_class, "decode")):
+        raise TypeError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder: the method needs a causal LM")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                "no weight is trainable: the adapter was loaded for inference; load it with "
+                "PeftModel.from_pretrained(model, folder, is_trainable=True)"
+            )
+        raise ValueError("no weight is trainable: every parameter is frozen (requires_grad is False)")
+
+
+def embedding_size(model) -> int:
+    """Token ids that the model has: rows of its embedding, or what its config says where they are elsewhere."""
+    weight = getattr(causal_lm(model).get_input_embeddings(), "weight", None)
+    return len(weight) if weight is not None and weight.numel() else model.config.get_text_config().vocab_size
+
+
+def check_pad_id(pad_id: int, size: int) -> None:
+    """Raises ValueError where the embedding, of `size` rows, has none for the token that fills up batches."""
+    if pad_id >= size:
+        raise ValueError(
+            f"the tokenizer's pad token has id {pad_id}, and the model's embedding {size} rows: "
+            "model.resize_token_embeddings(len(tokenizer)), or tokenizer.pad_token = tokenizer.eos_token"
+        )
