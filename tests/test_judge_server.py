@@ -1,5 +1,6 @@
 """LLMJudge's requests, against a server on loopback that answers what it is told to, faults among it."""
 
+import dataclasses
 import http.server
 import json
 import threading
@@ -96,6 +97,13 @@ def test_one_structured_request_a_rollout(server, judge):
     text = body["messages"][0]["content"]
     assert "It is called zorblat." in text and "<answer>" in text and '3. "a[b -' in text
     assert headers["authorization"] == f"Bearer {KEY}" and KEY not in json.dumps(body)
+
+
+def test_what_tools_said_is_marked_in_the_answer(judge):
+    asked, ours = judge(), question()
+    read = dataclasses.replace(ours, unwritten=(1,))
+    assert "a<tool>b</tool>c" in asked.prompt(read).replace(" ", "") and "a tool said it" in asked.prompt(read)
+    assert "<tool>" not in asked.prompt(ours) and "a tool said it" not in asked.prompt(ours)
 
 
 def test_a_server_without_structured_output_is_asked_in_words(server, judge):
