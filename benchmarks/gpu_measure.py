@@ -13,9 +13,8 @@ import statistics
 import torch
 
 from benchmarks.common import DTYPES, elapsed, machine
-from benchmarks.gpu_compile import variants
-from benchmarks.gpu_static import TOKENS, VOCABULARY
 from rmsd_kernels import triton as kernels
+from rmsd_kernels.options import Options
 
 SEQUENCE, NUM_CANDIDATES, VOCAB_TOPK, SOFTCAP = 512, 20, 500, 30.0
 
@@ -23,26 +22,31 @@ SEQUENCE, NUM_CANDIDATES, VOCAB_TOPK, SOFTCAP = 512, 20, 500, 30.0
 def runs(variant: str, student, teacher, sampled_ids):
     """A function that launches `variant` on (B, L, V) logits, and the bytes that it must move."""
     name, _, *rest = variant.split()
-    divergence = next((word for word in rest if word in ("forward_kl", "jsd")), "reverse_kl")
-    tail = rest[-1] if "top-k" in rest else "drop"
-    transform = (1.0, 1.0, student.shape[-1], 1.0, SOFTCAP if "softcap" in rest else 0.0)
+    options = Options(
+        divergence=next((word for word in rest if word in ("forward_kl", "jsd")), "reverse_kl"),
+        beta=0.5,
+        vocab_topk=VOCAB_TOPK if "top-k" in rest else None,
+        tail=rest[-1] if "top-k" in rest else "bucket",
+        temperature=1.0,
+        teacher_temperature=1.0,
+        vocab_size=student.shape[-1],
+        logit_scale=1.0,
+        softcap=SOFTCAP if "softcap" in rest else None,
+        backend="triton",
+    )
     both = student.numel() * 2 * student.element_size()
     if name == "scores":
-        return lambda: kernels.scores(student, teacher, sampled_ids, divergence, 0.5, *transform), both
+        return lambda: kernels.scores(student, teacher, sampled_ids, options), both
     if name == "scores+candidates":
-        mask = torch.ones_like(sampled_ids, dtype=torch.bool)
-        chosen = (mask, NUM_CANDIDATES, "logprob_gap", 0.0)
-        return lambda: kernels.scores_and_candidates(
-            student, teacher, sampled_ids, *chosen, divergence, 0.5, *transform
-        ), both
-    options = (divergence, 0.5, VOCAB_TOPK if "top-k" in rest else 0, tail, *transform)
+        chosen = torch.ones_like(sampled_ids, dtype=torch.bool), NUM_CANDIDATES, "logprob_gap", 0.0
+        return lambda: kernels.scores_and_candidates(student, teacher, sampled_ids, *chosen, options), both
     rows = torch.arange(sampled_ids.numel(), device=student.device)
     if name == "divergence":
-        return lambda: kernels.divergence(student, teacher, rows, *options), both
-    result, stats = kernels.divergence(student, teacher, None, *options)
+        return lambda: kernels.divergence(student, teacher, rows, options), both
+    result, stats = kernels.divergence(student, teacher, None, options)
     upstream = torch.ones_like(result)
     # Every row: that is OPSD's backward, and no memset of zeros beside the kernel.
-    return lambda: kernels.divergence_backward(upstream, student, teacher, None, stats, *options), both * 3 // 2
+    return lambda: kernels.divergence_backward(upstream, student, teacher, None, stats, options), both * 3 // 2
 
 
 def measured(run, repeats: int, device: torch.device) -> float:
@@ -61,6 +65,10 @@ def ceilings(device: torch.device, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
+    # These turn Triton's interpreter off for the whole process, and `runs` is also tried with it.
+    from benchmarks.gpu_compile import variants
+    from benchmarks.gpu_static import TOKENS, VOCABULARY
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=TOKENS)
     parser.add_argument("--vocab", type=int, default=VOCABULARY)

@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
+from conftest import device_of
 
 from benchmarks import common, real
 from benchmarks.results import table
-from rmsd_kernels import linear_token_divergence, linear_token_scores
+from rmsd_kernels import linear_token_divergence, linear_token_scores, token_divergence
 
 CPU = torch.device("cpu")
 
@@ -147,3 +148,24 @@ def test_the_real_models_table_tells_how_each_run_ended():
         "Madrid Spain |"
     )
     assert second.startswith("| rmsd-3x | 0 | 9, stopped |  |  |  | 0.100 to 0.600 |")
+
+
+def test_the_launches_that_a_gpu_times_are_the_kernels(kernels):
+    """Interpreted, where no GPU is."""
+    if kernels != "triton":
+        pytest.skip("gpu_measure times Triton's")
+    from benchmarks import gpu_measure  # needs Triton
+
+    student, teacher = torch.randn(2, 1, 1, 600, device=device_of(kernels))
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=student.device)
+    results = {}
+    for kernel in ("scores", "scores+candidates", "divergence", "backward"):
+        launch, moved = gpu_measure.runs(f"{kernel} fp32 top-k bucket", student, teacher, ids)
+        results[kernel] = launch()
+        assert moved >= 2 * student.nbytes
+    leaf = student.clone().requires_grad_()
+    divergence = token_divergence(leaf, teacher, vocab_topk=gpu_measure.VOCAB_TOPK, backend="torch")
+    torch.testing.assert_close(results["divergence"][0], divergence[0].detach(), rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(divergence.sum(), leaf)
+    torch.testing.assert_close(results["backward"], grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results["scores+candidates"][0], results["scores"])
