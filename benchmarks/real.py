@@ -110,7 +110,7 @@ def marks(run: Path, name: str, seed: int, ended: str | None, after: dict) -> di
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+    return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
 COLUMNS = (
