@@ -63,7 +63,7 @@ def _(score, mask, num_tokens, threshold, backend):
 @custom_op(
     "rmsd_kernels::scores_and_candidates",
     mutates_args=(),
-    schema="(Tensor student_logits, Tensor teacher_logits, Tensor sampled_ids, Tensor mask, int num_candidates, "
+    schema="(Tensor student_logits, Tensor teacher_logits, Tensor sampled_ids, Tensor mask, SymInt num_candidates, "
     f"str criterion, float threshold, {SCHEMA}) -> (Tensor, Tensor)",
 )
 def scores_and_candidates(

@@ -32,7 +32,8 @@ class Options(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "backend"}
 
 
-_SCHEMA_TYPES = {str: "str", float: "float", int: "int", int | None: "int?", float | None: "float?"}
+# SymInt, or torch.compile would make a graph for each vocabulary.
+_SCHEMA_TYPES = {str: "str", float: "float", int: "SymInt", int | None: "SymInt?", float | None: "float?"}
 SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(Options).items())  # of an operator
 
 
