@@ -162,8 +162,12 @@ def test_a_template_that_opens_no_turn_is_said_once(caplog):
 
 
 def test_half_a_character_is_refused_by_row():
-    for column, value in (("prompt", "hi \ud83d"), ("prompt", [{"role": "user", "content": "\udc00"}]),
-                          ("privileged_context", "\ud83d"), ("completion", "\ud83d")):  # fmt: skip
+    for column, value in (
+        ("prompt", "hi \ud83d"),
+        ("prompt", [{"role": "user", "content": "\udc00"}]),
+        ("privileged_context", "\ud83d"),
+        ("completion", "\ud83d"),
+    ):
         with pytest.raises(ValueError, match=f"row 2: {column} holds .*half of a character"):
             check_row({"prompt": "hi", "privileged_context": "", column: value}, "row 2")
     check_row({"prompt": "hi \U0001f600", "privileged_context": ""}, "row 2")

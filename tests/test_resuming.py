@@ -20,9 +20,17 @@ def begun(tmp_path_factory):
     (folder / "rows.jsonl").write_text(json.dumps(tiny.ROWS[0]) + "\n" + json.dumps(tiny.ROWS[3]) + "\n")
     recipe = folder / "recipe.yaml"
     arguments = dict(
-        max_steps=2, use_cpu=True, max_completion_length=4, learning_rate=1e-3, save_steps=1, self_check=False,
-        lr_scheduler_type="linear", per_device_train_batch_size=2, disable_tqdm=True, weight_decay=0.1,
-    )  # fmt: skip
+        max_steps=2,
+        use_cpu=True,
+        max_completion_length=4,
+        learning_rate=1e-3,
+        save_steps=1,
+        self_check=False,
+        lr_scheduler_type="linear",
+        per_device_train_batch_size=2,
+        disable_tqdm=True,
+        weight_decay=0.1,
+    )
     values = dict(model=str(folder / "model"), data=str(folder / "rows.jsonl"), judge={"kind": "magnitude"})
     recipe.write_text(yaml.safe_dump({**values, "output_dir": str(folder / "run"), "train": arguments}))
     train(load_recipe(recipe))

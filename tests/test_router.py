@@ -10,9 +10,13 @@ from tiny import trainer
 
 def mixture(asked_for):
     return tiny.model(
-        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=10.0,
+        "qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        router_aux_loss_coef=10.0,
         output_router_logits=asked_for,
-    )  # fmt: skip
+    )
 
 
 def first_step(tmp_path, asked_for, choice, **options):

@@ -68,9 +68,13 @@ def test_a_model_that_reads_padding_is_refused_and_serves_a_row_at_a_time(tmp_pa
         made.train()
     assert "\n" not in str(error.value)
     alone = trainer(
-        tmp_path / "alone", loud(tiny.model(name, **shape)), self_check=True, max_steps=1,
-        per_device_train_batch_size=1, gradient_accumulation_steps=4,
-    )  # fmt: skip
+        tmp_path / "alone",
+        loud(tiny.model(name, **shape)),
+        self_check=True,
+        max_steps=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )
     assert not failed(alone)
     alone.train()
 

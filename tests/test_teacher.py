@@ -11,7 +11,7 @@ from peft import (
     OFTConfig,
     PromptTuningConfig,
     get_peft_model,
-)  # fmt: skip
+)
 from tiny import same, trainer, weights
 from transformers import Trainer
 
@@ -82,13 +82,11 @@ PEFT = {
     "ln": lambda: LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
     "dora": lambda: LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     "bias": lambda: LoraConfig(r=2, bias="all", target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    "head": lambda: LoraConfig(
-        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
-    ),
+    "head": lambda: LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
     "tokens": lambda: LoraConfig(
         r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6, 40], task_type="CAUSAL_LM"
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("method", PEFT)

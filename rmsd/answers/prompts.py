@@ -133,8 +133,10 @@ def encode(tokenizer, prompt: Prompt, tools: list[dict] | None = None, variables
         text = _rendered(tokenizer, messages, tools, variables or {})
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if _ends(tokenizer, ids):
-            _warn_once(f"prompts end with {tokenizer.eos_token!r}, the end-of-sequence token: the chat template seems "
-                       "to open no turn of the model's (add_generation_prompt)")  # fmt: skip
+            _warn_once(
+                f"prompts end with {tokenizer.eos_token!r}, the end-of-sequence token: the chat template seems "
+                "to open no turn of the model's (add_generation_prompt)"
+            )
     elif tools or variables:
         raise ValueError("tools and chat_template_kwargs are for a chat template, and the tokenizer has none")
     elif isinstance(prompt, str):

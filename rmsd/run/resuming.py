@@ -13,9 +13,18 @@ from .recipe import Recipe
 
 # What made the state that a checkpoint holds (weights, optimizer, teacher), or the order of the rows that it counts.
 _MADE_BY = (
-    "model", "dtype", "lora", "task", "data", "rollouts", "seed", "train.teacher",
-    "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.fsdp",
-)  # fmt: skip
+    "model",
+    "dtype",
+    "lora",
+    "task",
+    "data",
+    "rollouts",
+    "seed",
+    "train.teacher",
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.fsdp",
+)
 _OPTIMIZER = ("train.optim", "train.optim_args", "train.optim_target_modules")
 _PATHS = ("data", "rollouts")
 _BY_ITS_OWN_STATE = ("reduce_lr_on_plateau", "greedy")  # schedules whose rate does not follow from the step alone

@@ -131,11 +131,13 @@ def _sampled(trainer, rollouts: Rollouts) -> Check:
         return Check(name, None, "rows bring their completions")
     gap = _gap(trainer, rollouts.student_hidden, _read(trainer, rollouts), rollouts.completion_mask)
     return _within(
-        name, gap, _limit(trainer),
+        name,
+        gap,
+        _limit(trainer),
         "log-probabilities recorded while sampling are not those of a forward over the finished answers, so the "
         "model's cache is not its forward: set train.per_device_train_batch_size=1 where padding is the cause, or "
         "engine=vllm, or bring rollouts",
-    )  # fmt: skip
+    )
 
 
 def _padded(trainer, rollouts: Rollouts) -> Check:
@@ -151,10 +153,12 @@ def _padded(trainer, rollouts: Rollouts) -> Check:
     one.prompt_ids = [one.prompt_ids[0], longer]
     gap = _gap(trainer, alone, _read(trainer, one)[:1], one.attention_mask[:1])
     return _within(
-        name, gap, _limit(trainer),
+        name,
+        gap,
+        _limit(trainer),
         "a row beside a longer one is not read as it is alone, so the model does not heed padding: set "
         "train.per_device_train_batch_size=1 (train.gradient_accumulation_steps makes up for it)",
-    )  # fmt: skip
+    )
 
 
 def _teacher(trainer, rollouts: Rollouts) -> Check:
@@ -164,10 +168,12 @@ def _teacher(trainer, rollouts: Rollouts) -> Check:
     told = teacher.hidden(rollouts.prompt_ids, rollouts, trainer.pad_id)
     gap = _gap(trainer, _read(trainer, rollouts), told, rollouts.attention_mask, trainer.teacher.head)
     return _within(
-        name, gap, _limit(trainer),
+        name,
+        gap,
+        _limit(trainer),
         "under the student's own prompt the teacher's distribution is not the student's, so anchors would be trained "
         f"on: set train.teacher=live, or merge what makes {type(trainer.student).__name__} differ into its weights",
-    )  # fmt: skip
+    )
 
 
 def _head(trainer, prompts: list[list[int]]) -> Check:
@@ -177,10 +183,12 @@ def _head(trainer, prompts: list[list[int]]) -> Check:
         logits = student(input_ids=ids, use_cache=False).logits
     gap = _between(logits, trainer.student_head()(captured[-1])).mean().item()
     return _within(
-        "head", gap, _limit(trainer),
+        "head",
+        gap,
+        _limit(trainer),
         f"logits rebuilt from hidden states are not those of {type(student).__name__}: its head does more than a "
         "product, a scale and a soft cap, and is not served",
-    )  # fmt: skip
+    )
 
 
 def _moves(trainer, rollouts: Rollouts) -> Check:
