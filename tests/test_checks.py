@@ -91,8 +91,9 @@ def test_ids_behind_the_embedding_are_refused(tmp_path, monkeypatch):
     thinking = copy.deepcopy(tiny.tokenizer())
     thinking.add_tokens(["<think>"], special_tokens=True)
     thinking.chat_template = template
-    for tokenizer, message in ((padded, "pad token has id 300"), (thinking, "row 0: the prompt holds token id 300")):
-        student = tiny.model()
+    students = tiny.model(), tiny.model()  # as wide as the tokenizer was
+    messages = "pad token has id 300", "row 0: the prompt holds token id 300"
+    for student, tokenizer, message in zip(students, (padded, thinking), messages, strict=True):
         monkeypatch.setattr(tiny, "tokenizer", lambda tokenizer=tokenizer: tokenizer)
         with pytest.raises(ValueError, match=message) as error:
             trainer(tmp_path, student)

@@ -10,7 +10,7 @@ instead (rmsd.answers.contrast).
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -92,6 +92,11 @@ def checked_dataset(dataset):
         check_row(row, f"row {number}")
         _check_no_nulls(row, f"row {number}", getattr(dataset, "features", None) is not None)
     return dataset
+
+
+def rows_of(dataset) -> Iterator[dict]:
+    """The rows of a dataset, by number: many a one of torch has a length, and no end for who counts on without it."""
+    return (dataset[number] for number in range(len(dataset)))
 
 
 def _check_no_nulls(row: dict, where: str, of_table: bool) -> None:

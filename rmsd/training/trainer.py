@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from ..answers.data import check_lengths, checked_dataset, context_of
+from ..answers.data import check_lengths, checked_dataset, context_of, rows_of
 from ..answers.engines import TOP, engine_for
 from ..answers.environments import ContextAfter, Environments, Factory
 from ..answers.episodes import Episodes
@@ -92,7 +92,7 @@ class RMSDTrainer(Trainer):
         )
         # The loss is divided by the whole step's number of sequences, see get_batch_samples.
         self.loss_is_scaled_for_ga = True
-        self.judge = judge or ContextJudge(prompt_text(row["prompt"]) for row in train_dataset)
+        self.judge = judge or ContextJudge(prompt_text(row["prompt"]) for row in rows_of(train_dataset))
         # What the teacher is told instead, for a judge that asks what it would wish then.
         self.contrasts = getattr(self.judge, "contrasts", None) if args.method == "rmsd" else None
         self.evaluator = evaluator
@@ -128,7 +128,7 @@ class RMSDTrainer(Trainer):
         shown = self.episodes.environments.schemas if self.episodes else None
         self.prompts = Prompts(processing_class, args.teacher_template, args.teacher_place, shown, self.contrasts)
         longest, size = args.max_completion_length, embedding_size(self.model)
-        read, told = check_lengths(train_dataset, self.prompts, longest, context, size)
+        read, told = check_lengths(rows_of(train_dataset), self.prompts, longest, context, size)
         if self.episodes:  # what an environment says at its start, and its feedback, is known only then
             read, told = (min(context, length + 2 * args.max_tool_output) for length in (read, told))
         self.engine = engine_for(
