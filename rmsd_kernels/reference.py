@@ -190,18 +190,20 @@ def token_divergence(
     # whose own derivative there is NaN.
     student = scaled_logits(student_logits.where(valid.unsqueeze(-1), 0.0), temperature, **shared)
     teacher = teacher.where(valid.unsqueeze(-1), 0.0)
-    student, teacher = student - row_peaks(student), teacher - row_peaks(teacher)  # the same distributions
-
+    unreachable = torch.zeros_like(valid)
     if vocab_topk is not None:
         support = topk_support(student_logits.detach()[..., :vocab_size], vocab_topk)
-        inside_student, inside_teacher = student.masked_fill(~support, -_INF), teacher.masked_fill(~support, -_INF)
-    unreachable = torch.zeros_like(valid)
     if vocab_topk is not None and tail == "renorm":
+        student, teacher = student.masked_fill(~support, -_INF), teacher.masked_fill(~support, -_INF)
         # A teacher with no mass in the support cannot be renormalised over it; it is as far away as can be.
-        unreachable = (inside_teacher == -_INF).all(-1)
-        student = inside_student.masked_fill(unreachable.unsqueeze(-1), 0.0)
-        teacher = inside_teacher.masked_fill(unreachable.unsqueeze(-1), 0.0)
+        unreachable = (teacher == -_INF).all(-1)
+        student = student.masked_fill(unreachable.unsqueeze(-1), 0.0)
+        teacher = teacher.masked_fill(unreachable.unsqueeze(-1), 0.0)
+    # The largest logits of what is left: those of the whole row may lie far from a support's.
+    student, teacher = student - row_peaks(student), teacher - row_peaks(teacher)  # the same distributions
     student_lse, teacher_lse = logsumexp(student).unsqueeze(-1), logsumexp(teacher).unsqueeze(-1)
+    if vocab_topk is not None and tail != "renorm":
+        inside_student, inside_teacher = student.masked_fill(~support, -_INF), teacher.masked_fill(~support, -_INF)
     if vocab_topk is not None and tail == "bucket":
         rest_student, rest_teacher = student.masked_fill(support, -_INF), teacher.masked_fill(support, -_INF)
         student = torch.cat([inside_student, logsumexp(rest_student).unsqueeze(-1)], -1)

@@ -6,7 +6,7 @@ logits as they are: scores in fp32, gradients rounded to the logits' dtype by au
 for fp16 and bf16: log_softmax in bf16 itself is a thousand times less accurate. It runs on the kernel's device: a GPU's
 exponential is good to 2e-7, and not to half a unit in the last place. Rows with an offset are held to more
 (`stable=True`): to `reference.py` as it is, which takes the largest logit off first, and which tests/test_reference.py
-holds to torch.log_softmax.
+holds to torch.log_softmax; so is the backend `torch`, which is that file.
 
 A kernel's largest error over a tensor may be twice plain torch's largest, plus 1e-6. NaN and infinities must be where
 the truth has them.
@@ -77,7 +77,7 @@ def check_scores(
 ) -> rk.TokenScores:
     """Holds every score of `backend` to the budget; inputs are made on the CPU."""
     got = _scores(backend, student.to(device), teacher.to(device), ids.to(device), **options)
-    with plain_torch(stable):
+    with plain_torch(stable or backend == "torch"):
         plain = _scores("torch", student.to(device), teacher.to(device), ids.to(device), **options)
     truth = reference.token_scores(flat(student.double()), flat(teacher.double()), ids.reshape(-1), **options)
     for name in rk.TokenScores._fields:
@@ -106,7 +106,7 @@ def check_divergence(
     """Holds the divergence and its gradient to the budget; returns both."""
     on_device = [None if tensor is None else tensor.to(device) for tensor in (student, teacher, rows)]
     got, got_grad = _divergence(backend, *on_device, **options)
-    with plain_torch(stable):
+    with plain_torch(stable or backend == "torch"):
         plain, plain_grad = _divergence("torch", *on_device, **options)
     truth, truth_grad = _divergence("torch", student.double(), teacher.double(), rows, **options)
     assert got.dtype == torch.float32

@@ -135,7 +135,7 @@ def test_a_run_trains_on_the_engine_s_tokens_and_weights_follow_every_step(tmp_p
         return written[-1]
 
     def watched(self, model, inputs, **kwargs):
-        seen.append(inputs["rollouts"].completion_ids.clone())
+        seen.append(inputs["micro_batch"].rollouts.completion_ids.clone())
         return compute_loss(self, model, inputs, **kwargs)
 
     monkeypatch.setattr(type(made.engine), "__call__", recorded)

@@ -36,7 +36,7 @@ def main(folder: Path, size: int, engine_scores: bool) -> None:
         return written[-1]
 
     def computed(model, inputs, **options):
-        trained.append(inputs["rollouts"])
+        trained.append(inputs["micro_batch"].rollouts)
         return compute_loss(model, inputs, **options)
 
     VLLMEngine.__call__, made.compute_loss = wrote, computed
