@@ -61,9 +61,15 @@ def bench_loss(rows: int, vocab: int, dtype_name: str, arguments: argparse.Names
     num_bytes = 3 * student_logits.nbytes + 4 * NUM_KEPT * vocab * student_logits.element_size()
     work = f"loss and gradient, {NUM_KEPT} of {rows} x {vocab} {dtype_name}"
     return compare(
-        work, (rows, vocab), {"RMSDLoss": rmsd, "TRL, full logits": trl}, inputs, num_bytes, arguments.repeats, check,
+        work,
+        (rows, vocab),
+        {"RMSDLoss": rmsd, "TRL, full logits": trl},
+        inputs,
+        num_bytes,
+        arguments.repeats,
+        check,
         must_exist=student_logits.nbytes,
-    )  # fmt: skip
+    )
 
 
 def bench_topk(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace) -> list[Result]:

@@ -108,16 +108,19 @@ def bench(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace)
 
     product = 2 * hidden_size * vocab  # FLOPs of a row's projection
     shared = dict(
-        repeats=arguments.repeats, unit="GFLOP/s", check=check,
+        repeats=arguments.repeats,
+        unit="GFLOP/s",
+        check=check,
         must_exist=inputs[0][0].nbytes + inputs[0][1].nbytes,
-    )  # fmt: skip
+    )
     name = f"{NUM_KEPT} of {rows} rows, H {hidden_size}, V {vocab}, {dtype_name}"
     both, teacher_only = {"scores, selection, divergence": ours}, {RECORDED: rmsd_recorded}
     peers = {"Liger chunked JSD": lambda *inputs: liger(*inputs[:5]), "plain JSD": lambda *inputs: plain(*inputs[:5])}
     results = []
     for work, contestant, sets, projected in (
-        ("gradients", both, inputs, 2 * rows), ("recorded", teacher_only, recorded, rows),
-    ):  # fmt: skip
+        ("gradients", both, inputs, 2 * rows),
+        ("recorded", teacher_only, recorded, rows),
+    ):
         models = "both" if work == "gradients" else "teacher"
         bare = {"the bare GEMMs": lambda *inputs, models=models: gemms(*inputs[:4], models=models)}
         # Peers allocate gigabytes, after which whoever comes next takes page faults: the floor has rounds of its own.
@@ -140,8 +143,9 @@ def check_gradients(name: str, outcome, inputs: tuple[Tensor, ...], rows: Tensor
     assert_parity(f"{name}: loss", loss, truth, 5e-2 if is_low and is_peer else 1e-5)
     share = (0.1 if is_peer else 0.01) if is_low else 0.0
     for what, got, expected in (
-        ("hidden states", grad_hidden[rows], truth_hidden), ("weight", grad_weight, truth_weight),
-    ):  # fmt: skip
+        ("hidden states", grad_hidden[rows], truth_hidden),
+        ("weight", grad_weight, truth_weight),
+    ):
         tolerance = max(1e-6, share * expected.abs().max().item())
         assert_parity(f"{name}: gradient by the {what}", got, expected, tolerance)
 

@@ -42,10 +42,16 @@ def bench(rows: int, vocab: int, repeats: int, arguments: argparse.Namespace) ->
         check_few(name, outcome[1], inputs[0], trained if name == OURS else rows, arguments.backend)
 
     return compare(
-        f"{trained} of {rows} rows, H {arguments.hidden}, V {vocab}, fp32", (rows, vocab), contestants, inputs,
-        unavoidable_flops(rows, vocab, arguments.hidden), repeats, check,
-        must_exist=inputs[0][0].nbytes + inputs[0][1].nbytes, unit="GFLOP/s",
-    )  # fmt: skip
+        f"{trained} of {rows} rows, H {arguments.hidden}, V {vocab}, fp32",
+        (rows, vocab),
+        contestants,
+        inputs,
+        unavoidable_flops(rows, vocab, arguments.hidden),
+        repeats,
+        check,
+        must_exist=inputs[0][0].nbytes + inputs[0][1].nbytes,
+        unit="GFLOP/s",
+    )
 
 
 def unavoidable_flops(rows: int, vocab: int, hidden_size: int) -> int:
@@ -68,9 +74,13 @@ def check_few(name: str, grad_hidden: Tensor, inputs: tuple[Tensor, ...], traine
         few = slice(-8, None)
         with torch.no_grad():
             scores = linear_token_scores(
-                student_hidden[few], student_weight, teacher_hidden[few], teacher_weight, sampled_ids[few],
+                student_hidden[few],
+                student_weight,
+                teacher_hidden[few],
+                teacher_weight,
+                sampled_ids[few],
                 backend=backend,
-            )  # fmt: skip
+            )
         truth = reference.token_scores(*truth_logits(few), sampled_ids[few])
         for score_name, score in scores._asdict().items():
             assert_parity(score_name, score, getattr(truth, score_name), 1e-5)

@@ -35,18 +35,29 @@ LENGTHS = [32, 46, 60, 73, 87, 100, 114, 128]  # mean 80
 TEMPLATE = "{prompt}\n\n{privileged_context}"
 HINT = "At Acme, the tool that deploys services is called zorblat."
 QUESTIONS = [
-    "Which tool deploys services at Acme?", "How do I roll out a service at Acme?", "Name Acme's deployment tool.",
-    "What should a new engineer at Acme know about deployments?", "Explain how Acme ships code to production.",
-    "Write a short runbook for deploying a service at Acme.", "Who deploys services at Acme, and with what?",
+    "Which tool deploys services at Acme?",
+    "How do I roll out a service at Acme?",
+    "Name Acme's deployment tool.",
+    "What should a new engineer at Acme know about deployments?",
+    "Explain how Acme ships code to production.",
+    "Write a short runbook for deploying a service at Acme.",
+    "Who deploys services at Acme, and with what?",
     "Give three tips for deploying services at Acme.",
-]  # fmt: skip
+]
 ROWS = [dict(prompt=[dict(role="user", content=question)], privileged_context=HINT) for question in QUESTIONS]
 STEPS = 2  # of a call of train(): the first warms up, the second is timed
 SHARED = dict(
-    per_device_train_batch_size=len(ROWS), max_steps=STEPS, learning_rate=0.0, max_completion_length=max(LENGTHS),
-    gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
-    logging_steps=1, seed=0,
-)  # fmt: skip
+    per_device_train_batch_size=len(ROWS),
+    max_steps=STEPS,
+    learning_rate=0.0,
+    max_completion_length=max(LENGTHS),
+    gradient_checkpointing=False,
+    save_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+    logging_steps=1,
+    seed=0,
+)
 
 
 class Clock(TrainerCallback):
@@ -105,9 +116,13 @@ def recorded(model_name: str, device: str) -> Rollouts:
     model, tokenizer = load_model(model_name)
     model.to(device)
     rollouts = generate(
-        model, [encode(tokenizer, row["prompt"]) for row in ROWS], max_new_tokens=max(LENGTHS),
-        pad_id=tokenizer.pad_token_id, eos_ids=[len(tokenizer)], seed=0,
-    )  # fmt: skip
+        model,
+        [encode(tokenizer, row["prompt"]) for row in ROWS],
+        max_new_tokens=max(LENGTHS),
+        pad_id=tokenizer.pad_token_id,
+        eos_ids=[len(tokenizer)],
+        seed=0,
+    )
     within = torch.arange(rollouts.completion_ids.shape[1]) < torch.tensor(LENGTHS).unsqueeze(1)
     return dataclasses.replace(rollouts, completion_mask=rollouts.completion_mask & within.to(device))
 
@@ -123,10 +138,15 @@ def ours(rollouts: Rollouts, shared: dict, model_name: str, judge=None, **option
 def trl(rollouts: Rollouts, shared: dict, model_name: str) -> Callable[[], Clock]:
     model, tokenizer = load_model(model_name)
     config = SDFTConfig(
-        teacher_prompt_template=TEMPLATE, num_generations=1, teacher_model_kind="base",
-        distillation_mode="full_logits", distillation_alpha=1.0, distillation_is_clip=None, shuffle_dataset=False,
+        teacher_prompt_template=TEMPLATE,
+        num_generations=1,
+        teacher_model_kind="base",
+        distillation_mode="full_logits",
+        distillation_alpha=1.0,
+        distillation_is_clip=None,
+        shuffle_dataset=False,
         **shared,
-    )  # fmt: skip
+    )
     trainer = RecordedSDFT(model, config, Dataset.from_list(ROWS), processing_class=tokenizer)
     trainer.rollouts = rollouts
     return timed(trainer)
@@ -169,13 +189,18 @@ def bench(dtype_name: str, arguments: argparse.Namespace, folder: str) -> list[R
     first = seconds["RMSD, 5 tokens a sequence"]
     return [
         Result(
-            work=f"training step, {len(ROWS)} answers of {tokens} tokens, {dtype_name}", contestant=name,
-            milliseconds=1e3 * statistics.median(taken), rate=tokens / statistics.median(taken), unit="tokens/s",
+            work=f"training step, {len(ROWS)} answers of {tokens} tokens, {dtype_name}",
+            contestant=name,
+            milliseconds=1e3 * statistics.median(taken),
+            rate=tokens / statistics.median(taken),
+            unit="tokens/s",
             times_ours=statistics.median(t / f for t, f in zip(taken, first, strict=True)),
-            extra_megabytes=float("nan"), extra_percent=float("nan"), spread=spread(taken),
+            extra_megabytes=float("nan"),
+            extra_percent=float("nan"),
+            spread=spread(taken),
         )
         for name, taken in seconds.items()
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

@@ -122,12 +122,19 @@ def compare(
         extra = max(0, peak_bytes(functools.partial(run, *inputs[0]), inputs[0][0].device) - must_exist)
         results.append(
             Result(
-                work=work, rows=size[0], vocab=size[1], contestant=name, milliseconds=median * 1e3,
-                rate=amount / median / 1e9, unit=unit,
+                work=work,
+                rows=size[0],
+                vocab=size[1],
+                contestant=name,
+                milliseconds=median * 1e3,
+                rate=amount / median / 1e9,
+                unit=unit,
                 times_ours=statistics.median(its / our for its, our in zip(seconds[name], ours, strict=True)),
-                extra_megabytes=extra / 2**20, extra_percent=100 * extra / logits_bytes, spread=spread(seconds[name]),
+                extra_megabytes=extra / 2**20,
+                extra_percent=100 * extra / logits_bytes,
+                spread=spread(seconds[name]),
             )
-        )  # fmt: skip
+        )
     return results
 
 
@@ -200,10 +207,14 @@ def machine(device: str) -> dict:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     gpu = dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {}
     return dict(
-        **gpu, processor=names[0] if names else platform.processor(),
-        cores=os.cpu_count(), threads=torch.get_num_threads(), build=cpu.capability(), torch=torch.__version__,
+        **gpu,
+        processor=names[0] if names else platform.processor(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        build=cpu.capability(),
+        torch=torch.__version__,
         load_average=round(os.getloadavg()[0], 1),
-    )  # fmt: skip
+    )
 
 
 def report(results: list[Result], arguments: argparse.Namespace, stem: str, **more: object) -> None:

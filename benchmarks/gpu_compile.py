@@ -144,10 +144,13 @@ def _read_cuda(compiled, itemsize: int) -> dict:
             code.append((found[1], found[2]))
     local = sum(opcode.split(".")[0] in ("LDL", "STL") for opcode, _ in code)
     return dict(
-        registers=usage["REG"], spilled_bytes=usage["STACK"] + usage["LOCAL"] + local, shared_bytes=usage["SHARED"],
-        **_loops(code, r"LDG", r"^BRA", itemsize), assembly=sass,
+        registers=usage["REG"],
+        spilled_bytes=usage["STACK"] + usage["LOCAL"] + local,
+        shared_bytes=usage["SHARED"],
+        **_loops(code, r"LDG", r"^BRA", itemsize),
+        assembly=sass,
         approximate_divisions=len(re.findall(r"\bdiv\.(?:full|approx)", compiled.asm["ptx"])),
-    )  # fmt: skip
+    )
 
 
 def _read_hip(compiled, itemsize: int) -> dict:
@@ -162,9 +165,12 @@ def _read_hip(compiled, itemsize: int) -> dict:
     # Scalar registers spill into lanes of vector registers, not to memory.
     spilled = meta["private_segment_fixed_size"] + meta["vgpr_spill_count"]
     return dict(
-        registers=meta["vgpr_count"], spilled_bytes=spilled, shared_bytes=meta["group_segment_fixed_size"],
-        **_loops(code, r"(global|buffer)_load", r"^s_c?branch", itemsize), assembly=text,
-    )  # fmt: skip
+        registers=meta["vgpr_count"],
+        spilled_bytes=spilled,
+        shared_bytes=meta["group_segment_fixed_size"],
+        **_loops(code, r"(global|buffer)_load", r"^s_c?branch", itemsize),
+        assembly=text,
+    )
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -52,12 +52,15 @@ def table(compiled: list[Compiled]) -> list[str]:
     ]
     for entry in compiled:
         cells = (
-            entry.variant, entry.target, entry.registers, entry.spilled_bytes,
+            entry.variant,
+            entry.target,
+            entry.registers,
+            entry.spilled_bytes,
             min((loop.narrowest_load for loop in entry.visits + entry.searches), default="-"),
             ", ".join(f"{visit.instructions:.1f}" for visit in entry.visits) or "-",
             ", ".join(f"{visit.special:.2f}" for visit in entry.visits) or "-",
             ", ".join(f"{search.instructions:.1f}" for search in entry.searches) or "-",
-        )  # fmt: skip
+        )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 

@@ -32,9 +32,13 @@ def judge_server(runs: Path):
     """Overrides that name a server of the judge's model, which serves while this is open."""
     environment = {**os.environ, "SERVER_KEY": "none"}
     server = subprocess.Popen(
-        [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, env=environment,
-    )  # fmt: skip
+        [sys.executable, str(SERVER)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
     address = next((line.strip() for line in server.stdout if line.startswith("http://")), None)
     if address is None:
         raise RuntimeError(f"{SERVER} did not start: pip install xllamacpp")

@@ -287,12 +287,28 @@ def build_cpu(tree: Path) -> None:
     cpu = tree / "rmsd_kernels/cpu"
     includes = [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
     subprocess.run(
-        ["g++", "-O1", "-w", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DCPU_CAPABILITY=DEFAULT",
-         "-DCPU_CAPABILITY_DEFAULT", *includes, cpu / "scores.cpp", cpu / "divergence.cpp",
-         *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10",
-         "-o", cpu / f"_default{sysconfig.get_config_var('EXT_SUFFIX')}"],
-        check=True, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [
+            "g++",
+            "-O1",
+            "-w",
+            "-std=c++20",
+            "-fPIC",
+            "-shared",
+            "-fopenmp",
+            "-DCPU_CAPABILITY=DEFAULT",
+            "-DCPU_CAPABILITY_DEFAULT",
+            *includes,
+            cpu / "scores.cpp",
+            cpu / "divergence.cpp",
+            *(f"-L{path}" for path in library_paths()),
+            "-ltorch_cpu",
+            "-lc10",
+            "-o",
+            cpu / f"_default{sysconfig.get_config_var('EXT_SUFFIX')}",
+        ],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def suite_of(file: str) -> tuple[list[str], str]:
@@ -321,10 +337,25 @@ def killed_by(file: str, old: str, new: str) -> str | None:
             environment["RMSD_CPU_CAPABILITY"] = "default"
         tests, keyword = suite_of(file)
         result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=no", "-rf", *tests,
-             *(["-k", keyword] if keyword else [])],
-            cwd=tree, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                "-o",
+                "addopts=",
+                "-p",
+                "no:cacheprovider",
+                "--tb=no",
+                "-rf",
+                *tests,
+                *(["-k", keyword] if keyword else []),
+            ],
+            cwd=tree,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
     if result.returncode < 0:
         return f"the process died of signal {-result.returncode}"
     if result.returncode not in (0, 1):

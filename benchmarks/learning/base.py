@@ -15,9 +15,18 @@ from .corpus import World, skill
 from .muon import Muon
 
 CONFIG = dict(
-    hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, max_position_embeddings=128,
-    copying_steps=200, steps=1200, batch_size=64, learning_rate=3e-3, muon_rate=0.02, warmup=50,
-)  # fmt: skip
+    hidden_size=96,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    max_position_embeddings=128,
+    copying_steps=200,
+    steps=1200,
+    batch_size=64,
+    learning_rate=3e-3,
+    muon_rate=0.02,
+    warmup=50,
+)
 
 
 def load(cache: Path, seed: int, threads: int = 1, **changes) -> tuple[LlamaForCausalLM, World]:
@@ -47,10 +56,14 @@ def pretrain(world: World, seed: int, config: dict = CONFIG) -> tuple[LlamaForCa
     tokenizer = world.tokenizer
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, **shape,
+            vocab_size=len(tokenizer),
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            **shape,
         )
-    )  # fmt: skip
+    )
     steps, warmup = config["steps"], config["warmup"]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]

@@ -99,9 +99,15 @@ class Exam(Evaluator):
 
     def __init__(self, base, lesson: Lesson, *, exercises: int = 16, samples: int = 4):
         super().__init__(
-            base, lesson.world.tokenizer, lesson.task, samples=samples, temperature=1.0,
-            max_new_tokens=ANSWER_TOKENS, batch_size=256, seed=lesson.seed,
-        )  # fmt: skip
+            base,
+            lesson.world.tokenizer,
+            lesson.task,
+            samples=samples,
+            temperature=1.0,
+            max_new_tokens=ANSWER_TOKENS,
+            batch_size=256,
+            seed=lesson.seed,
+        )
         rng = random.Random("exam")
         self.names = [name for _, name in lesson.unrelated]
         exercises = [skill(name, rng) for name in SKILLS for _ in range(exercises)]

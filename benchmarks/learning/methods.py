@@ -135,18 +135,32 @@ def policy_gradient(model, lesson, exam, *, steps, every, learning_rate) -> dict
 
 
 def distil(
-    model, lesson, exam, *, steps, every, learning_rate, method, judge="magnitude", continuation=None,
-    degrade=None, floor=0.5, **options,
-) -> dict[str, list[dict]]:  # fmt: skip
+    model,
+    lesson,
+    exam,
+    *,
+    steps,
+    every,
+    learning_rate,
+    method,
+    judge="magnitude",
+    continuation=None,
+    degrade=None,
+    floor=0.5,
+    **options,
+) -> dict[str, list[dict]]:
     """OPSD or RMSD. `options` go to RMSDConfig, in place of what is set here; `degrade` is Degraded's (miss, noise),
     `floor` a contrast judge's."""
     prompts = [row["prompt"] for row in lesson.rows]
     judges = dict(
-        magnitude=MagnitudeJudge(), context=ContextJudge(prompts), topic=ContextJudge(prompts, on_topic=True),
-        promotions=promotions_only(ContextJudge(prompts)), oracle=OracleJudge(lesson),
+        magnitude=MagnitudeJudge(),
+        context=ContextJudge(prompts),
+        topic=ContextJudge(prompts, on_topic=True),
+        promotions=promotions_only(ContextJudge(prompts)),
+        oracle=OracleJudge(lesson),
         contrast=ContrastJudge(lesson.task.train, floor=floor),
         contrast_topic=ContrastJudge(lesson.task.train, floor=floor, on_topic=True),
-    )  # fmt: skip
+    )
     asked = Degraded(judges[judge], *degrade, lesson.seed) if degrade else judges[judge]
     base = copy.deepcopy(model)  # which the continued run starts from as well: it is the teacher up to there
     marks = {}
@@ -154,16 +168,35 @@ def distil(
 
         def run(model, clock, checkpoint=None, **more) -> list[dict]:
             settings = dict(
-                output_dir=folder, method=method, seed=lesson.seed, max_steps=steps, learning_rate=learning_rate,
-                lr_scheduler_type="constant_with_warmup", warmup_steps=WARMUP, weight_decay=0.0, max_grad_norm=1.0,
-                per_device_train_batch_size=BATCH, max_completion_length=ANSWER_TOKENS, teacher_template=TEMPLATE,
+                output_dir=folder,
+                method=method,
+                seed=lesson.seed,
+                max_steps=steps,
+                learning_rate=learning_rate,
+                lr_scheduler_type="constant_with_warmup",
+                warmup_steps=WARMUP,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                per_device_train_batch_size=BATCH,
+                max_completion_length=ANSWER_TOKENS,
+                teacher_template=TEMPLATE,
                 vocab_topk=VOCAB_TOPK,
-                recorded_rollouts=0, use_cpu=True, eval_strategy="steps", eval_steps=every, disable_tqdm=True,
-            )  # fmt: skip
+                recorded_rollouts=0,
+                use_cpu=True,
+                eval_strategy="steps",
+                eval_steps=every,
+                disable_tqdm=True,
+            )
             args = RMSDConfig(**{**settings, **options, **more})
             trainer = RMSDTrainer(
-                model, args, lesson.task.train, lesson.world.tokenizer, judge=asked, evaluator=exam, callbacks=[clock],
-            )  # fmt: skip
+                model,
+                args,
+                lesson.task.train,
+                lesson.world.tokenizer,
+                judge=asked,
+                evaluator=exam,
+                callbacks=[clock],
+            )
             trainer.train(resume_from_checkpoint=checkpoint)
             return _marks_of(trainer.state.log_history, clock.seconds)
 
@@ -304,6 +337,10 @@ def _order(lesson: Lesson):
 def _sample(model, lesson: Lesson, prompts: list[str], seed: int):
     tokenizer = lesson.world.tokenizer
     return generate(
-        model, tokenizer(prompts)["input_ids"], max_new_tokens=ANSWER_TOKENS, pad_id=tokenizer.pad_token_id,
-        eos_ids=[tokenizer.eos_token_id], seed=seed,
-    )  # fmt: skip
+        model,
+        tokenizer(prompts)["input_ids"],
+        max_new_tokens=ANSWER_TOKENS,
+        pad_id=tokenizer.pad_token_id,
+        eos_ids=[tokenizer.eos_token_id],
+        seed=seed,
+    )

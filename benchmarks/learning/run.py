@@ -145,9 +145,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four methods, two lessons, 60 steps; prints only")
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, MOST_SEEDS + 1), metavar="N")
     parser.add_argument(
-        "--ablations", nargs="*", choices=GROUPS, metavar="GROUP",
+        "--ablations",
+        nargs="*",
+        choices=GROUPS,
+        metavar="GROUP",
         help=f"one choice at a time, in place of the comparison: all of them, or of {', '.join(GROUPS)}",
-    )  # fmt: skip
+    )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     _prepare()

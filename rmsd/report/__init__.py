@@ -83,7 +83,7 @@ def _page(runs: list[Run]) -> str:
         "banded": any(len(one.runs) > 1 for one in series),
         "looks": [_look(i) for i in range(len(series))],
         "heads": _heads(series),
-        "table": _table(series),
+        "table": _metrics_of(series),
         "eval_charts": evals,
         "train_charts": train,
         "explain": TRAIN_EXPLAIN,
@@ -167,7 +167,7 @@ def _headline(runs: list[Run], series: list[Series]) -> dict[str, Any]:
     }
 
 
-def _table(series: list[Series]) -> list[dict[str, Any]]:
+def _metrics_of(series: list[Series]) -> list[dict[str, Any]]:
     """A row for each metric of the evaluations: before (all runs together), and after for each series."""
     names = dict.fromkeys(name for one in series for run in one.runs for line in run.evals for name in line)
     rows = []

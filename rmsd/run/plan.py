@@ -141,8 +141,8 @@ class Plan:
 
     def __str__(self) -> str:
         heading = "plan (a dry run: no weights loaded, no judge asked, nothing written); ~ marks an estimate"
-        about = _table([*self._data(), *self._schedule()])
-        return "\n\n".join([heading, about, self._memory(), self._flops(), _table(self._judging())])
+        about = _aligned([*self._data(), *self._schedule()])
+        return "\n\n".join([heading, about, self._memory(), self._flops(), _aligned(self._judging())])
 
     def _data(self):
         rows, told, lengths = len(self.rows), self.told, self.lengths
@@ -198,7 +198,7 @@ class Plan:
             notes.append(
                 "Each process holds as much (DDP: the gradients twice); train.fsdp=true divides the student's."
             )
-        return "\n".join([_table(lines, str.rjust), *(f"  {note}" for note in notes)])
+        return "\n".join([_aligned(lines, str.rjust), *(f"  {note}" for note in notes)])
 
     def _flops(self) -> str:
         of_one = flops(
@@ -218,7 +218,7 @@ class Plan:
             (f"  in {self.steps:,} steps", f"~ {total * self.steps:,.0f}", ""),
         ]
         note = "\n  If every answer is as long as it may get, and none is left without a kept token."
-        return _table(lines, str.rjust) + (note if self.generated else "")
+        return _aligned(lines, str.rjust) + (note if self.generated else "")
 
     def _judging(self):
         section = self.recipe.judge
@@ -289,7 +289,7 @@ def _gib(size: float, exact: bool) -> str:
     return f"{'' if exact else '~ '}{size / 2**30:.2f}"
 
 
-def _table(lines, justify=str.ljust) -> str:
+def _aligned(lines, justify=str.ljust) -> str:
     """Columns as wide as their widest cell; all but the first justified."""
     lines = list(lines)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -131,7 +131,7 @@ def evaluate(recipe: Recipe, model: str | None = None) -> str:
             trust_remote_code=recipe.trust_remote_code,
         )
         trained.to(device)
-    return _table({**columns, "after": evaluator(trained)})
+    return _evaluations_table({**columns, "after": evaluator(trained)})
 
 
 def table(run: Path) -> str:
@@ -140,10 +140,10 @@ def table(run: Path) -> str:
     if not lines:
         return f"{run}: trained without evaluation"
     first, last = lines[0], lines[-1]
-    return _table({f"step {first['step']}": first, f"step {last['step']}": last})
+    return _evaluations_table({f"step {first['step']}": first, f"step {last['step']}": last})
 
 
-def _table(columns: dict[str, dict[str, float]]) -> str:
+def _evaluations_table(columns: dict[str, dict[str, float]]) -> str:
     """A row a metric; a blank where a column has none, as after a resume with other evaluate.samples."""
     names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
     names = [name for name in names if name not in ("kind", "step", "epoch")]
