@@ -91,7 +91,7 @@ def test_labels_follow_from_the_word_that_the_told_teacher_would_make():
     asked = []
 
     class Tokenizer:
-        chat_template = None
+        chat_template = eos_token_id = None
 
         def __call__(self, text, **options):
             return {"input_ids": [text]}

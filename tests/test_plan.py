@@ -271,6 +271,9 @@ def test_rollouts_that_rows_bring_are_measured_and_not_sampled(recipe, tmp_path)
 def test_the_published_recipe_trains_a_tiny_model(folder, tmp_path, server):
     """Everything but its size: LoRA in bfloat16, gradient checkpointing, the LLM judge, the continuation, its task."""
     pytest.importorskip("peft", reason="needs peft: pip install 'rmsd-kernels[peft]'")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template = tiny.CHAT + "{% if enable_thinking %}{% endif %}"  # a variable of Qwen3's
+    tokenizer.save_pretrained(folder)
     run = tmp_path / "run"
     overrides = [
         f"model={folder}",
@@ -296,8 +299,8 @@ def test_the_published_recipe_trains_a_tiny_model(folder, tmp_path, server):
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3]
     assert 0 < len(server.requests) <= most == 12
     assert (run / "model" / "adapter_model.safetensors").exists()
-    template = AutoTokenizer.from_pretrained(run / "model").chat_template
-    assert template == "{%- set enable_thinking = false -%}" + tiny.CHAT
+    saved = AutoTokenizer.from_pretrained(run / "model").chat_template
+    assert saved == "{%- set enable_thinking = false -%}" + template
 
 
 def test_template_variables_are_fixed_for_every_prompt(monkeypatch):
