@@ -13,7 +13,9 @@ BACKENDS = {"triton": "rmsd_kernels.triton", "cpu": "rmsd_kernels.cpu"}  # modul
 PREFERRED_BACKENDS = {"cuda": "triton", "cpu": "cpu"}  # by device type; ROCm tensors are "cuda" to torch
 
 
+@functools.cache
 def implementation(backend: str):
+    """The backend's module; see ops.py. Raises ImportError where it cannot be imported."""
     return importlib.import_module(BACKENDS[backend])
 
 
@@ -23,13 +25,19 @@ def why_not(backend: str, tensor: Tensor) -> str | None:
         return None
     if tensor.dtype == torch.float64:
         return "its kernels compute in fp32 and the input is float64"
-    return _why_not(backend, tensor.dtype, tensor.device)
+    if torch.compiler.is_compiling():
+        return _why_not_while_tracing(backend, tensor.dtype, tensor.device)
+    return _why_not(backend, tensor)
 
 
-@torch.compiler.assume_constant_result  # asked while tracing: imports, libraries and environments cannot be traced
-def _why_not(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+@torch.compiler.assume_constant_result  # imports, libraries and environments cannot be traced
+def _why_not_while_tracing(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    return _why_not(backend, torch.empty(0, dtype=dtype, device=device))
+
+
+def _why_not(backend: str, tensor: Tensor) -> str | None:
     try:
-        return implementation(backend).why_not(torch.empty(0, dtype=dtype, device=device))
+        return implementation(backend).why_not(tensor)
     except ImportError as error:
         return str(error)
 

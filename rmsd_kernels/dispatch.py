@@ -1,12 +1,18 @@
 """Rows of logits to the backend that serves them: after the checks of the public functions, before the operators.
 
 The functions from logits and those from hidden states meet here. Logits are (N, V) or (B, L, V).
+
+A call passes through torch.library's dispatcher only where somebody may want to see it there: a compiler, fake tensors,
+a function transform. Plain eager code calls the backend itself, which takes the host a third of the time
+(benchmarks/bench_host.py).
 """
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import ops, reference
+from .backends import implementation
 from .options import Options
 from .reference import TokenScores
 
@@ -21,6 +27,16 @@ def _as_bl(tensor: Tensor) -> Tensor:
     return (tensor.unsqueeze(0) if tensor.ndim == 1 else tensor).contiguous()
 
 
+def is_plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether nobody is tracing, transforming or standing in for tensors."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, vjp, functionalize
+        return False
+    plain = (Tensor, torch.nn.Parameter)
+    return all(tensor is None or (type(tensor) in plain and not tensor.is_meta) for tensor in tensors)
+
+
 @torch.no_grad()
 def scores_of_rows(
     student_logits: Tensor,
@@ -32,7 +48,11 @@ def scores_of_rows(
     if options.backend == "torch":
         scores = reference.token_scores(student_logits, teacher_logits, sampled_ids, **options.of_scores())
         return TokenScores(*(score.float() for score in scores))
-    scores = ops.scores(_as_blv(student_logits), _as_blv(teacher_logits), _as_bl(sampled_ids), *options)
+    rows = _as_blv(student_logits), _as_blv(teacher_logits), _as_bl(sampled_ids)
+    if is_plain_eager(*rows):
+        scores = implementation(options.backend).scores(*rows, options)
+    else:
+        scores = ops.scores(*rows, *options)
     return TokenScores(*scores.view(7, *sampled_ids.shape).unbind())
 
 
@@ -52,7 +72,11 @@ def scores_and_candidates_of_rows(
         score = reference.criterion_score(scores, criterion)
         return scores, reference.select_tokens(score, mask, num_tokens=num_candidates, threshold=threshold)
     rows = _as_blv(student_logits), _as_blv(teacher_logits), sampled_ids.long().contiguous(), mask.contiguous()
-    scores, index = ops.scores_and_candidates(*rows, num_candidates, criterion, threshold, *options)
+    selection = num_candidates, criterion, threshold
+    if is_plain_eager(*rows):
+        scores, index = implementation(options.backend).scores_and_candidates(*rows, *selection, options)
+    else:
+        scores, index = ops.scores_and_candidates(*rows, *selection, *options)
     return TokenScores(*scores.unbind()), index
 
 
@@ -64,7 +88,10 @@ def divergence_of_rows(
 ) -> Tensor:
     """(R,), differentiable in `student_logits`."""
     if options.backend != "torch":
-        return ops.divergence(_as_blv(student_logits), _as_blv(teacher_logits.detach()), rows, *options)[0]
+        logits = _as_blv(student_logits), _as_blv(teacher_logits.detach())
+        if is_plain_eager(*logits, rows):
+            return _Divergence.apply(*logits, rows, options)
+        return ops.divergence(*logits, rows, *options)[0]
     student_logits, teacher_logits = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
     if rows is not None:
         if student_logits.shape[0] == 0:
@@ -72,6 +99,30 @@ def divergence_of_rows(
         student_logits, teacher_logits = student_logits[rows.clamp_min(0)], teacher_logits[rows.clamp_min(0)]
     result = reference.token_divergence(student_logits, teacher_logits, **options.of_divergence())
     return result if rows is None else torch.where(rows >= 0, result, 0.0)
+
+
+class _Divergence(torch.autograd.Function):
+    """ops.divergence and its backward, called without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, rows, options):
+        result, stats = implementation(options.backend).divergence(student_logits, teacher_logits, rows, options)
+        ctx.save_for_backward(student_logits, teacher_logits, rows, stats)
+        ctx.options = options
+        return result
+
+    @staticmethod
+    def backward(ctx, grad_divergence):
+        *logits, rows, stats = ctx.saved_tensors
+        if rows is not None:
+            grad_divergence = ops.summed_over_repeats(grad_divergence, rows, logits[0].shape[:2].numel())
+        # With a graph wanted of the backward, the operator is who says that there is no second derivative.
+        if is_plain_eager(grad_divergence) and not torch.is_grad_enabled():
+            kernels = implementation(ctx.options.backend)
+            grad = kernels.divergence_backward(grad_divergence, *logits, rows, stats, ctx.options)
+        else:
+            grad = ops.divergence_backward(grad_divergence, *logits, rows, stats, *ctx.options)
+        return grad, None, None, None
 
 
 def gradient_of_rows(
@@ -89,5 +140,9 @@ def gradient_of_rows(
 
         return torch.func.vjp(divergence, student_logits)[1](grad_divergence)[0]
     logits = _as_blv(student_logits), _as_blv(teacher_logits)
+    if is_plain_eager(*logits, grad_divergence):
+        kernels = implementation(options.backend)
+        _, stats = kernels.divergence(*logits, None, options)
+        return kernels.divergence_backward(grad_divergence, *logits, None, stats, options)[0]
     _, stats = ops.divergence(*logits, None, *options)
     return ops.divergence_backward(grad_divergence, *logits, None, stats, *options)[0]

@@ -145,11 +145,11 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _summed_over_repeats(grad_divergence: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+def summed_over_repeats(grad_divergence: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """(R,): the sum of a row's gradients wherever it is named. Whether rows repeat cannot be asked of a device without
     waiting for it; so those that do write the same numbers to the same place, in whatever order."""
-    slots = torch.where((rows >= 0) & (rows < num_rows), rows, num_rows)
-    sums = grad_divergence.new_zeros(num_rows + 1).index_put((slots,), grad_divergence, accumulate=True)
+    slots = rows.clamp(-1, num_rows) + 1  # the first and the last stand for none
+    sums = grad_divergence.new_zeros(num_rows + 2).index_put((slots,), grad_divergence, accumulate=True)
     return sums[slots]
 
 
@@ -157,7 +157,7 @@ def _backward(ctx, grad_divergence, _grad_stats):
     student_logits, teacher_logits, rows, stats = ctx.saved_tensors
     if rows is not None:
         num_rows = student_logits.shape[0] * student_logits.shape[1]
-        grad_divergence = _summed_over_repeats(grad_divergence, rows, num_rows)
+        grad_divergence = summed_over_repeats(grad_divergence, rows, num_rows)
     grad = divergence_backward(grad_divergence, student_logits, teacher_logits, rows, stats, *ctx.options)
     return grad, None, None, *(None for _ in ctx.options)
 

@@ -168,6 +168,45 @@ def test_backward_under_autocast(backend, device):
     assert torch.equal(*grads)
 
 
+# ---- with and without the dispatcher ---------------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    """Names of this package's operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names |= {function.name()} if function.namespace == "rmsd_kernels" else set()
+        return function(*args, **(kwargs or {}))
+
+
+def everything(backend, student, teacher, ids, mask):
+    leaf = student.clone().requires_grad_()
+    scores, index = rk.scores_and_candidates(student, teacher, ids, mask, num_candidates=2, backend=backend)
+    divergence = rk.token_divergence(leaf, teacher, rows=torch.tensor([1, -1, 0, 1]), **TOPK, backend=backend)
+    divergence.sum().backward()
+    return [*rk.token_scores(student, teacher, ids, backend=backend), *scores, index, divergence.detach(), leaf.grad]
+
+
+def test_eager_code_and_the_operators_give_the_same_bits(backend, monkeypatch):
+    """Whoever watches the dispatcher sees every operator; where nobody does, none is called."""
+    arguments = batch()
+    with Seen() as seen:
+        watched = everything(backend, *arguments)
+    names = ("scores", "scores_and_candidates", "divergence", "divergence_backward")
+    assert seen.names == ({f"rmsd_kernels::{name}" for name in names} if backend != "torch" else set())
+
+    def refuse(*_):
+        raise AssertionError("an operator was called")
+
+    for name in names:
+        monkeypatch.setattr(ops, name, refuse)
+    assert all(map(torch.equal, everything(backend, *arguments), watched))
+
+
 # ---- second derivatives ---------------------------------------------------------------------------------------------
 
 

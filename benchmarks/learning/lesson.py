@@ -23,8 +23,8 @@ ANSWER_TOKENS = 32  # a name given twice, with the longest opening and closing, 
 class Lesson:
     """Rows to train on and prompts to examine with, all following from `seed`.
 
-    Six rows in ten ask about the taught thing, the others about anything else; all of them carry the hint, as in the
-    published setting. With `anchors` the others carry none, and hold the model where it was.
+    Six rows in ten ask about the taught thing, the others about anything else; all of them carry the hint. With
+    `anchors` the others carry none, and hold the model where it was.
     """
 
     def __init__(self, world: World, seed: int, *, rows: int = 200, anchors: bool = False):
