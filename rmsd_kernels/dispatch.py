@@ -125,13 +125,28 @@ class _Divergence(torch.autograd.Function):
         return grad, None, None, None
 
 
+def divergence_and_stats(
+    student_logits: Tensor,  # (n, V)
+    teacher_logits: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor | None]:
+    """(n,) divergence of every row, and what a backend's kernels hand to their backward, (n, 16)."""
+    if options.backend == "torch":
+        return divergence_of_rows(student_logits, teacher_logits, None, options), None
+    logits = _as_blv(student_logits), _as_blv(teacher_logits)
+    if is_plain_eager(*logits):
+        return implementation(options.backend).divergence(*logits, None, options)
+    return ops.divergence(*logits, None, *options)
+
+
 def gradient_of_rows(
     grad_divergence: Tensor,  # (n,)
     student_logits: Tensor,  # (n, V)
     teacher_logits: Tensor,
+    stats: Tensor | None,  # of `divergence_and_stats`
     options: Options,
 ) -> Tensor:
-    """Gradient of `divergence_of_rows` by all of (n, V) student logits. Written out, without autograd, where there are
+    """Gradient of the divergence by all of (n, V) student logits. Written out, without autograd, where there are
     kernels: torch.compile cannot trace autograd.grad inside a backward."""
     if options.backend == "torch":
 
@@ -142,7 +157,5 @@ def gradient_of_rows(
     logits = _as_blv(student_logits), _as_blv(teacher_logits)
     if is_plain_eager(*logits, grad_divergence):
         kernels = implementation(options.backend)
-        _, stats = kernels.divergence(*logits, None, options)
         return kernels.divergence_backward(grad_divergence, *logits, None, stats, options)[0]
-    _, stats = ops.divergence(*logits, None, *options)
     return ops.divergence_backward(grad_divergence, *logits, None, stats, *options)[0]

@@ -186,14 +186,14 @@ class Seen(TorchDispatchMode):
 def everything(backend, student, teacher, ids, mask):
     leaf = student.clone().requires_grad_()
     scores, index = rk.scores_and_candidates(student, teacher, ids, mask, num_candidates=2, backend=backend)
-    divergence = rk.token_divergence(leaf, teacher, rows=torch.tensor([1, -1, 0, 1]), **TOPK, backend=backend)
+    divergence = rk.token_divergence(leaf, teacher, rows=ids.new_tensor([1, -1, 0, 1]), **TOPK, backend=backend)
     divergence.sum().backward()
     return [*rk.token_scores(student, teacher, ids, backend=backend), *scores, index, divergence.detach(), leaf.grad]
 
 
-def test_eager_code_and_the_operators_give_the_same_bits(backend, monkeypatch):
+def test_eager_code_and_the_operators_give_the_same_bits(backend, device, monkeypatch):
     """Whoever watches the dispatcher sees every operator; where nobody does, none is called."""
-    arguments = batch()
+    arguments = batch(device)
     with Seen() as seen:
         watched = everything(backend, *arguments)
     names = ("scores", "scores_and_candidates", "divergence", "divergence_backward")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rmsd import LinearRMSDLoss, RMSDLoss
 from rmsd.answers.rollout import Rollouts, generate, hidden_states
 from rmsd.answers.teacher import Teacher
-from rmsd.models.heads import OutputHead
+from rmsd.models.heads import OutputHead, mixed_precision_dtype
 from rmsd.models.hidden import completion_hidden
 from rmsd.models.parts import captured_hidden, causal_lm, no_head
 
@@ -227,6 +227,42 @@ def test_a_forward_put_on_the_head_by_others_is_put_back():
 
 
 # ---- sharded heads -------------------------------------------------------------------------------------------------
+
+
+def test_under_mixed_precision_on_a_gpu_the_head_is_read_in_16_bits():
+    """A frozen weight is cast once for both models that share it, until it changes; a trained one's gradient is its
+    own dtype's."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert mixed_precision_dtype(gpu, bf16=True, fp16=False) == torch.bfloat16
+    assert mixed_precision_dtype(gpu, bf16=False, fp16=True) == torch.float16
+    assert (
+        mixed_precision_dtype(gpu, bf16=False, fp16=False) is mixed_precision_dtype(cpu, bf16=True, fp16=False) is None
+    )
+    model = tiny.model("llama").requires_grad_(False)
+    head = OutputHead.of(model)
+    cast = head.in_dtype(torch.bfloat16)
+    assert cast.weight.dtype == torch.bfloat16 and head.in_dtype(None) is head
+    assert OutputHead.current(model, head.transform).in_dtype(torch.bfloat16).weight is cast.weight
+    head.weight.mul_(2)
+    assert torch.equal(head.in_dtype(torch.bfloat16).weight, head.weight.bfloat16())
+    head.weight.requires_grad_()
+    head.in_dtype(torch.bfloat16).weight.sum().backward()
+    assert head.weight.grad.dtype == torch.float32
+
+
+def test_the_trainer_and_its_teacher_read_the_head_in_the_dtype_of_mixed_precision(tmp_path, monkeypatch):
+    made = trainer(tmp_path)
+    made.head_dtype = made.teacher._head_dtype = torch.bfloat16
+    seen = []
+    forward = made.loss.forward
+
+    def noted(*heads, **options):
+        seen.append([tensor.dtype for tensor in heads[:4]])
+        return forward(*heads, **options)
+
+    monkeypatch.setattr(made.loss, "forward", noted)
+    made.train()
+    assert seen and all(dtype == torch.bfloat16 for dtypes in seen for dtype in dtypes)
 
 
 def test_a_head_partitioned_by_zero_3_is_refused():

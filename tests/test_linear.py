@@ -7,6 +7,7 @@ from conftest import skip_unless_served
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import rmsd_kernels
 from rmsd_kernels import linear_token_divergence, linear_token_logprobs, linear_token_scores
 from rmsd_kernels.heads import projection
 from rmsd_kernels.reference import scaled_logits, token_divergence, token_scores
@@ -220,6 +221,90 @@ def test_many_rows_are_projected_in_tiles_and_few_as_they_are(monkeypatch):
 def test_a_tile_s_rows_begin_where_a_vector_load_may():
     """On a GPU an odd width takes loads of 4 bytes and another variant of the kernel."""
     assert all(projection.column_tile(rows, 2, 152_001, 48) % 64 == 0 for rows in (100, 300, 333, 500, 600))
+
+
+# ---- 16-bit weights on a GPU, seen without one -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_every_product_of_16_bit_weights_takes_them_as_they_are_on_a_gpu(chunks, monkeypatch):
+    """No operand is brought to fp32, and what is summed over chunks is summed in fp32."""
+    low, full = torch.bfloat16, torch.float32
+    products, product = [], projection._product
+
+    def noted(first, second, out_dtype):
+        products.append((first.dtype, second.dtype, out_dtype))
+        return product(first, second, out_dtype)
+
+    monkeypatch.setattr(projection, "_product", noted)
+    monkeypatch.setattr(projection, "_takes_low_precision", lambda tensor: True)
+    made = {n: x.requires_grad_(n.startswith("student")) for n, x in inputs(low, bias=False).items()}
+    workspace_mb = 4 * 4 * V * N / chunks / 2**20 if chunks > 1 else None
+    linear_token_divergence(*made.values(), workspace_mb=workspace_mb).sum().backward()
+    logits, of_hidden = [(low, low, full)] * 2, [(low, low, full)]
+    of_weight = [(low, low, low if chunks == 1 else full)]
+    assert products == logits * chunks + [*(logits if chunks > 1 else []), *of_hidden, *of_weight] * chunks
+    assert made["student_weight"].grad.dtype == low
+
+
+def test_a_16_bit_product_of_the_gradient_keeps_the_budget(monkeypatch):
+    """As a GPU computes it: gradients by the logits are rounded to the weight's dtype, and summed in fp32."""
+    made = inputs(torch.bfloat16, bias=False)
+    names = ("student_hidden", "student_weight")
+
+    def gradients(dtype, function):
+        leaves = {n: x.to(dtype).requires_grad_(n in names) for n, x in made.items()}
+        return torch.autograd.grad(function(leaves).sum(), [leaves[n] for n in names])
+
+    def direct(leaves):
+        return token_divergence(leaves["student_hidden"] @ leaves["student_weight"].T, teacher_logits.to(kind(leaves)))
+
+    def kind(leaves):
+        return leaves["student_hidden"].dtype
+
+    teacher_logits = made["teacher_hidden"].double() @ made["teacher_weight"].double().T
+    truth = gradients(torch.float64, direct)
+    rounded = gradients(torch.bfloat16, direct)  # the model's own 16-bit head
+    monkeypatch.setattr(projection, "_takes_low_precision", lambda tensor: True)
+    for workspace_mb in (None, 0.002):
+
+        def linear(leaves, workspace_mb=workspace_mb):
+            return linear_token_divergence(*leaves.values(), workspace_mb=workspace_mb)
+
+        ours = gradients(torch.bfloat16, linear)
+        for name, grad, plain, exact in zip(names, ours, rounded, truth, strict=True):
+            error, theirs = ((x.double() - exact).norm() / exact.norm() for x in (grad, plain))
+            assert error < 2**-8 and error < theirs / 2, name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("workspace_mb", [None, 0.002], ids=["kept", "projected again"])
+def test_rows_are_scanned_once_forward_and_once_backward(backend, workspace_mb, monkeypatch):
+    """The forward's statistics are kept, not found again from logits that are projected again."""
+    skip_unless_served(backend)
+    calls = []
+    kernels = rmsd_kernels.backends.implementation(backend)
+    for name in ("divergence", "divergence_backward"):
+        function = getattr(kernels, name)
+
+        def counted(*arguments, name=name, function=function):
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(kernels, name, counted)
+    made = inputs(bias=False)
+    made["student_hidden"].requires_grad_()
+    linear_token_divergence(*made.values(), workspace_mb=workspace_mb, backend=backend).sum().backward()
+    assert calls.count("divergence") == calls.count("divergence_backward") == (1 if workspace_mb is None else 9)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 8, 9, 100])
+def test_chunks_are_of_equal_size(num_rows):
+    chunks = projection.row_chunks(num_rows, 100, 8 * 400 / 2**20)
+    sizes = [part.stop - part.start for part in chunks]
+    assert sum(sizes) == num_rows and max(sizes) <= 8 and max(sizes) - min(sizes) <= 1
+    assert [part.start for part in chunks[1:]] == [part.stop for part in chunks[:-1]]
+    assert len(chunks) == max(1, -(-num_rows // 8))
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

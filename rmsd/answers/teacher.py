@@ -38,7 +38,13 @@ class Teacher:
         ValueError: the model has no adapter to switch off, learnt prompts, or several adapters at once.
     """
 
-    def __init__(self, model, kind: str = "initial", autocast: Callable = contextlib.nullcontext):
+    def __init__(
+        self,
+        model,
+        kind: str = "initial",
+        autocast: Callable = contextlib.nullcontext,
+        head_dtype: torch.dtype | None = None,
+    ):
         if kind not in KINDS:
             raise ValueError(f"teacher must be one of {', '.join(KINDS)}, not {kind!r}")
         self.has_adapter = hasattr(model, "disable_adapter")
@@ -52,7 +58,7 @@ class Teacher:
                 f"teacher='adapter_off' needs all trained weights in the adapter, and {beside_adapter(model)} is "
                 "beside it: 'initial' keeps a copy"
             )
-        self.kind, self.student, self._autocast = kind, model, autocast
+        self.kind, self.student, self._autocast, self._head_dtype = kind, model, autocast, head_dtype
         self.changed = False  # from the initial weights
         self.has_snapshot = False  # an adapter of its own
         self._averages: dict[str, Tensor] = {}  # fp32, of the weights below that
@@ -67,7 +73,7 @@ class Teacher:
         """Of the weights as they are now: FSDP puts others in their place. Under PEFT the adapter's own copy, or the
         original one, where `modules_to_save` names it."""
         with self._adapter():
-            return OutputHead.current(self.model, self._transform)
+            return OutputHead.current(self.model, self._transform).in_dtype(self._head_dtype)
 
     @contextlib.contextmanager
     def active(self):

@@ -21,7 +21,7 @@ from ..answers.teacher import Teacher
 from ..judge import ContextJudge, Judge
 from ..judge.llm import llm_of
 from ..loss import LinearRMSDLoss
-from ..models.heads import OutputHead, Reading
+from ..models.heads import OutputHead, Reading, mixed_precision_dtype
 from ..models.hidden import completion_hidden
 from ..models.router import RouterLoss
 from ..models.sharding import as_rank_zero, check_sharded_teacher, check_sharding, whole
@@ -101,7 +101,8 @@ class RMSDTrainer(Trainer):
         if self.model.device.type != args.device.type:
             self._move_model_to_device(self.model, args.device)
         self.router_loss = RouterLoss(self.model, args.router_loss)
-        self.teacher = Teacher(self.model, args.teacher, self.accelerator.autocast)
+        self.head_dtype = mixed_precision_dtype(args.device, bf16=args.bf16, fp16=args.fp16)
+        self.teacher = Teacher(self.model, args.teacher, self.accelerator.autocast, self.head_dtype)
         if self.is_fsdp_enabled:
             check_sharded_teacher(self.teacher.has_adapter, args, self.teacher.has_snapshot)
         self.head_transform = OutputHead.of(self.model).transform
@@ -265,7 +266,7 @@ class RMSDTrainer(Trainer):
         return eos_ids_of(self.student, self.processing_class)
 
     def student_head(self) -> OutputHead:
-        return OutputHead.current(self.student, self.head_transform)
+        return OutputHead.current(self.student, self.head_transform).in_dtype(self.head_dtype)
 
     def _seeds(self, micro_batch: int, count: int) -> list[int]:
         """One for every row of every step: a resumed run samples what it would have, and several processes what one

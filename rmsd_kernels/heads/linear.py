@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_head, check_heads, check_ids, check_rows, check_workspace
-from ..dispatch import divergence_of_rows, gradient_of_rows, scores_of_rows
+from ..dispatch import divergence_and_stats, gradient_of_rows, scores_of_rows
 from ..options import Options, complete_options
 from ..reference import TokenScores
 from .merge import ShardScores, merged_scores, shard_scores
@@ -232,20 +232,24 @@ class _LinearDivergence(torch.autograd.Function):
         ctx.chunks = row_chunks(num_rows, 4 * width, workspace_mb)
         keeps = any(ctx.needs_input_grad) and len(row_chunks(num_rows, 3 * 3 * width, workspace_mb)) == 1
         ctx.options, ctx.shared = options, models.shared
-        result = []
+        result, stats = [], []
         workspace = None if keeps else workspace_for(models.student_hidden, ctx.chunks, 2, width)
         for part in ctx.chunks:
             logits = models.logits(part, workspace)
-            result.append(divergence_of_rows(*logits, None, options))
+            of_chunk, of_backward = divergence_and_stats(*logits, options)
+            result.append(of_chunk)
+            stats.append(of_backward)
         kept, result = logits if keeps else (), torch.cat(result)
-        ctx.save_for_backward(*models[:6], live & result.isfinite(), *kept)
+        # The torch backend has none.
+        stats = torch.cat(stats) if stats[0] is not None else None
+        ctx.save_for_backward(*models[:6], live & result.isfinite(), stats, *kept)
         return result.masked_fill(~live, 0.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_divergence):
-        *tensors, live = ctx.saved_tensors[:7]
-        models, kept = Models(*tensors, shared=ctx.shared), ctx.saved_tensors[7:]
+        *tensors, live, stats = ctx.saved_tensors[:8]
+        models, kept = Models(*tensors, shared=ctx.shared), ctx.saved_tensors[8:]
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         weight, hidden = models.student_weight, models.student_hidden
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
@@ -255,11 +259,15 @@ class _LinearDivergence(torch.autograd.Function):
         with torch.autocast(weight.device.type, enabled=False):
             for part in ctx.chunks:
                 logits = kept or models.logits(part, workspace)
-                grad_logits = gradient_of_rows(grad_divergence[part], *logits, ctx.options)
+                grad_logits = gradient_of_rows(
+                    grad_divergence[part], *logits, None if stats is None else stats[part], ctx.options
+                )
                 if needs_hidden:
                     grad_hidden[part] = backproject(grad_logits, weight)
                 if needs_weight:
-                    grad_weight = add_weight_gradient(grad_weight, grad_logits, hidden[part], live[part])
+                    # One chunk's product is the gradient; several are summed in fp32.
+                    dtype = weight.dtype if len(ctx.chunks) == 1 else grad_logits.dtype
+                    grad_weight = add_weight_gradient(grad_weight, grad_logits, hidden[part], live[part], dtype)
                 if needs_bias:
                     grad_bias = grad_logits.sum(0) if grad_bias is None else grad_bias.add_(grad_logits.sum(0))
                 del grad_logits  # before the next chunk makes its own

@@ -1,5 +1,7 @@
 """Hidden states @ head, a chunk of rows at a time, in fp32 whatever the inputs' dtype, and back."""
 
+import itertools
+import math
 import threading
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from torch import Tensor
 # bare products' time, 192 MB 2.2, 768 MB 1.4, all at once 1.4. 1 GB has room for 512 rows even at V = 262k.
 WORKSPACE_MB = {"cpu": 48, "gpu": 1024}
 _TILE_ROWS, _TILE_COLUMNS = 512, 1024  # of a tile of logits, at most and at least
+_SUMMED_COLUMNS = 32768  # of a low-precision head's gradient, added to its sum at a time
 _UPCAST_COLUMNS = 4096  # rows of a low-precision weight brought to fp32 at a time on a CPU
 _per_thread = threading.local()
 
@@ -93,9 +96,12 @@ def column_tile(num_rows: int, models: int, width: int, workspace_mb: float) -> 
 
 
 def row_chunks(num_rows: int, logits_a_row: int, workspace_mb: float) -> list[slice]:
-    """Slices of rows whose fp32 logits fit the workspace together; at least one, maybe empty."""
-    rows = max(1, int(workspace_mb * 2**20 / (4 * logits_a_row)))
-    return [slice(start, start + rows) for start in range(0, max(num_rows, 1), rows)]
+    """Slices of rows whose fp32 logits fit the workspace together; at least one, maybe empty. Their sizes differ by one
+    at most: a last chunk of a few rows reads the whole weight for little work."""
+    most = max(1, int(workspace_mb * 2**20 / (4 * logits_a_row)))
+    chunks = max(1, math.ceil(num_rows / most))
+    ends = [math.ceil(num_rows * chunk / chunks) for chunk in range(chunks + 1)]  # the first is the largest
+    return [slice(*ends) for ends in itertools.pairwise(ends)]
 
 
 def workspace_for(hidden: Tensor, parts: list[slice], models: int, width: int) -> Tensor | None:
@@ -120,8 +126,8 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tens
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.dtype in (torch.float32, torch.float64):
             logits = torch.mm(hidden, weight.T, out=logits)
-        elif hidden.is_cuda:
-            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        elif _takes_low_precision(hidden):
+            logits = _product(hidden, weight.T, torch.float32)
         else:
             # A CPU's low-precision product rounds its result to the inputs' dtype.
             if logits is None:
@@ -133,12 +139,18 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace: Tens
         return logits if bias is None else logits.add_(bias)
 
 
+def _takes_low_precision(tensor: Tensor) -> bool:
+    """Whether the device multiplies 16-bit operands and sums in fp32. A CPU's product rounds its sums to 16 bits, so
+    there the operands are brought to fp32."""
+    return tensor.is_cuda
+
+
 def backproject(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """(n, V) @ (V, H) in fp32 (fp64 for fp64). To be called outside of autocast."""
     if weight.dtype == grad_logits.dtype:
         return grad_logits @ weight
-    if weight.is_cuda:
-        return torch.mm(grad_logits.to(weight.dtype), weight, out_dtype=torch.float32)
+    if _takes_low_precision(weight):
+        return _product(grad_logits.to(weight.dtype), weight, torch.float32)
     grad_hidden = grad_logits.new_zeros(len(grad_logits), weight.shape[1])
     for start in range(0, len(weight), _UPCAST_COLUMNS):
         part = slice(start, start + _UPCAST_COLUMNS)
@@ -146,12 +158,35 @@ def backproject(grad_logits: Tensor, weight: Tensor) -> Tensor:
     return grad_hidden
 
 
-def add_weight_gradient(grad_weight: Tensor | None, grad_logits: Tensor, hidden: Tensor, live: Tensor) -> Tensor:
-    """grad_weight + (V, n) @ (n, H), in place; to be called outside of autocast. Where a row is not `live` its gradient
-    by logits is 0, and so is its hidden state here: it may hold NaN, and 0 * NaN would be everywhere in the product."""
-    hidden = torch.where(live.unsqueeze(-1), hidden, 0.0).to(grad_logits.dtype)
-    # The first product is written, not added to zeros: those 113 MB at V = 50k are a third of the backward.
-    return grad_logits.T @ hidden if grad_weight is None else grad_weight.addmm_(grad_logits.T, hidden)
+def _product(first: Tensor, second: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Of two 16-bit matrices, summed in fp32."""
+    if first.is_cuda:
+        return torch.mm(first, second, out_dtype=out_dtype)
+    return (first.float() @ second.float()).to(out_dtype)
+
+
+def add_weight_gradient(
+    grad_weight: Tensor | None,  # (V, H), the sum so far; None before the first chunk
+    grad_logits: Tensor,  # (n, V)
+    hidden: Tensor,  # (n, H)
+    live: Tensor,  # (n,) bool
+    dtype: torch.dtype,
+) -> Tensor:
+    """grad_weight + (V, n) @ (n, H), in place, or that product in `dtype`; to be called outside of autocast. Where a
+    row is not `live` its gradient by logits is 0, and so is its hidden state here: it may hold NaN, and 0 * NaN would
+    be everywhere in the product."""
+    hidden = torch.where(live.unsqueeze(-1), hidden, 0.0)
+    if hidden.dtype == grad_logits.dtype or not _takes_low_precision(hidden):
+        hidden = hidden.to(grad_logits.dtype)
+        # The first product is written, not added to zeros: those 113 MB at V = 50k are a third of the backward.
+        return grad_logits.T @ hidden if grad_weight is None else grad_weight.addmm_(grad_logits.T, hidden)
+    grad_logits = grad_logits.to(hidden.dtype)
+    if grad_weight is None:
+        return _product(grad_logits.T, hidden, dtype)
+    for start in range(0, len(grad_weight), _SUMMED_COLUMNS):  # or a product as large as the sum would stand beside it
+        part = slice(start, start + _SUMMED_COLUMNS)
+        grad_weight[part] += _product(grad_logits[:, part].T, hidden, torch.float32)
+    return grad_weight
 
 
 def no_rows(rows: Tensor, *parameters: Tensor | None) -> Tensor:

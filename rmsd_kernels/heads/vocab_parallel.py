@@ -184,7 +184,7 @@ class _ShardedDivergence(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[part] = backproject(grad_logits, weight)
                 if grad_weight is not None:
-                    add_weight_gradient(grad_weight, grad_logits, hidden[part], live[part])
+                    add_weight_gradient(grad_weight, grad_logits, hidden[part], live[part], sum_dtype)
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0)
         if grad_hidden is not None:
