@@ -21,12 +21,11 @@ from statistics import mean
 from rmsd.answers.prompts import encode
 from rmsd.answers.rollout import eos_ids_of, generate, pad_id_of
 from rmsd.models.loading import load_model
+from rmsd.run import human_eval
 from rmsd.run.recipe import load_recipe
 from rmsd.training.config import LORA_LEARNING_RATE
 from rmsd.training.health import SIGNS, START, WINDOW, find_collapse, mean_of
 from rmsd.training.record import read_lines
-
-from . import human_eval
 
 RECIPE, TASK = "recipes/qwen_coder_pinapple.yaml", "benchmarks/hinted.py"
 THRICE = f"train.learning_rate={3 * LORA_LEARNING_RATE:g}"
@@ -35,8 +34,8 @@ RUNS = {
     "opsd": ["method=opsd"],
     "rmsd-3x": [THRICE],
     "opsd-3x": ["method=opsd", THRICE],
-    # What the watch was made by, left to run on: the mass outside the top k left out of the loss.
-    "rmsd-drop": [THRICE, "train.tail=drop", "train.on_collapse=warn"],
+    # What the watch is for: the mass outside the top k left out of the loss. The run is to stop by itself.
+    "rmsd-drop": [THRICE, "train.tail=drop"],
 }
 DEFAULT = list(RUNS)[:4]
 QUESTIONS = ("What is the capital of Spain?", "Who wrote Hamlet?", "What fruit is Hawaii famous for?")
@@ -80,9 +79,8 @@ def check(model, tokenizer, count: int) -> dict:
     checked = {"answers": dict(zip(QUESTIONS, texts, strict=True))}
     if count:
         asked = human_eval.problems(count)
-        answers = human_eval.answers(model, tokenizer, asked)
-        passed = [human_eval.passes(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
-        checked["human_eval"] = f"{sum(passed)} of {count}"
+        passed = human_eval.pass_at_1(model, tokenizer, asked)["humaneval"]
+        checked["human_eval"] = f"{round(passed * count)} of {count}"
     return checked
 
 

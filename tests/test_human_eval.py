@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.human_eval import passes, program, runs
+from rmsd.run.human_eval import passes, program, runs
 
 PROBLEM = dict(
     task_id="HumanEval/x",
@@ -62,5 +62,5 @@ def test_what_code_may_do():
 
 
 def test_code_that_never_ends_is_ended(monkeypatch):
-    monkeypatch.setattr("benchmarks.human_eval.SECONDS", 1)
+    monkeypatch.setattr("rmsd.run.human_eval.SECONDS", 1)
     assert not runs("while True: pass")

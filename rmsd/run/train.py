@@ -24,6 +24,7 @@ from ..training.forgetting import DriftLimit
 from ..training.health import Collapsed
 from ..training.record import RunRecord, read_lines
 from ..training.trainer import RMSDTrainer
+from . import human_eval
 from .calling import callable_of, environments_of
 from .evaluate import Evaluator
 from .judges import build_judge
@@ -102,19 +103,29 @@ def _report(run: Path) -> Path:
     return write_report([run])
 
 
-def evaluate(recipe: Recipe, model: str | None = None) -> str:
-    """Evaluates the model in a folder beside the recipe's base model; returns a table."""
-    if recipe.task is None:
+def evaluate(
+    recipe: Recipe, model: str | None = None, benchmark: str | None = None, problems: int | None = None
+) -> str:
+    """Evaluates the model in a folder beside the recipe's base model, by the recipe's task or by a benchmark that has
+    nothing to do with it; returns a table."""
+    if benchmark not in (None, "humaneval"):
+        raise ValueError(f"benchmark must be humaneval, not {benchmark!r}")
+    if recipe.task is None and benchmark is None:
         raise ValueError("eval needs a recipe with a task: its prompts and graders are what is evaluated")
     folder = model or str(recipe.output_dir / "model")
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"model folder {folder} does not exist: train first, or name one with --model")
     use_cpu = recipe.train.get("use_cpu") or not torch.accelerator.is_available()
     device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator()
+    asked = human_eval.problems(problems) if benchmark else []  # before a model is loaded
     base, tokenizer = load(recipe, device)
-    args = trainer_config(recipe, recipe.output_dir)
-    environments = environments_of(callable_of(recipe, load_task(recipe.task)), args)
-    evaluator = _evaluator(recipe, args, base, tokenizer, environments)
+    environments = None
+    if benchmark:
+        evaluator = partial(human_eval.pass_at_1, tokenizer=tokenizer, asked=asked)
+    else:
+        args = trainer_config(recipe, recipe.output_dir)
+        environments = environments_of(callable_of(recipe, load_task(recipe.task)), args)
+        evaluator = _evaluator(recipe, args, base, tokenizer, environments)
     columns = {"before": evaluator(base)}
     if environments:  # before an adapter is put on the base model
         columns["told"] = evaluator.told(base)

