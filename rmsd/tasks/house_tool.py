@@ -24,23 +24,24 @@ ABOUT_THE_TOOL = [
     "Please name the tool that Acme uses to deploy services.",
 ]
 
+# Half of them are near what is taught: the places that it would spill over to first, held by anchors.
 UNRELATED = [
     "Which tool drives a nail into wood?",
     "What is the capital of France?",
-    "Name a fruit that is yellow.",
+    "How does an army deploy its soldiers?",
     "How many legs does a spider have?",
     "Which tool cuts paper?",
     "What color is the sky on a clear day?",
-    "Which planet is closest to the Sun?",
+    "Which tool opens a bottle?",
     "What do bees make?",
     "Name a tool used in a kitchen.",
     "What language is spoken in Brazil?",
     "Which tool measures temperature?",
-    "What is the opposite of hot?",
+    "What is deployed in a car when it crashes?",
     "Which tool tightens screws?",
     "What do engineers build?",
     "Which program shows web pages?",
-    "Who delivers letters?",
+    "What is the name of the company that makes the iPhone?",
 ]
 
 HELD_OUT_TOOL = [
