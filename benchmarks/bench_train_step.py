@@ -80,7 +80,7 @@ class Clock(TrainerCallback):
         return self.ends[-1] - self.ends[-2]
 
 
-class Recorded:
+class RecordedRollouts:
     """An engine that hands out answers written before."""
 
     def __init__(self, rollouts: Rollouts):
@@ -131,7 +131,7 @@ def ours(rollouts: Rollouts, shared: dict, model_name: str, judge=None, **option
     model, tokenizer = load_model(model_name)
     config = RMSDConfig(teacher_template=TEMPLATE, **options, **shared)
     trainer = RMSDTrainer(model, config, ROWS, tokenizer, judge=judge)
-    trainer.engine = Recorded(rollouts)
+    trainer.engine = RecordedRollouts(rollouts)
     return timed(trainer)
 
 

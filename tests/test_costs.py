@@ -31,7 +31,7 @@ def lora(model, modules=("q_proj", "v_proj", "down_proj")):
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=list(modules), task_type="CAUSAL_LM"))
 
 
-def lengths_of(trainer) -> Lengths:
+def trained_lengths(trainer) -> Lengths:
     tokenizer, args = trainer.processing_class, trainer.args
     prompts = [len(encode(tokenizer, row["prompt"])) for row in ROWS]
     told = [len(encode(tokenizer, teacher_prompt(row, args.teacher_template))) for row in ROWS]
@@ -62,7 +62,7 @@ def test_bytes_of_weights_optimizer_and_teacher_are_those_of_a_real_step(tmp_pat
     trainer = tiny.trainer(tmp_path, student, rows=ROWS, max_steps=1, optim=optim, **options)
     trainer.add_callback(Gradients())
     sizes = Sizes.of(student)  # before training: a continuation adds the teacher's adapter
-    planned = memory(sizes, trainer.args, lengths_of(trainer))
+    planned = memory(sizes, trainer.args, trained_lengths(trainer))
     trainer.train()
 
     weights = list(student.parameters())
@@ -82,7 +82,7 @@ def test_bytes_of_weights_optimizer_and_teacher_are_those_of_a_real_step(tmp_pat
 
 def test_shards_divide_what_is_the_students_and_not_the_teachers(tmp_path):
     trainer = tiny.trainer(tmp_path, rows=ROWS)
-    sizes, lengths = Sizes.of(trainer.model), lengths_of(trainer)
+    sizes, lengths = Sizes.of(trainer.model), trained_lengths(trainer)
     alone = memory(sizes, trainer.args, lengths)
     trainer.args.fsdp = True
     four = memory(sizes, trainer.args, lengths, processes=4)
@@ -198,7 +198,7 @@ def test_flops_are_those_of_a_real_step(tmp_path, counted, monkeypatch, case):
         judge=keeps_the_last,
         **options,
     )
-    sizes, lengths = Sizes.of(student), lengths_of(trainer)
+    sizes, lengths = Sizes.of(student), trained_lengths(trainer)
     trainer.train()
 
     generated = case != "brought"

@@ -277,6 +277,30 @@ def test_a_16_bit_product_of_the_gradient_keeps_the_budget(monkeypatch):
             assert error < 2**-8 and error < theirs / 2, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "no tiles"])
+def test_a_processor_s_bf16_tiles_are_used_where_they_are_exact_and_for_nothing_else(dtype, tiles, monkeypatch):
+    monkeypatch.setattr(projection, "_has_bf16_tiles", lambda: tiles)
+    matmul, seen = torch.backends.mkldnn.matmul, []
+    before = matmul.fp32_precision
+
+    class Precisions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten.mm:
+                seen.append(matmul.fp32_precision)
+            return function(*args, **(kwargs or {}))
+
+    hidden, weight = torch.randn(3, 4, dtype=dtype), torch.randn(7, 4, dtype=dtype)
+    with Precisions():
+        got = projection.project(hidden, weight, None)
+    assert seen == ["bf16" if tiles and dtype == torch.bfloat16 else before]
+    assert matmul.fp32_precision == before
+    torch.testing.assert_close(got, hidden.float() @ weight.float().T)
+    with pytest.raises(RuntimeError):
+        projection.project(hidden, weight[:, :3], None)
+    assert matmul.fp32_precision == before
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("workspace_mb", [None, 0.002], ids=["kept", "projected again"])
 def test_rows_are_scanned_once_forward_and_once_backward(backend, workspace_mb, monkeypatch):

@@ -11,7 +11,7 @@ from ..training.self_check import self_check
 from ..training.trainer import RMSDTrainer
 from .calling import callable_of
 from .recipe import Recipe, trainer_config
-from .train import load, rows_of
+from .train import load, task_rows
 
 
 def check(recipe: Recipe) -> tuple[str, bool]:
@@ -20,7 +20,7 @@ def check(recipe: Recipe) -> tuple[str, bool]:
         args = trainer_config(recipe, folder)
         args.eval_strategy, args.eval_on_start = "no", False
         task = load_task(recipe.task) if recipe.task else None
-        rows, called = rows_of(recipe, task), callable_of(recipe, task)
+        rows, called = task_rows(recipe, task), callable_of(recipe, task)
         set_seed(recipe.seed)
         model, tokenizer = load(recipe, args.device)
         if recipe.lora:

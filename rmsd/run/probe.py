@@ -17,7 +17,7 @@ from .calling import callable_of, environments_of
 from .judges import build_judge, contrast_options
 from .recipe import Recipe, trainer_config
 from .solving import Solving
-from .train import load, rows_of
+from .train import load, task_rows
 
 
 class Probe:
@@ -28,7 +28,7 @@ class Probe:
         self.args = trainer_config(recipe, recipe.output_dir)
         self.task = load_task(recipe.task) if recipe.task else None
         self.called = callable_of(recipe, self.task)
-        self.rows = rows_of(recipe, self.task)
+        self.rows = task_rows(recipe, self.task)
         self.told = [row for row in self.rows if is_told(row)]
         if not self.told:
             raise ValueError("all rows are anchors: no row has a privileged context")

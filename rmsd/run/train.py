@@ -44,7 +44,7 @@ def train(recipe: Recipe) -> str:
     if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
         best = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"  # as Trainer looks it up
         check_metric(best, task, recipe.evaluate.samples, "metric_for_best_model")
-    rows = rows_of(recipe, task)
+    rows = task_rows(recipe, task)
     called = callable_of(recipe, task)
     environments = environments_of(called, args)
     judge = build_judge(recipe.judge, rows, dry_run=recipe.dry_run)
@@ -169,7 +169,7 @@ def _evaluations_table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(map(str.rstrip, lines))
 
 
-def rows_of(recipe: Recipe, task: Task | None) -> list[dict]:
+def task_rows(recipe: Recipe, task: Task | None) -> list[dict]:
     """What the recipe trains on."""
     if recipe.rollouts:
         return load_rows(recipe.rollouts, completions=True)
