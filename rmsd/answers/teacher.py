@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from ..models.heads import OutputHead, frozen_copy
 from ..models.hidden import completion_hidden, row_lengths
 from ..models.sharding import whole
 from ..models.transfer import to_device
-from .rollout import Rollouts
+from .rollout import Rollouts, generate
 
 KINDS = ("initial", "live", "ema", "adapter_off")
 FILE = "teacher.safetensors"  # in a checkpoint, where the teacher is no longer the initial weights
@@ -96,6 +97,11 @@ class Teacher:
                 pad_id,
                 lengths=row_lengths(rollouts.on_host.attention_mask),
             )
+
+    def write(self, teacher_prompt_ids: list[list[int]], **options: Any) -> Rollouts:
+        """Answers of the teacher's own to its prompts; `options` are those of `generate`."""
+        with self.active() as model, self._autocast():
+            return generate(model, teacher_prompt_ids, **options)
 
     @torch.no_grad()
     def kept_hidden(self, teacher_prompt_ids: list[list[int]], rollouts: Rollouts, pad_id: int, keep: Tensor) -> Tensor:

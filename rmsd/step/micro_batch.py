@@ -60,6 +60,7 @@ class MicroBatch:
 
     rollouts: Rollouts | None = None  # B answers of L tokens at most
     episodes: list[Episode] | None = None  # of answers of several turns, what happened in them
+    guided: list[int] | None = None  # rows whose answer the told teacher wrote; None where it writes none at all
 
     scores: TokenScores | Logprobs | None = None  # each (B, L)
     candidates: Tensor | None = None  # (B, T) int64, -1 for none

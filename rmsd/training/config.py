@@ -79,6 +79,10 @@ class RMSDConfig(TrainingArguments):
     sampling_temperature: float = field(default=1.0, metadata={"help": "Of the rollouts; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the rollouts' sampling."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the rollouts' sampling; 0 for all."})
+    guided_rollouts: float = field(
+        default=0.0,
+        metadata={"help": "Share of told rows that the teacher answers, so that rare words are in the data."},
+    )
     engine: str = field(default="transformers", metadata={"help": "transformers or vllm: who writes the rollouts."})
     engine_scores: bool = field(
         default=False,
@@ -176,6 +180,11 @@ class RMSDConfig(TrainingArguments):
                 raise ValueError(
                     f"engine_scores leaves {self.continuation_metric} unknown: name another continuation_metric"
                 )
+        if not 0.0 <= self.guided_rollouts <= 1.0:
+            raise ValueError(f"guided_rollouts must lie in [0, 1], not {self.guided_rollouts}")
+        if self.guided_rollouts and (self.engine != "transformers" or self.fsdp):
+            # A vLLM would have to change weights twice a step, and ranks of FSDP2 wait for each other in every layer.
+            raise ValueError("guided_rollouts needs engine=transformers, and no fsdp")
         if self.router_loss not in (None, *CHOICES):
             raise ValueError(f"router_loss must be add or drop, not {self.router_loss!r}")
         if self.engine == "vllm":

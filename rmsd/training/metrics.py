@@ -74,6 +74,8 @@ class StepMetrics:
             "clipped_share": (mask.any(1) & ~ended).sum(),
             "_rollouts": mask.any(1).sum(),
         }
+        if batch.guided is not None:
+            numbers["guided_rollouts"] = mask.new_tensor(len(batch.guided), dtype=torch.int64)
         if batch.episodes is not None:
             numbers |= {name: mask.new_tensor(number, dtype=torch.int64) for name, number in told(batch).items()}
         if isinstance(scores, TokenScores):

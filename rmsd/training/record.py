@@ -65,7 +65,7 @@ def rollout_lines(step: int, batch: MicroBatch, number: int) -> list[dict]:
 
     `unwritten` lists the positions that the student did not write, as a tool's turn: they have no scores, and null
     stands in each column. Null at any other position is a score that was not finite. A score that is not known at all,
-    as the divergence where an engine scored, is no column.
+    as the divergence where an engine scored, is no column. `guided` is true of an answer that the told teacher wrote.
     """
     questions = batch.questions[:number]
     mask = batch.rollouts.on_host.completion_mask[:number]
@@ -80,6 +80,7 @@ def rollout_lines(step: int, batch: MicroBatch, number: int) -> list[dict]:
             **{name: finite(column[b][: len(question.tokens)]) for name, column in columns.items()},
             "unwritten": [i for i in range(len(question.tokens)) if not written[b][i]],
             **({"episode": batch.episodes[b].numbers} if batch.episodes else {}),
+            **({"guided": True} if b in (batch.guided or ()) else {}),
             "candidates": [candidate.position for candidate in question.candidates],
             "kept": list(batch.kept[b]),
             "preferred": {candidate.position: candidate.promoted for candidate in question.candidates},

@@ -123,6 +123,10 @@ class RMSDTrainer(Trainer):
         config = self.model.config.get_text_config()
         context = context_of(config, args)
         self.episodes = None
+        if args.guided_rollouts and (tools or environment_factory):
+            raise ValueError(
+                "guided_rollouts and an environment do not go together: the student's own calls are acted on"
+            )
         if tools or environment_factory:
             environments = Environments(tools, environment_factory, args.tool_limits, context_after)
             self.episodes = Episodes(processing_class, environments, max_turns=args.max_turns)
@@ -188,6 +192,8 @@ class RMSDTrainer(Trainer):
                 self.pad_id,
                 args.device,
                 self.episodes,
+                teacher=self.teacher,
+                guided_rollouts=args.guided_rollouts,
                 max_new_tokens=args.max_completion_length,
                 eos_ids=self.eos_ids,
                 temperature=args.sampling_temperature,
