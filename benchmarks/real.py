@@ -34,6 +34,7 @@ RUNS = {
     "opsd": ["method=opsd"],
     "rmsd-3x": [THRICE],
     "opsd-3x": ["method=opsd", THRICE],
+    "rmsd-guided": ["train.guided_rollouts=0.25"],
     # What the watch is for: the mass outside the top k left out of the loss. The run is to stop by itself.
     "rmsd-drop": [THRICE, "train.tail=drop"],
 }
