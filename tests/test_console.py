@@ -45,6 +45,11 @@ def test_a_step_is_a_line_that_a_person_reads(monkeypatch):
     assert lines[2] == line
 
 
+def test_what_a_model_that_judges_was_asked_is_in_the_line(monkeypatch):
+    (line,) = shown((1, {**STEP, "judge_requests": 8, "judge_tokens": 5120}), monkeypatch=monkeypatch)
+    assert line.endswith("6:38 left  judge 8 requests, 5120 tokens")
+
+
 def test_continuation_and_the_end_are_lines_too(monkeypatch):
     lines = shown((60, {"continuation": 1}), (200, {"train_runtime": 4000.4, "train_loss": 1}), monkeypatch=monkeypatch)
     assert lines == ["the student becomes the teacher (continuation 1)", "trained to step 200 in 1:06:40"]

@@ -30,6 +30,7 @@ from rmsd.training.record import read_lines
 ROOT = Path(__file__).parents[1]
 # So much longer that they have a forward of their own, which some of the ranks then have and others do not.
 LONG = [{**row, "prompt": "Which tool deploys services at Acme? " * 4} for row in tiny.ROWS[::3]]
+CONTRAST = dict(kind="contrast", contrast_floor=0.0, contrast_min_gap=0.0)
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --nproc-per-node 2",
     # Not --cpu, which starts one process, or mpirun; the recipe's use_cpu is what keeps it off GPUs.
@@ -44,7 +45,7 @@ def recipe(tmp_path, server, monkeypatch):
     threshold, for an anchor's gaps are rounding until something is learned."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
 
-    def write(model, rows=tiny.ROWS, **options):
+    def write(model, rows=tiny.ROWS, contrast=False, **options):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         model.save_pretrained(tmp_path / "tiny")
         tiny.tokenizer().save_pretrained(tmp_path / "tiny")
@@ -62,7 +63,8 @@ def recipe(tmp_path, server, monkeypatch):
         values = {
             "model": str(tmp_path / "tiny"),
             "data": str(tmp_path / "rows.jsonl"),
-            "judge": {"kind": "llm", "model": "m", "base_url": server.url},
+            # Or contrast proposes, by a second reading of the teacher's, and the endpoint has the last word.
+            "judge": {"kind": "llm", "model": "m", "base_url": server.url} | (CONTRAST if contrast else {}),
             "train": {**settings, **options},
         }
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
@@ -96,12 +98,13 @@ def launch(launcher, *arguments, program=("-m", "rmsd", "train")):
     ("launcher", "tied", "size", "options"),
     [
         ("torchrun", False, 1, {}),
-        ("torchrun", True, 2, {"rows": tiny.ROWS[:2] + LONG}),
+        ("torchrun", True, 2, {"rows": tiny.ROWS[:2] + LONG, "contrast": True}),
         (
             "accelerate",
             True,
             2,
             {
+                "contrast": True,
                 "teacher": "ema",
                 "gradient_accumulation_steps": 2,
                 "save_strategy": "steps",
@@ -110,7 +113,7 @@ def launch(launcher, *arguments, program=("-m", "rmsd", "train")):
             },
         ),
     ],
-    ids=["torchrun, DDP", "torchrun, DDP, long prompts", "accelerate, FSDP2, long prompts"],
+    ids=["torchrun, DDP", "torchrun, DDP, contrast, long prompts", "accelerate, FSDP2, contrast, long prompts"],
 )
 def test_two_processes_end_in_the_weights_of_one_with_the_whole_batch(
     tmp_path, recipe, server, launcher, tied, size, options

@@ -14,7 +14,7 @@ RECENT = 10  # log entries that the time left is told from: a step's length chan
 
 class TerminalLog(TrainerCallback):
     """Prints a line a log entry: step, loss, kept tokens of candidates, the target as last evaluated, tokens written a
-    second, and the time left; and a line an evaluation.
+    second, the time left, and what a model that judges was asked; and a line an evaluation.
 
     Args:
         console: where to; by default stdout.
@@ -66,6 +66,8 @@ class TerminalLog(TrainerCallback):
             ("", f"{logs.get('rollout_tokens', 0) / max(seconds, 1e-9):.0f} tokens/s"),
             ("", f"{_clock(per_step * (state.max_steps - state.global_step))} left"),
         ]
+        if "judge_requests" in logs:
+            parts.append(("judge", f"{logs['judge_requests']:.0f} requests, {logs.get('judge_tokens', 0):.0f} tokens"))
         line = _line("step", parts)
         for name in ("skipped_steps", "nonfinite_rows"):
             if logs.get(name):
