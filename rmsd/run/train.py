@@ -68,7 +68,7 @@ def train(recipe: Recipe) -> str:
     check_output_dir(out)
     set_seed(recipe.seed)
     model, tokenizer = load(recipe, args.device)
-    evaluator = _evaluator(recipe, args, model, tokenizer, environments) if task else None
+    evaluator = evaluator_of(recipe, args, model, tokenizer, environments) if task else None
     if recipe.lora:
         model = with_lora(model, recipe.lora)
     if args.should_save:
@@ -125,7 +125,7 @@ def evaluate(
     else:
         args = trainer_config(recipe, recipe.output_dir)
         environments = environments_of(callable_of(recipe, load_task(recipe.task)), args)
-        evaluator = _evaluator(recipe, args, base, tokenizer, environments)
+        evaluator = evaluator_of(recipe, args, base, tokenizer, environments)
     columns = {"before": evaluator(base)}
     if environments:  # before an adapter is put on the base model
         columns["told"] = evaluator.told(base)
@@ -189,7 +189,10 @@ def load(recipe: Recipe, device: torch.device):
     return model.to(device), tokenizer
 
 
-def _evaluator(recipe: Recipe, args: RMSDConfig, base, tokenizer, environments: Environments | None) -> Evaluator:
+def evaluator_of(
+    recipe: Recipe, args: RMSDConfig, base, tokenizer, environments: Environments | None = None
+) -> Evaluator:
+    """Of the recipe's task; `base` is the model that drift is measured from."""
     task = load_task(recipe.task)
     options = recipe.evaluate.model_dump(exclude={"every", "max_drift"})
     if environments is not None and task.requests:

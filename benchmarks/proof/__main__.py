@@ -1,0 +1,49 @@
+"""See the package."""
+
+import argparse
+from pathlib import Path
+
+from rmsd.run import human_eval
+from rmsd.run.recipe import load_recipe
+
+from .. import real
+from . import __doc__ as usage
+from .methods import METHODS, SEEDS
+from .run import jobs, kept_marks, quick_jobs, run
+from .table import rewrite, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two runs of 30 steps")
+    parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--plan", action="store_true", help="run nothing: say what is there")
+    parser.add_argument("--table", action="store_true", help="run nothing: write docs/proof.md's table")
+    parser.add_argument(
+        "--model", default=load_recipe(real.RECIPE).model, help="a folder, in place of the recipe's name"
+    )
+    parser.add_argument("--human-eval", type=int, default=164, metavar="N", help="problems; 0 for none")
+    parser.add_argument("--runs", type=Path, default=Path("runs/proof"))
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value")
+    options = parser.parse_args()
+    if options.table:
+        rewrite()
+        return
+    asked = quick_jobs() if options.quick else jobs(options.only, options.seeds)
+    if options.plan:
+        for job in asked:
+            print(job.name, "done" if kept_marks(job) else "to run")
+        return
+    if options.human_eval:
+        human_eval.problems(0)  # before hours are spent
+        print("before training:", real.checked(options.runs / "base", options.model, options.human_eval)["human_eval"])
+    for job in asked:
+        marks = run(job, options.runs, options.model, options.human_eval, options.overrides)
+        print(f"{job.name}: {marks['ended'] or marks['evaluations'][-1]}", flush=True)
+        rewrite()
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
