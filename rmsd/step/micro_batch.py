@@ -3,7 +3,7 @@
     write           rollouts            answers to the prompts, by an engine, or the rows' own
     score           scores, candidates, wishes (and teacher_hidden, where the trainer's forwards score)
     judge           questions, host_scores, kept, judge_seconds
-    settle          keep, parts (and teacher_hidden, where the engine scored)
+    settle          keep, parts (and teacher_hidden, where the engine scored; untold_hidden, where unkept_kl asks)
     train           reads them, one part after the other
 
 Each is a plain function of a MicroBatch and of what else it needs (writing, scoring, judging and training.py);
@@ -66,6 +66,9 @@ class MicroBatch:
     candidates: Tensor | None = None  # (B, T) int64, -1 for none
     wishes: Wishes | None = None  # each (B, T)
     teacher_hidden: Tensor | None = None  # (B, L, H), at least where `keep` needs it
+    untold_hidden: Tensor | None = (
+        None  # (B, L, H), the teacher's under the student's own prompt, where that is held to
+    )
     # Nats a token between log-probabilities that an engine recorded and those of the trainer's forwards.
     engine_gaps: dict[str, float] = field(default_factory=dict)
 

@@ -14,13 +14,15 @@ from .judging import keep_mask
 from .micro_batch import NO_PART, MicroBatch, TrainPart
 
 
-def settle(batch: MicroBatch, teacher: Teacher, pad_id: int, one_forward: bool = False) -> None:
+def settle(batch: MicroBatch, teacher: Teacher, pad_id: int, one_forward: bool = False, unkept_kl: float = 0.0) -> None:
     """Fills in what training needs once the judge has answered: `keep`, `parts` (`train_parts`) and, where an engine
-    scored, `teacher_hidden`."""
+    scored, `teacher_hidden`; with `unkept_kl`, `untold_hidden`."""
     rollouts = batch.rollouts
     batch.keep = keep_mask(batch.kept, rollouts.completion_ids.shape)
     if batch.teacher_hidden is None:
         batch.teacher_hidden = teacher.kept_hidden(batch.teacher_prompt_ids, rollouts, pad_id, batch.keep)
+    if unkept_kl:
+        batch.untold_hidden = teacher.kept_hidden(batch.prompt_ids, rollouts, pad_id, batch.keep)
     prompt_lengths = list(map(len, batch.prompt_ids))
     batch.parts = train_parts(batch.keep, prompt_lengths, rollouts.completion_ids.device, one_forward)
 
@@ -54,6 +56,12 @@ def part_of(batch: MicroBatch, part: TrainPart) -> tuple[Rollouts, Tensor]:
     length = part.keep.shape[1]
     sequences = to_device(part.sequences, batch.teacher_hidden.device)
     return batch.rollouts.of(part.sequences, length), batch.teacher_hidden[sequences, :length]
+
+
+def unkept_of(keep: Tensor, completion_mask: Tensor) -> Tensor:
+    """(B, L) bool, all on the host: tokens that the student wrote before its last kept one and that are not kept. Those
+    after it have no forward in training."""
+    return keep.flip(1).cumsum(1).flip(1).bool() & completion_mask & ~keep
 
 
 def train_loss(

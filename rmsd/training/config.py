@@ -40,6 +40,7 @@ _LEAST = dict(
     max_completion_length=1,
     top_k=0,
     max_skipped_steps=0,
+    unkept_kl=0,
     recorded_rollouts=0,
     max_turns=1,
     max_tool_output=1,
@@ -79,6 +80,10 @@ class RMSDConfig(TrainingArguments):
     sampling_temperature: float = field(default=1.0, metadata={"help": "Of the rollouts; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the rollouts' sampling."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the rollouts' sampling; 0 for all."})
+    unkept_kl: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the divergence from the untold teacher on tokens that are not kept; 0 for none."},
+    )
     guided_rollouts: float = field(
         default=0.0,
         metadata={"help": "Share of told rows that the teacher answers, so that rare words are in the data."},

@@ -46,6 +46,8 @@ class StepMetrics:
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
+        self._unkept: Tensor | None = None
+        self.steps = 0  # since the last entry
         self.own: dict[str, float] = {}
         self._asked: dict[str, int] = {}
         self.skipped_steps = 0  # in the whole run, on every rank alike
@@ -93,6 +95,10 @@ class StepMetrics:
             numbers["tail_mass"] = tail_mass.sum()
         self._sums = {name: self._sums.get(name, 0.0) + number.float() for name, number in numbers.items()}
 
+    def add_unkept_kl(self, share: Tensor) -> None:
+        """A part's share of a step's mean, times the number of ranks."""
+        self._unkept = share if self._unkept is None else self._unkept + share
+
     def add_seconds(self, name: str, seconds: float) -> None:
         self.own[name] = self.own.get(name, 0.0) + seconds
 
@@ -107,11 +113,13 @@ class StepMetrics:
         """The entry's numbers, the same on every rank but for its own; counting starts anew. All ranks call it.
         `nonfinite_rows` and skipped_steps go on counting."""
         sums = {**self._sums, "nonfinite_rows": nonfinite_rows.float()}
+        if self._unkept is not None:  # of as many sequences as the loss, over the ranks and the entry's steps
+            sums["unkept_kl"] = self._unkept / (accelerator.num_processes * self.steps)
         sums = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values()))).tolist(), strict=True))
         if not sums.get("_anchor_tokens", 1.0):
             del sums["anchor_divergence"]  # of none it is no number
         means = {name: sums[name] / max(sums[count], 1.0) for name, count in _MEANS.items() if name in sums}
         entry = {name: number for name, number in sums.items() if not name.startswith("_")}
         entry |= {**means, "skipped_steps": self.skipped_steps, **self.own}
-        self._sums, self.own = {}, {}
+        self._sums, self.own, self._unkept, self.steps = {}, {}, None, 0
         return entry

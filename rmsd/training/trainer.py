@@ -29,7 +29,7 @@ from ..models.transfer import to_device
 from ..step.judging import judge_as_scored
 from ..step.micro_batch import MicroBatch
 from ..step.scoring import kept_engine_gaps, scored_by_engine, scored_by_forwards
-from ..step.training import part_of, same_number_of_parts, settle, train_loss
+from ..step.training import part_of, same_number_of_parts, settle, train_loss, unkept_of
 from ..step.writing import write
 from .checkpoint import own_settings
 from .checks import check_arguments, check_pad_id, embedding_size
@@ -173,7 +173,7 @@ class RMSDTrainer(Trainer):
             # Its engine steps the optimizer after a micro-batch's first backward.
             one_forward = self.accelerator.distributed_type == DistributedType.DEEPSPEED
             for batch in batches:
-                settle(batch, self.teacher, self.pad_id, one_forward)
+                settle(batch, self.teacher, self.pad_id, one_forward, self.args.unkept_kl)
         self._note(batches)
         same_number_of_parts(batches, self.accelerator)
         sequences = sum(batch.keep.any(1).sum() for batch in batches)
@@ -225,6 +225,7 @@ class RMSDTrainer(Trainer):
 
     def _note(self, batches: list[MicroBatch]) -> None:
         """Counts the step's micro-batches for the log, and records the step's first rollouts."""
+        self.metrics.steps += 1
         shown = self.args.recorded_rollouts
         if llm := llm_of(self.judge):
             self.metrics.add_asked(llm)
@@ -257,6 +258,13 @@ class RMSDTrainer(Trainer):
         # Data parallel training averages gradients over ranks; ours are shares of a sum.
         scale = self.accelerator.num_processes
         loss = scale * train_loss(self.loss, student, teacher, ids, mask, part.keep, num_items_in_batch)
+        if batch.untold_hidden is not None:
+            sequences = to_device(part.sequences, ids.device)
+            untold = Reading(batch.untold_hidden[sequences, : part.keep.shape[1]], self.teacher.head)
+            unkept = unkept_of(part.keep, rollouts.on_host.completion_mask)
+            held = scale * train_loss(self.loss, student, untold, ids, mask, unkept, num_items_in_batch)
+            self.metrics.add_unkept_kl(held.detach())
+            loss = loss + self.args.unkept_kl * held
         if of_router:  # the mean over the sequences that are trained on, as the loss is
             loss = loss + scale * sum(of_router) * part.keep.any(1).sum().item() / num_items_in_batch
         return (loss, None) if return_outputs else loss

@@ -1,0 +1,72 @@
+"""`unkept_kl` holds the tokens that are not kept to what the teacher says untold."""
+
+import pytest
+import tiny
+import torch
+from tiny import trainer
+
+from rmsd import RMSDConfig, RMSDLoss
+from rmsd.step.training import unkept_of
+from rmsd.training.record import RunRecord, read_lines
+
+
+def test_what_is_held_is_what_was_written_before_the_last_kept_token_and_not_kept():
+    keep = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0]]).bool()
+    written = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    assert unkept_of(keep, written).tolist() == [[True, False, False, False, False], [False] * 5]
+
+
+def test_the_loss_is_that_of_the_kept_tokens_and_the_weight_times_that_of_the_others(tmp_path):
+    """By the plain losses of whole logits, the student having moved away from its teacher."""
+    found = {}
+    for weight in (0.0, 0.5):
+        made = trainer(tmp_path, num_kept=1, unkept_kl=weight)
+        with torch.no_grad():
+            for parameter in made.student.parameters():
+                parameter.mul_(3.0)
+        inputs, sequences = made.get_batch_samples(iter([tiny.ROWS]), 1, made.args.device)
+        batch = inputs[0]["micro_batch"]
+        parts = [
+            made.compute_loss(made.student, batch.inputs(part), num_items_in_batch=sequences) for part in batch.parts
+        ]
+        found[weight] = sum(parts).item()
+    assert batch.keep.any()
+
+    def logits(model, prompt_ids):
+        rows = []
+        for prompt, answer in zip(prompt_ids, batch.rollouts.completion_ids.tolist(), strict=True):
+            rows.append(model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1])
+        return torch.stack(rows)
+
+    mask = batch.rollouts.completion_mask
+    loss = RMSDLoss(vocab_topk=None)
+    student = logits(made.student, batch.prompt_ids)
+    told, untold = (logits(made.teacher.model, ids) for ids in (batch.teacher_prompt_ids, batch.prompt_ids))
+    ids = batch.rollouts.completion_ids
+    kept = loss(student, told, ids, mask, batch.keep, num_sequences=sequences)
+    held = loss(student, untold, ids, mask, unkept_of(batch.keep, mask), num_sequences=sequences)
+    assert held > 0.01
+    assert found[0.0] == pytest.approx(kept.item(), rel=1e-4)
+    assert found[0.5] == pytest.approx((kept + 0.5 * held).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_it_is_in_the_log_and_holds_the_more_the_more_it_weighs(tmp_path, every):
+    """The mean over an entry's steps; a weight next to nothing only measures it."""
+    entries = {}
+    for weight in (0.0, 1e-9, 5.0):
+        folder = tmp_path / f"{weight}-{every}"
+        options = dict(num_kept=1, max_steps=6, learning_rate=1e-3, unkept_kl=weight, logging_steps=every)
+        trainer(folder, callbacks=[RunRecord(folder)], **options).train()
+        entries[weight] = read_lines(folder / "metrics.jsonl")
+    assert "unkept_kl" not in entries[0.0][0]
+    assert len(entries[5.0]) == 6 // every and all(line["unkept_kl"] >= 0 for line in entries[5.0])
+    if every == 1:
+        assert entries[5.0][0]["unkept_kl"] == pytest.approx(0.0, abs=1e-4), "nothing has moved yet"
+        measured, held = (sum(line["unkept_kl"] for line in entries[weight]) for weight in (1e-9, 5.0))
+        assert held < 0.6 * measured
+
+
+def test_a_negative_weight_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="unkept_kl must be at least 0, not -1"):
+        RMSDConfig(output_dir=str(tmp_path), use_cpu=True, unkept_kl=-1)
