@@ -59,9 +59,10 @@ class Compiled:
     shared_bytes: int
     loads: dict[str, int]  # global loads of the whole kernel by instruction
     visits: list[Loop]  # of both rows: per pair of logits
-    searches: list[Loop]  # of the student's row, counting only, for the top k: per logit
+    searches: list[Loop]  # of the student's row alone, for the top k: per logit
     specialised: list[str]  # arguments whose value or alignment would compile another variant
     assembly: str
+    histograms: bool  # the top k is found by them
     approximate_divisions: int = 0  # x / x may differ from 1; NVIDIA's alone
 
 
@@ -102,6 +103,8 @@ def compile_variant(variant: str, target: str) -> Compiled:
     constexprs = dict(constexprs)
     if "ALIGNED" in constexprs:
         constexprs |= launch.constexprs_of_tile(dtype, constexprs["ALIGNED"])
+    if kernel is divergence_kernel:
+        constexprs["HISTOGRAMS"] = constexprs["TAIL"] != "all" and launch.histograms_are_atomic(TARGETS[target])
     if kernel is divergence_backward_kernel:
         constexprs["CHUNK_TILES"] = CHUNK_TILES
     constexprs |= dict.fromkeys(absent)
@@ -126,7 +129,8 @@ def compile_variant(variant: str, target: str) -> Compiled:
         and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         and parameter.annotation_type != "fp32"
     ]
-    return Compiled(variant, target, specialised=specialised, **read(compiled, dtype.itemsize))
+    histograms = constexprs.get("HISTOGRAMS", False)
+    return Compiled(variant, target, specialised=specialised, histograms=histograms, **read(compiled, dtype.itemsize))
 
 
 def _read_cuda(compiled, itemsize: int) -> dict:

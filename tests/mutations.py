@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-KERNEL_TESTS = [f"tests/test_{stem}.py" for stem in ("fuzz", "selection", "scores", "divergence")]
+KERNEL_TESTS = [f"tests/test_{stem}.py" for stem in ("topk", "fuzz", "selection", "scores", "divergence")]
 
 # Tests that must catch a mutation, cheapest first, and pytest's -k.
 SUITES = {
@@ -172,6 +172,25 @@ MUTATIONS = {
         ("(STUDENT_LOGPROB_PLANE if BY_LOGPROB else STUDENT_ENTROPY_PLANE)", "STUDENT_LOGPROB_PLANE"),
         ("wanted = wanted & (tl.load(mask_ptr", "wanted = wanted | (tl.load(mask_ptr"),
         ("tl.where(key == _NONE, -1, position)", "position"),
+    ],
+    "rmsd_kernels/triton/radix.py": [
+        ("mask=digit < (1 << BITS)", "mask=digit <= (1 << BITS)"),
+        ("(bits >> SHIFT) ^ (prefix << BITS)", "(bits >> SHIFT) ^ prefix"),
+        ("positive - upto + counts, upto)", "upto, upto)"),
+        ("reach = tl.where(negative, upto, ", "reach = tl.where(False, upto, "),
+        ("reach += above", "pass"),
+        ("(reach >= k) & (reach - counts < k)", "(reach > k) & (reach - counts <= k)"),
+        ("if whole < size:\n        counts +=", "if False:\n        counts +="),
+        ("return prefix << 16, above, tied", "return prefix << 16, above, above"),
+        ("return prefix << 13, above, tied", "return prefix << 12, above, tied"),
+        ("room = vocab_topk - above", "room = vocab_topk"),
+        ("if (tied != room) | (value == 0.0):", "if tied != room:"),
+        ("if (tied != room) | (value == 0.0):", "if value == 0.0:"),
+        ("if (bits >> 31) != 0:", "if False:"),
+        ("(upto >= room) & (upto - counts < room)", "(upto > room) & (upto - counts <= room)"),
+        ("before = tl.sum(tl.where(home, upto - counts, 0), axis=0)", "before = room * 0"),
+        ("tl.where(order >= room, ids, size - 1)", "tl.where(order > room, ids, size - 1)"),
+        ("mask=flat(tied) == value", "mask=flat(tied) >= value"),
     ],
     "rmsd_kernels/triton/topk.py": [
         ("(tile[block] == value) & (ids <= last_id)", "(tile[block] == value)"),

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import Options
-from .launch import launch, log2_scales, row_strides, tile_options
+from .launch import current_target, histograms_are_atomic, launch, log2_scales, row_strides, tile_options
 from .layout import (
     IS_FINITE_SLOT,
     KTH_LOGIT_SLOT,
@@ -23,6 +23,7 @@ from .layout import (
     TEACHER_LSE_LOW_SLOT,
     TEACHER_LSE_SLOT,
 )
+from .radix import radix_support
 from .tiles import ALL, FLOOR, INF, INSIDE, LN2, LOG2E, OUTSIDE, ModelRow, Support, TileShape, row_pointer
 from .topk import topk_support
 from .visits import (
@@ -99,6 +100,7 @@ def divergence_kernel(
     TAIL: tl.constexpr,  # "all" without vocab_topk
     HAS_ROWS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HISTOGRAMS: tl.constexpr,  # False without vocab_topk
     ALIGNED: tl.constexpr,
     PAIRED: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -136,7 +138,11 @@ def divergence_kernel(
 
     support = Support(-INF, size - 1)
     if TAIL != "all":
-        support = topk_support(student_ptr, size, vocab_topk, student_logits_ptr.dtype.element_ty, TILE)
+        LOGIT: tl.constexpr = student_logits_ptr.dtype.element_ty
+        if HISTOGRAMS:
+            support = radix_support(student_ptr, size, vocab_topk, LOGIT, TILE)
+        else:
+            support = topk_support(student_ptr, size, vocab_topk, LOGIT, TILE)
     if TAIL == "renorm":
         inside = online_visit(student, teacher, size, inner_scale, HAS_SOFTCAP, TILE, PART=INSIDE, support=support)
         student_m, teacher_m, student_z, teacher_z = inside.first_m, inside.second_m, inside.first_z, inside.second_z
@@ -250,6 +256,7 @@ def divergence(
             TAIL=options.tail if options.vocab_topk else "all",
             HAS_ROWS=rows is not None,
             HAS_SOFTCAP=options.softcap is not None,
+            HISTOGRAMS=options.vocab_topk is not None and histograms_are_atomic(current_target()),
             **tile_options(student_logits, teacher_logits),
         )
     return result, stats

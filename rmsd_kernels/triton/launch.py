@@ -7,8 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from ..options import Options
 
@@ -48,9 +51,33 @@ def why_not(tensor: Tensor) -> str | None:
     return None
 
 
+def current_target() -> GPUTarget | None:
+    """What kernels are compiled for; None in the interpreter."""
+    return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+
+
 @functools.cache
 def _lanes_per_warp(_device: torch.device) -> int:
-    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+    return 32 if INTERPRETED else current_target().warp_size
+
+
+@triton.jit
+def _histogram_kernel(digits_ptr, counts_ptr, BINS: tl.constexpr):
+    place = tl.arange(0, BINS)
+    tl.store(counts_ptr + place, tl.histogram(tl.load(digits_ptr + place), BINS))
+
+
+@functools.cache
+def histograms_are_atomic(target: GPUTarget | None) -> bool:
+    """Whether this Triton compiles a histogram to one atomic addition in shared memory for each element. In older
+    versions, and on ROCm, it is ballots: hundreds of instructions an element with 2048 bins. The interpreter has
+    numpy's. The compiler itself is asked, once, with a small kernel that Triton then keeps on disk."""
+    if target is None:
+        return True
+    signature = dict(digits_ptr="*i32", counts_ptr="*i32", BINS="constexpr")
+    source = ASTSource(_histogram_kernel, signature, constexprs=dict(BINS=2048))
+    code = triton.compile(source, target=target).asm["llir"]
+    return "atomicrmw" in code and "ballot" not in code
 
 
 class Scales(NamedTuple):

@@ -1,0 +1,77 @@
+"""The student's top k, id by id: the same on every backend, whatever the logits and however they are searched."""
+
+import importlib
+
+import inputs
+import pytest
+import torch
+
+import rmsd_kernels as rk
+from rmsd_kernels import reference
+
+
+@pytest.fixture(params=["histograms", "counts"])
+def search(request, backend, monkeypatch):
+    """The Triton kernels have two ways, by what the compiler makes of a histogram."""
+    if backend == "triton":
+        module = importlib.import_module("rmsd_kernels.triton.divergence")
+        monkeypatch.setattr(module, "histograms_are_atomic", lambda target: request.param == "histograms")
+    elif request.param == "counts":
+        pytest.skip("one way alone")
+
+
+def rows(width: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(width)
+    normal = torch.randn(width, generator=generator)
+    zeros = torch.where(torch.arange(width) % 3 == 0, -0.0, 0.0)
+    made = dict(
+        distinct=normal,
+        tied=(2 * normal).round() / 2,
+        constant=torch.full((width,), 1.25),
+        zeros=zeros,  # -0.0 ties with 0.0
+        zeros_within=torch.where(torch.rand(width, generator=generator) < 0.3, normal, zeros),
+        negative=-(2 * normal.abs()).round() - 1.0,
+        banned=torch.where(torch.rand(width, generator=generator) < 0.6, -inputs.INF, normal),
+    )
+    return {name: row.to(dtype) for name, row in made.items()}
+
+
+def check_support(backend, device, student, k):
+    """Which logits have gradient under "renorm": the support, but for those of -inf, which have none. One logit alone
+    has none either, and shows in the one term of "drop"."""
+    teacher = inputs.far_apart(student.shape, student.dtype).teacher
+    leaf = student.to(device, copy=True).requires_grad_()
+    if k == 1:
+        got = rk.token_divergence(leaf, teacher.to(device), vocab_topk=1, tail="drop", backend=backend)
+        want = reference.token_divergence(student.double(), teacher.double(), vocab_topk=1, tail="drop")
+        torch.testing.assert_close(got.double().cpu(), want, rtol=1e-4, atol=1e-7)
+        return
+    result = rk.token_divergence(leaf, teacher.to(device), vocab_topk=k, tail="renorm", backend=backend)
+    (grad,) = torch.autograd.grad(result.sum() * 2**14, leaf)  # fp16 holds none below 6e-8
+    got, want = grad.cpu() != 0, reference.topk_support(student, k) & student.isfinite()
+    assert (got != want).nonzero().tolist() == []
+
+
+@pytest.mark.parametrize("k", [1, 2, 499, 500, 519, 520])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_support_is_the_references(backend, device, search, dtype, k):
+    made = [*rows(520, dtype).values()]
+    if backend == "triton" and device == "cpu":
+        if dtype != torch.bfloat16 and k != 499:
+            pytest.skip("the interpreter takes every k in bf16, whose ties are the most")
+        made = made[k % 3 :: 3]
+    check_support(backend, device, torch.stack(made), k)
+
+
+@pytest.mark.parametrize("k", [4095, 4096])
+def test_the_support_of_a_large_k(backend, device, search, k, monkeypatch):
+    if backend == "triton" and device == "cpu":  # as few tiles as there can be
+        launch = importlib.import_module("rmsd_kernels.triton.launch")
+        monkeypatch.setitem(launch.TILES, torch.bfloat16, launch.Tile(unroll=2, lanes=128, vec=8))
+    made = rows(4104, torch.bfloat16)
+    check_support(backend, device, torch.stack([made["zeros" if k % 2 else "tied"]]), k)
+
+
+def test_the_support_of_rows_that_are_not_aligned(backend, device, search):
+    made = rows(203, torch.bfloat16)
+    check_support(backend, device, torch.stack([made["tied"], made["zeros_within"]])[:, 2:], 100)
