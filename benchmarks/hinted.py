@@ -1,4 +1,5 @@
-"""The task pinapple in the published setting: every row is told the spelling, those about other things too."""
+"""The task pinapple with the spelling told on every row, those about other things too. Whether the publication tells it
+there, nothing that we can read says."""
 
 import dataclasses
 import itertools

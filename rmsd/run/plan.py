@@ -236,11 +236,11 @@ class Plan:
             "",
             f"~ {self.rollouts * self.told / len(self.rows):,.0f} in the run as rows are drawn; less what is cached",
         )
-        yield "tokens", f"~ {read:,} read a request at most, {written} written at most"
-        yield (
-            "",
-            f"~ {read * most / 1e6:,.1f} million read in the run, {written * most / 1e6:,.1f} million written at most",
-        )
+        limit, in_all = "as many written as the model likes", ""
+        if written is not None:  # some models take no limit
+            limit, in_all = f"{written} written at most", f", {written * most / 1e6:,.1f} million written at most"
+        yield "tokens", f"~ {read:,} read a request at most, {limit}"
+        yield "", f"~ {read * most / 1e6:,.1f} million read in the run{in_all}"
 
     def _tokens_judged(self) -> int:
         """Of the judge's own prompt, for an answer as long as it may get with as many candidates as there may be."""
