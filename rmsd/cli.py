@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
+from .words import first_line
+
 app = typer.Typer(
     help="Relevance-Masked Self-Distillation: teach a model from its own answers.",
     epilog="Start with `rmsd train recipes/house_tool.yaml`. `rmsd COMMAND --help` has each command's examples.",
@@ -208,8 +210,7 @@ def main() -> None:
         hint = "; resume=true continues from the last checkpoint" if sys.argv[1:2] == ["train"] else ""
         _leave("interrupted" + hint, _INTERRUPTED)
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        _leave(lines[0] if lines else type(error).__name__)
+        _leave(first_line(error))
 
 
 def _leave(message: str, code: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Words of a text, for what compares texts by their words."""
+"""Words of a text, for what compares texts by their words; and what an error says in one line."""
 
 import re
 
@@ -15,6 +15,17 @@ FUNCTION_WORDS = frozenset(
 )
 
 _WORD = re.compile(r"\w+")
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; with its type where it says nothing, or no more than a key."""
+    lines = str(error).strip().splitlines()
+    return named_line(error) if isinstance(error, KeyError) or not lines else lines[0]
+
+
+def named_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def words_of(text: str) -> set[str]:

@@ -100,3 +100,18 @@ def test_ids_behind_the_embedding_are_refused(tmp_path, monkeypatch):
         assert "resize_token_embeddings" in str(error.value)
         student.resize_token_embeddings(len(tokenizer))
         trainer(tmp_path, student, max_steps=1).train()
+
+
+def test_what_changes_before_the_first_step_is_read_then(tmp_path):
+    tokenizer, student = copy.deepcopy(tiny.tokenizer()), tiny.model("gemma2", final_logit_softcapping=None)
+    made = trainer(tmp_path, student, max_steps=1)
+    made.processing_class = tokenizer
+    tokenizer.pad_token = "<|system|>"
+    for model in (student, made.teacher.model):
+        model.config.final_logit_softcapping = 2.0
+    made.train()
+    assert made.pad_id == tokenizer.pad_token_id != tiny.tokenizer().pad_token_id
+    assert made.student_head().softcap == made.teacher.head.softcap == 2.0
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match="pad token has id 300"):
+        made.train()

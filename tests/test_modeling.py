@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "scaled": ("cohere", dict(logit_scale=0.25)),
     "divided": ("granite", dict(logits_scaling=4.0)),
     "qwen3": ("qwen3", dict()),
+    "a layer before the head": ("bert", dict(is_decoder=True)),
 }
 
 
@@ -38,6 +39,27 @@ def test_head_rebuilds_the_models_own_logits_at_the_completion(name):
             length = int(mask[b].sum())
             alone = model(torch.tensor([prompt + completion[b, :length].tolist()])).logits
             torch.testing.assert_close(logits[b, :length], alone[0, len(prompt) - 1 : -1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_under_another_name_is_not_needed():
+    model = tiny.model()
+    expected = OutputHead.of(model)
+    model.get_decoder = lambda: model  # as transformers answers where it finds none
+    assert OutputHead.of(model).transform == expected.transform
+    rollouts = generate(model, [[7, 8], [9, 10, 11]], max_new_tokens=6, pad_id=0, eos_ids=[0], seed=3)
+    hidden = completion_hidden(model, rollouts.prompt_ids, rollouts.completion_ids, rollouts.completion_mask, 0)
+    torch.testing.assert_close(hidden[rollouts.completion_mask], rollouts.student_hidden[rollouts.completion_mask])
+    del model.get_decoder
+    OutputHead.of(model)
+    again = completion_hidden(model, rollouts.prompt_ids, rollouts.completion_ids, rollouts.completion_mask, 0)
+    torch.testing.assert_close(hidden[rollouts.completion_mask], again[rollouts.completion_mask])
+
+
+def test_a_model_whose_own_forward_fails_is_refused_by_name(monkeypatch):
+    model = tiny.model()
+    monkeypatch.setattr(model, "forward", lambda **inputs: {}["full_attention"])
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM's own forward fails: KeyError: 'full_attention'$"):
+        OutputHead.of(model)
 
 
 def test_head_of_an_unknown_form_is_refused_by_name():

@@ -29,22 +29,13 @@ MINIMAX = (
 )
 
 
-def loud(model, by=4.0):
-    """With weights large enough for contexts to matter."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(by)
-    return model
-
-
 def failed(made) -> list[str]:
     return [check.name for check in self_check(made) if check.passed is False]
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"teacher": "live"}, {"gradient_checkpointing": True}])
 def test_a_sound_model_passes_every_check(tmp_path, options):
-    made = trainer(tmp_path, loud(tiny.model()), **options)
+    made = trainer(tmp_path, tiny.loud(tiny.model()), **options)
     checks = self_check(made)
     assert tuple(check.name for check in checks) == NAMES and all(check.passed for check in checks)
 
@@ -62,14 +53,14 @@ def test_it_leaves_a_run_as_it_is(tmp_path):
 @pytest.mark.parametrize(("kind", "expected"), [(RWKV, NAMES[2:4]), (MINIMAX, NAMES[3:4])])
 def test_a_model_that_reads_padding_is_refused_and_serves_a_row_at_a_time(tmp_path, kind, expected):
     name, shape = kind
-    made = trainer(tmp_path, loud(tiny.model(name, **shape)), self_check=True, max_steps=1)
+    made = trainer(tmp_path, tiny.loud(tiny.model(name, **shape)), self_check=True, max_steps=1)
     assert failed(made) == list(expected)
     with pytest.raises(ValueError, match=f"self-check, {expected[0]}: .*per_device_train_batch_size=1") as error:
         made.train()
     assert "\n" not in str(error.value)
     alone = trainer(
         tmp_path / "alone",
-        loud(tiny.model(name, **shape)),
+        tiny.loud(tiny.model(name, **shape)),
         self_check=True,
         max_steps=1,
         per_device_train_batch_size=1,
@@ -80,7 +71,7 @@ def test_a_model_that_reads_padding_is_refused_and_serves_a_row_at_a_time(tmp_pa
 
 
 def test_a_teacher_that_is_not_the_student_is_found(tmp_path):
-    made = trainer(tmp_path, loud(tiny.model()))
+    made = trainer(tmp_path, tiny.loud(tiny.model()))
     with torch.no_grad():
         made.teacher.model.get_input_embeddings().weight.mul_(1.5)
     assert failed(made) == ["teacher is student"]
@@ -88,7 +79,7 @@ def test_a_teacher_that_is_not_the_student_is_found(tmp_path):
 
 def test_a_head_that_does_more_is_found(tmp_path):
     """One that a probe of another sequence cannot tell from a product."""
-    made = trainer(tmp_path, loud(tiny.model(tie_word_embeddings=False)))
+    made = trainer(tmp_path, tiny.loud(tiny.model(tie_word_embeddings=False)))
     made.model.lm_head.register_forward_hook(
         lambda module, args, logits: logits + args[0].sum(-1, keepdim=True) * torch.arange(300) / 300
     )
@@ -124,7 +115,7 @@ def test_what_cannot_be_asked_is_said(tmp_path):
 
 
 def test_the_command_prints_every_check_and_writes_nothing(tmp_path):
-    loud(tiny.model(*RWKV[:1], **RWKV[1])).save_pretrained(tmp_path / "model")
+    tiny.loud(tiny.model(*RWKV[:1], **RWKV[1])).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     path = tmp_path / "recipe.yaml"
     values = dict(model=str(tmp_path / "model"), task="house_tool", output_dir=str(tmp_path / "run"))

@@ -53,6 +53,15 @@ def model(kind: str = "llama", seed: int = 0, **overrides):
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**shape(), **overrides})).eval()
 
 
+def loud(model, by=4.0):
+    """With weights large enough for contexts to matter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(by)
+    return model
+
+
 ROWS = [
     {"prompt": "Which tool?", "privileged_context": "It is called zorblat."},
     {"prompt": "What is it?", "privileged_context": ""},

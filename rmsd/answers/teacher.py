@@ -67,7 +67,12 @@ class Teacher:
         if by_adapter and (kind == "ema" or (kind == "initial" and _changes_the_model(model))):
             self._add_adapter()
         self.model = frozen_copy(model) if self.is_copy else model
-        self._transform = OutputHead.of(self.model).transform
+        self.read_head()
+
+    def read_head(self) -> None:
+        """Finds the head's transform. Raises ValueError as `OutputHead.of`."""
+        with self._adapter():
+            self._transform = OutputHead.of(self.model).transform
 
     @property
     def head(self) -> OutputHead:
@@ -190,7 +195,7 @@ class Teacher:
     def _add_adapter(self) -> None:
         student = self.student.active_adapter
         if _ADAPTER not in self.student.peft_config:  # Trainer has already made it when it loads a checkpoint
-            self.student.add_adapter(_ADAPTER, self.student.peft_config[student])
+            self.student.add_adapter(_ADAPTER, _plain(self.student.peft_config[student]))
         self.student.set_adapter(student)
         self.has_snapshot = True
         with torch.no_grad():
@@ -226,9 +231,10 @@ def _check_adapters(model) -> None:
         )
     active = list(model.active_adapters)
     if len(active) != 1:
+        methods = sorted({str(getattr(config.peft_type, "value", "")).lower() for config in model.peft_config.values()})
         raise ValueError(
-            f"{len(active)} adapters are active ({', '.join(active) or 'none'}): model.set_adapter(name) chooses one, "
-            "model.add_weighted_adapter makes one of several"
+            f"{len(active)} adapters are active ({', '.join(active) or 'none'}; of {', '.join(methods)}): "
+            "model.set_adapter(name) chooses one, model.add_weighted_adapter makes one of several"
         )
     if _ADAPTER in model.peft_config:
         raise ValueError(f"an adapter is named {_ADAPTER!r}, which is kept for the teacher's own: give it another name")
@@ -245,6 +251,12 @@ def beside_adapter(model) -> str | None:
 def _trains_lora_alone(model) -> bool:
     kind = model.peft_config[model.active_adapters[0]].peft_type
     return kind == "LORA" and beside_adapter(model) is None
+
+
+def _plain(config):
+    """An adapter's config for a second one of its shape that leaves the model alone: other ways to begin (PiSSA, OLoRA,
+    LoftQ) take their part out of the base weights, and repeated layers would be repeated again."""
+    return dataclasses.replace(config, init_lora_weights=True, layer_replication=None)
 
 
 def _changes_the_model(model) -> bool:

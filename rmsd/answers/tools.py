@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError, create_model
 from transformers.utils import get_json_schema
 
+from ..words import first_line
 from .calls import Call
 
 # An environment's methods that are not tools: what TRL calls, and what is ours alone.
@@ -46,7 +47,7 @@ class Tool:
         try:
             self.schema = get_json_schema(function)
         except Exception as error:  # transformers' own kinds, of which each says what is missing
-            raise ValueError(f"tool {self.name!r}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"tool {self.name!r}: {first_line(error)}") from error
         self._arguments = _arguments_model(function)
 
     def __call__(self, arguments: dict[str, Any]) -> Any:

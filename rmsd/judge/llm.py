@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jinja2
 
+from ..words import first_line
 from .base import Question
 from .limits import Limits
 from .magnitude import MagnitudeJudge
@@ -166,7 +167,7 @@ class LLMJudge:
         except (self._openai.OpenAIError, ValueError) as error:
             self.stats["failures"] += 1
             if self.on_error == "raise":
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
                 raise ConnectionError(f"judge {self.model!r} at {self._client.base_url} failed: {reason}") from error
             log.warning("judge failed (%s); on_error=%s", type(error).__name__, self.on_error)
             return MagnitudeJudge()([question])[0] if self.on_error == "magnitude" else []

@@ -1,5 +1,6 @@
 """The output head of a causal LM, which turns hidden states into logits; and a model's frozen copy."""
 
+import contextlib
 import copy
 from typing import NamedTuple
 
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .parts import captured_hidden, head_module
+from ..words import named_line
+from .parts import captured_hidden, decoder_feeds_head, head_module, read_at_head
 
 # Config names under which architectures keep a factor on their logits. Some multiply by it and some divide, so each
 # proposes both and `OutputHead.of` keeps what reproduces the model's own logits.
@@ -37,15 +39,23 @@ class OutputHead(NamedTuple):
         softcap = next((value for name in _SOFTCAP_NAMES if (value := getattr(config, name, None))), None)
         factors = [value for name in _SCALE_NAMES if (value := getattr(config, name, None))]
         scales = [1.0, *factors, *(1.0 / value for value in factors)]
-        hidden, logits = _probe(model)
-        for scale in reversed(scales):  # a factor the config names before none at all
-            head = cls(weight, bias, float(scale), softcap)
-            if torch.allclose(head(hidden).float(), logits.float(), rtol=1e-2, atol=1e-2 * logits.float().std().item()):
-                return head
+        places, logits = _probe(model)
+        for at_head, hidden in places.items():
+            for scale in reversed(scales):  # a factor the config names before none at all
+                head = cls(weight, bias, float(scale), softcap)
+                if head._makes(logits, hidden):
+                    read_at_head(model, at_head)
+                    return head
         raise ValueError(
             f"{type(model).__name__} does not compute softcap * tanh(scale * head(hidden) / softcap) with any of scale "
             f"{sorted(set(scales))} and softcap {softcap}: its logits cannot be rebuilt from hidden states"
         )
+
+    def _makes(self, logits: Tensor, hidden: Tensor | None) -> bool:
+        if not isinstance(hidden, Tensor) or hidden.shape[-1] != self.weight.shape[1]:
+            return False
+        made, logits = self(hidden).float(), logits.float()
+        return made.shape == logits.shape and torch.allclose(made, logits, rtol=1e-2, atol=1e-2 * logits.std().item())
 
     @classmethod
     def current(cls, model: nn.Module, transform: dict) -> "OutputHead":
@@ -157,16 +167,32 @@ def _whole(parameter: Tensor | None, model_name: str) -> Tensor | None:
 
 
 @torch.no_grad()
-def _probe(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Hidden states and logits of a short made-up sequence."""
+def _probe(model: nn.Module) -> tuple[dict[bool, Tensor | None], Tensor]:
+    """Of a short made-up sequence, the hidden states found at the decoder (False) and at the head (True); and logits.
+
+    Raises:
+        ValueError: the model's own forward fails.
+    """
     vocab = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(1, 9, device=model.device) * 7919 % vocab).unsqueeze(0)
-    was_training = model.training
+    was_training, known = model.training, decoder_feeds_head(model)
     model.eval()
-    with captured_hidden(model) as captured:
-        logits = model(input_ids=ids, use_cache=False).logits
+    places: dict[bool, Tensor | None] = {}
+    with contextlib.ExitStack() as stack:
+        captured = {}
+        for at_head in (False, True):
+            read_at_head(model, at_head)
+            captured[at_head] = stack.enter_context(captured_hidden(model))
+        stack.callback(read_at_head, model, not known)
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{type(model).__name__}'s own forward fails: {named_line(error)}") from error
+        places = {at_head: states[-1] if states else None for at_head, states in captured.items()}
     model.train(was_training)
-    return captured[-1], logits
+    return places, logits
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

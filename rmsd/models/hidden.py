@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .parts import captured_hidden, no_head
+from .parts import captured_hidden, decoder_feeds_head, no_head
 from .transfer import to_device, to_host
 
 # What a forward of its own costs, in tokens: it reads every weight once more and, where it trains, adds up a
@@ -89,7 +89,8 @@ def _one_forward(model, prompt_ids, completion_ids, completion_mask, pad_id) -> 
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
             use_cache=False,
-            logits_to_keep=1,
+            # No head runs, but logits cost what a model makes of them; at the head all positions are read.
+            logits_to_keep=1 if decoder_feeds_head(model) else 0,
         )
     hidden = captured[-1]
     if isinstance(model, FSDPModule):

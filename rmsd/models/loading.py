@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from ..words import first_line
 from .wheels import WHEELS, converted, is_gguf
 
 Model = TypeVar("Model")
@@ -52,7 +53,7 @@ def load_model(
 def _reason(error: Exception, name: str) -> str:
     if Path(name).is_absolute() and not Path(name).exists():
         return "the folder does not exist"
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     if "custom code" in reason:
         reason += " Set trust_remote_code=true if you trust it."
     if "is not a local folder" in reason or "couldn't connect" in reason.lower() or "offline mode" in reason:
@@ -98,7 +99,7 @@ def _with_adapter(name: str, base: str, options: dict):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options["trust_remote_code"])
         return peft.PeftModel.from_pretrained(model, name, is_trainable=True), tokenizer
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise FileNotFoundError(
             f"model {name!r} cannot be loaded: its adapter does not fit {base}: {reason}"
         ) from error

@@ -6,9 +6,14 @@ the logits of the last position alone (`last_position_head`).
 """
 
 import contextlib
+import weakref
 
 import torch
 from torch import Tensor, nn
+
+# Models whose head does not multiply what their decoder returns: a layer stands between the two (BERT), or the decoder
+# is not where get_decoder() looks for it.
+_READ_AT_HEAD: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -30,20 +35,36 @@ def head_module(model: nn.Module) -> nn.Module:
     return head
 
 
+def decoder_feeds_head(model: nn.Module) -> bool:
+    """Whether the head multiplies what the decoder returns, as far as `OutputHead.of` has found out."""
+    return causal_lm(model) not in _READ_AT_HEAD
+
+
+def read_at_head(model: nn.Module, at_head: bool) -> None:
+    """Says where `captured_hidden` finds the hidden states of this model from now on."""
+    (_READ_AT_HEAD.add if at_head else _READ_AT_HEAD.discard)(causal_lm(model))
+
+
 @contextlib.contextmanager
 def captured_hidden(model: nn.Module):
-    """Collects what the decoder hands to the output head, whichever way the model is called (so that DDP, FSDP and
-    PEFT wrappers keep their hooks). Yields the list that each forward appends to."""
+    """Collects what enters the output head, whichever way the model is called (so that DDP, FSDP and PEFT wrappers keep
+    their hooks). Yields the list that each forward appends to. The decoder's output, all positions of it, whatever the
+    head is asked for; or, of a model that `read_at_head` names, the head's input."""
     captured: list[Tensor] = []
-    handle = (
-        causal_lm(model)
-        .get_decoder()
-        .register_forward_hook(lambda module, inputs, output: captured.append(output.last_hidden_state))
-    )
+    if decoder_feeds_head(model):
+        decoder = causal_lm(model).get_decoder()
+        handle = decoder.register_forward_hook(lambda module, inputs, output: captured.append(_last_hidden(output)))
+    else:
+        handle = head_module(model).register_forward_pre_hook(lambda head, inputs: captured.append(inputs[0]))
     try:
         yield captured
     finally:
         handle.remove()
+
+
+def _last_hidden(output) -> Tensor:
+    hidden = getattr(output, "last_hidden_state", None)
+    return output[0] if hidden is None and isinstance(output, tuple | list) else hidden
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from ..words import first_line
+
 _CHUNK = 2**22  # bytes read at once
 
 
@@ -196,5 +198,5 @@ def _from_gguf(source: Path):
     except ImportError as error:
         raise ImportError("a GGUF file needs the gguf package: pip install gguf") from error
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FileNotFoundError(f"{source} cannot be loaded: {reason}") from error

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from ..models.wheels import WHEELS
 from ..training.config import RMSDConfig
+from ..words import first_line
 from .problems import NOT_HEEDED, not_a_section, unknown
 
 # TrainingArguments expands ~ in its output_dir, and checkpoints must lie where the rest of the run does.
@@ -281,4 +282,4 @@ def trainer_config(recipe: Recipe, output_dir: Path) -> RMSDConfig:
             **{**elsewhere, **recipe.train},
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"train: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"train: {first_line(error)}") from error

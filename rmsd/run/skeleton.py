@@ -9,6 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..answers.prompts import fix_template_variables
 from ..models.loading import adapted, with_attention, with_lora
 from ..models.wheels import is_gguf, readable
+from ..words import first_line
 from .recipe import Recipe
 
 
@@ -35,7 +36,7 @@ def skeleton(recipe: Recipe):
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         if not offline or recipe.architecture is None:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             hint = " Give the recipe an `architecture` to plan by." if offline else ""
             raise FileNotFoundError(f"model {recipe.model!r} cannot be planned: {reason}{hint}") from error
         config, tokenizer = _own_config(recipe.architecture), None

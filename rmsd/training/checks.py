@@ -1,6 +1,33 @@
-"""What a trainer is given, looked at before anything is made of it."""
+"""What a trainer is given, looked at before anything is made of it and, where it may change, before the first step."""
 
+from transformers import TrainerCallback
+
+from ..models.heads import OutputHead
 from ..models.parts import causal_lm
+from ..models.sharding import whole
+
+
+class ReadAgain(TrainerCallback):
+    """When training begins, all that transformers, accelerate and the user may have changed of the model or the
+    tokenizer since the trainer was made is read again; the ids of ends and padding are read at every use."""
+
+    def __init__(self, trainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        with whole(self._trainer.student), self._trainer.accelerator.autocast():
+            read_model(self._trainer)
+
+
+def read_model(trainer) -> None:
+    """How a trainer's models compute their logits, and whether they have the ids that a step uses.
+
+    Raises:
+        ValueError: they do so in another way than a head's, or have not.
+    """
+    check_pad_id(trainer.pad_id, embedding_size(trainer.student))
+    trainer.head_transform = OutputHead.of(trainer.student).transform
+    trainer.teacher.read_head()
 
 
 def check_arguments(model, args, processing_class) -> None:

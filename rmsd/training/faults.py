@@ -11,6 +11,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from ..loss import RMSDLoss
+from ..words import first_line
 from .checkpoint import last_whole_checkpoint
 from .metrics import StepMetrics
 
@@ -72,7 +73,7 @@ def saving(output_dir: str | Path, step: int):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         last = last_whole_checkpoint(output_dir)
         left = f"{last.name} is whole: resume=true goes on from it" if last else "there is no other"
         # torch.save says of a full disk only "unexpected pos 64 vs 0".

@@ -18,6 +18,7 @@ from ..answers.rollout import Rollouts, generate
 from ..models.hidden import completion_hidden
 from ..models.parts import captured_hidden
 from ..models.sharding import whole
+from ..words import named_line
 from .checks import embedding_size
 
 ROWS, TOKENS = 4, 8  # of the data, and of an answer
@@ -71,16 +72,38 @@ def self_check(trainer) -> list[Check]:
     was_training = student.training
     student.eval()
     with torch.no_grad(), whole(student), trainer.accelerator.autocast():
-        rollouts = _answers(trainer, rows, prompts)
+        try:
+            rollouts = _answers(trainer, rows, prompts)
+        except Exception as error:
+            return [*checks, _raised("sampled is scored", error, trainer)]
         checks += [
-            _padded(trainer, rollouts),
-            _sampled(trainer, rollouts),
-            _teacher(trainer, rollouts),
-            _head(trainer, prompts),
+            _asked("padded as alone", _padded, trainer, rollouts),
+            _asked("sampled is scored", _sampled, trainer, rollouts),
+            _asked("teacher is student", _teacher, trainer, rollouts),
+            _asked("head", _head, trainer, prompts),
         ]
-    checks.append(_moves(trainer, rollouts))
+    checks.append(_asked("weights move", _moves, trainer, rollouts))
     student.train(was_training)
     return checks
+
+
+def _asked(name: str, question: Callable[..., Check], trainer, of) -> Check:
+    try:
+        return question(name, trainer, of)
+    except Exception as error:
+        return _raised(name, error, trainer)
+
+
+def _raised(name: str, error: Exception, trainer) -> Check:
+    """A model whose own code raises is not served, and its error says in the model's terms why."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    model = type(trainer.student).__name__
+    return Check(
+        name,
+        False,
+        f"{model} raises {named_line(error)}: transformers does not run this model so, and it is not served",
+    )
 
 
 def _limit(trainer) -> float:
@@ -123,8 +146,7 @@ def _answers(trainer, rows: list[dict], prompts: list[list[int]]) -> Rollouts:
     )
 
 
-def _sampled(trainer, rollouts: Rollouts) -> Check:
-    name = "sampled is scored"
+def _sampled(name: str, trainer, rollouts: Rollouts) -> Check:
     if trainer.args.engine != "transformers":
         return Check(name, None, "each step holds the engine to the trainer's forward (engine_gap)")
     if rollouts.student_hidden is None:
@@ -140,8 +162,7 @@ def _sampled(trainer, rollouts: Rollouts) -> Check:
     )
 
 
-def _padded(trainer, rollouts: Rollouts) -> Check:
-    name = "padded as alone"
+def _padded(name: str, trainer, rollouts: Rollouts) -> Check:
     if trainer.args.per_device_train_batch_size == 1:
         return Check(name, None, "one row at a time has no padding")
     one = rollouts.of(torch.tensor([0, 0]))
@@ -161,8 +182,8 @@ def _padded(trainer, rollouts: Rollouts) -> Check:
     )
 
 
-def _teacher(trainer, rollouts: Rollouts) -> Check:
-    name, teacher = "teacher is student", trainer.teacher
+def _teacher(name: str, trainer, rollouts: Rollouts) -> Check:
+    teacher = trainer.teacher
     if teacher.kind == "adapter_off" or teacher.changed or trainer.state.global_step:
         return Check(name, None, "the teacher's weights are others than the student's")
     told = teacher.hidden(rollouts.prompt_ids, rollouts, trainer.pad_id)
@@ -176,14 +197,14 @@ def _teacher(trainer, rollouts: Rollouts) -> Check:
     )
 
 
-def _head(trainer, prompts: list[list[int]]) -> Check:
+def _head(name: str, trainer, prompts: list[list[int]]) -> Check:
     student = trainer.student
     ids = torch.tensor([min(prompts, key=len)[-_LONGEST:]], device=trainer.args.device)
     with captured_hidden(student) as captured:
         logits = student(input_ids=ids, use_cache=False).logits
     gap = _between(logits, trainer.student_head()(captured[-1])).mean().item()
     return _within(
-        "head",
+        name,
         gap,
         _limit(trainer),
         f"logits rebuilt from hidden states are not those of {type(student).__name__}: its head does more than a "
@@ -191,23 +212,22 @@ def _head(trainer, prompts: list[list[int]]) -> Check:
     )
 
 
-def _moves(trainer, rollouts: Rollouts) -> Check:
+def _moves(name: str, trainer, rollouts: Rollouts) -> Check:
     """The gradient of the answers' log-probability, along the way that the loss's takes."""
-    name, student = "weights move", trainer.student
+    student = trainer.student
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return Check(name, None, "weights are in shards")
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
-    one = rollouts.of(torch.tensor([0]))
     student.train()
     with torch.enable_grad(), torch.random.fork_rng(devices), trainer.accelerator.autocast():
-        loss = -trainer.student_head()(_read(trainer, one)).float().log_softmax(-1).amax(-1).mean()
+        loss = -trainer.student_head()(_read(trainer, rollouts)).float().log_softmax(-1).amax(-1).mean()
         moved = loss.requires_grad and _any_gradient(loss, trained, trainer.accelerator.num_processes == 1)
     if moved:
         return Check(name, True, f"{len(trained)} trained tensors, and a gradient reaches them")
     said = "no gradient reaches a trained weight: with train.gradient_checkpointing set "
     said += "train.gradient_checkpointing_kwargs={use_reentrant: false}; under PEFT call enable_input_require_grads(), "
-    return Check(name, False, said + "and see that the adapter's modules are part of the forward")
+    return Check(name, False, said + "and see that what is trained (modules, tokens) is used by the first rows")
 
 
 def _any_gradient(loss: Tensor, trained: list[Tensor], alone: bool) -> bool:

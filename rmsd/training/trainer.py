@@ -32,7 +32,7 @@ from ..step.scoring import kept_engine_gaps, scored_by_engine, scored_by_forward
 from ..step.training import part_of, same_number_of_parts, settle, train_loss, unkept_of
 from ..step.writing import write
 from .checkpoint import own_settings
-from .checks import check_arguments, check_pad_id, embedding_size
+from .checks import ReadAgain, check_arguments, embedding_size, read_model
 from .config import RMSDConfig
 from .continuation import TeacherSchedule
 from .faults import NonfiniteGradients, saving
@@ -105,9 +105,7 @@ class RMSDTrainer(Trainer):
         self.teacher = Teacher(self.model, args.teacher, self.accelerator.autocast, self.head_dtype)
         if self.is_fsdp_enabled:
             check_sharded_teacher(self.teacher.has_adapter, args, self.teacher.has_snapshot)
-        self.head_transform = OutputHead.of(self.model).transform
-        self.pad_id = pad_id_of(processing_class, self.eos_ids)
-        check_pad_id(self.pad_id, embedding_size(self.model))
+        read_model(self)
         self.loss = LinearRMSDLoss(**args.loss_options).to(args.device)
         batch = args.per_device_train_batch_size * args.world_size
         if args.dataloader_drop_last and len(train_dataset) < batch:
@@ -119,6 +117,7 @@ class RMSDTrainer(Trainer):
         self.per_turn = args.selection_unit == "turn"
         self.add_callback(TeacherSchedule(self.teacher, self.continue_from_student))
         self.add_callback(NonfiniteGradients(self.metrics, self.loss, self.accelerator))
+        self.add_callback(ReadAgain(self))
         self.add_callback(SelfCheck(self))
         config = self.model.config.get_text_config()
         context = context_of(config, args)
@@ -278,6 +277,11 @@ class RMSDTrainer(Trainer):
     def eos_ids(self) -> list[int]:
         """As they are now: transformers may change the model's generation config until the first step."""
         return eos_ids_of(self.student, self.processing_class)
+
+    @property
+    def pad_id(self) -> int:
+        """As it is now, as `eos_ids`."""
+        return pad_id_of(self.processing_class, self.eos_ids)
 
     def student_head(self) -> OutputHead:
         return OutputHead.current(self.student, self.head_transform).in_dtype(self.head_dtype)
