@@ -113,9 +113,11 @@ class RMSDLoss(nn.Module):
         keep: Tensor | None = None,  # (B, L) bool
         *,
         num_sequences: Tensor | float | None = None,
+        weights: Tensor | None = None,  # (B, L) floating
     ) -> Tensor:
         """Scalar loss, fp32. `num_sequences` replaces the number of this batch's sequences that kept a token: give the
-        number in the whole batch when this is one of several micro-batches or ranks, and add the results."""
+        number in the whole batch when this is one of several micro-batches or ranks, and add the results. `weights` are
+        factors on the tokens' divergences; nothing is divided by their sum."""
         shape = sampled_ids.shape
         check_mask(completion_mask, shape, sampled_ids.device, "completion_mask")
         if keep is None:
@@ -125,7 +127,7 @@ class RMSDLoss(nn.Module):
             rows = _rows_where(keep, completion_mask)
             _check_kept_ids(sampled_ids, student_logits, student_logits.shape[-1], keep, completion_mask)
         divergence = token_divergence(student_logits, teacher_logits, rows=rows, **self.divergence_options)
-        return self._mean(divergence, rows, shape, num_sequences)
+        return self._mean(divergence, rows, shape, num_sequences, weights)
 
     def _select(self, student_logits, teacher_logits, sampled_ids, completion_mask, num_tokens):
         check_mask(completion_mask, sampled_ids.shape, sampled_ids.device, "completion_mask")
@@ -148,8 +150,12 @@ class RMSDLoss(nn.Module):
         score = scored_by(self.criterion, scores, completion_mask)
         return scores, select_tokens(score, completion_mask, num_tokens=num_tokens, threshold=self.threshold)
 
-    def _mean(self, divergence: Tensor, rows: Tensor, shape: torch.Size, num_sequences) -> Tensor:
+    def _mean(self, divergence: Tensor, rows: Tensor, shape: torch.Size, num_sequences, weights=None) -> Tensor:
         """(R,) divergences at (R,) rows of the flattened (B, L) axis -> the loss."""
+        if weights is not None:
+            if weights.shape != shape:
+                raise ValueError(f"weights must be {tuple(shape)}, one a token, not {tuple(weights.shape)}")
+            divergence = divergence * weights.detach().flatten()[rows.clamp_min(0)]
         finite = (rows >= 0) & divergence.detach().isfinite()
         if self.nonfinite_rows.device != rows.device:  # the module has no weights that would have been moved
             self.nonfinite_rows = self.nonfinite_rows.to(rows.device)
@@ -228,6 +234,7 @@ class LinearRMSDLoss(RMSDLoss):
         keep: Tensor | None = None,  # (B, L) bool
         *,
         num_sequences: Tensor | float | None = None,
+        weights: Tensor | None = None,  # (B, L) floating
         **head: Any,
     ) -> Tensor:
         """As RMSDLoss.forward; `head` may hold student_bias, teacher_bias, logit_scale, softcap, workspace_mb."""
@@ -243,7 +250,7 @@ class LinearRMSDLoss(RMSDLoss):
         divergence = linear_token_divergence(
             student_hidden, student_weight, teacher_hidden, teacher_weight, rows=rows, **head, **self.divergence_options
         )
-        return self._mean(divergence, rows, shape, num_sequences)
+        return self._mean(divergence, rows, shape, num_sequences, weights)
 
     def _select_linear(self, heads, sampled_ids, completion_mask, num_tokens, head):
         check_mask(completion_mask, sampled_ids.shape, sampled_ids.device, "completion_mask")

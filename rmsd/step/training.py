@@ -64,6 +64,15 @@ def unkept_of(keep: Tensor, completion_mask: Tensor) -> Tensor:
     return keep.flip(1).cumsum(1).flip(1).bool() & completion_mask & ~keep
 
 
+def gap_weights(batch: MicroBatch, part: TrainPart, steepness: float | None) -> Tensor | None:
+    """(B', L') in (0, 1): sigmoid(steepness * (log q(y) - log p(y))) of the written tokens. None for no weights."""
+    if steepness is None:
+        return None
+    gap = batch.scores.teacher_logprob - batch.scores.student_logprob
+    sequences = to_device(part.sequences, gap.device)
+    return torch.sigmoid(steepness * gap[sequences, : part.keep.shape[1]]).nan_to_num(0.0)
+
+
 def train_loss(
     loss: LinearRMSDLoss,
     student: Reading,  # of B answers of L tokens, differentiable
@@ -72,6 +81,7 @@ def train_loss(
     completion_mask: Tensor,  # (B, L) bool
     keep: Tensor,  # (B, L) bool, on the host
     num_sequences: Tensor | float,
+    weights: Tensor | None = None,  # (B, L) floating
 ) -> Tensor:
     """Scalar: these sequences' share of the loss of the whole step, in which `num_sequences` keep a token."""
     return loss(
@@ -81,5 +91,6 @@ def train_loss(
         completion_mask,
         keep,
         num_sequences=num_sequences,
+        weights=weights,
         **head_options(student, teacher),
     )

@@ -1,6 +1,7 @@
 """`RMSDConfig`, the trainer's arguments: transformers' own, and the method's."""
 
 import copy
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -80,6 +81,12 @@ class RMSDConfig(TrainingArguments):
     sampling_temperature: float = field(default=1.0, metadata={"help": "Of the rollouts; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the rollouts' sampling."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the rollouts' sampling; 0 for all."})
+    gap_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "A kept token weighs sigmoid(this x (log q(y) - log p(y))) of its divergence; null: all of it."
+        },
+    )
     unkept_kl: float = field(
         default=0.0,
         metadata={"help": "Weight of the divergence from the untold teacher on tokens that are not kept; 0 for none."},
@@ -185,6 +192,8 @@ class RMSDConfig(TrainingArguments):
                 raise ValueError(
                     f"engine_scores leaves {self.continuation_metric} unknown: name another continuation_metric"
                 )
+        if self.gap_weight is not None and not math.isfinite(self.gap_weight):
+            raise ValueError(f"gap_weight must be a finite number or null, not {self.gap_weight}")
         if not 0.0 <= self.guided_rollouts <= 1.0:
             raise ValueError(f"guided_rollouts must lie in [0, 1], not {self.guided_rollouts}")
         if self.guided_rollouts and (self.engine != "transformers" or self.fsdp):

@@ -29,7 +29,7 @@ from ..models.transfer import to_device
 from ..step.judging import judge_as_scored
 from ..step.micro_batch import MicroBatch
 from ..step.scoring import kept_engine_gaps, scored_by_engine, scored_by_forwards
-from ..step.training import part_of, same_number_of_parts, settle, train_loss, unkept_of
+from ..step.training import gap_weights, part_of, same_number_of_parts, settle, train_loss, unkept_of
 from ..step.writing import write
 from .checkpoint import own_settings
 from .checks import ReadAgain, check_arguments, embedding_size, read_model
@@ -256,7 +256,8 @@ class RMSDTrainer(Trainer):
             self.metrics.own |= kept_engine_gaps(batch, part, student, teacher, self.loss)
         # Data parallel training averages gradients over ranks; ours are shares of a sum.
         scale = self.accelerator.num_processes
-        loss = scale * train_loss(self.loss, student, teacher, ids, mask, part.keep, num_items_in_batch)
+        weights = gap_weights(batch, part, self.args.gap_weight)
+        loss = scale * train_loss(self.loss, student, teacher, ids, mask, part.keep, num_items_in_batch, weights)
         if batch.untold_hidden is not None:
             sequences = to_device(part.sequences, ids.device)
             untold = Reading(batch.untold_hidden[sequences, : part.keep.shape[1]], self.teacher.head)

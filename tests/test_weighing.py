@@ -1,13 +1,14 @@
-"""`unkept_kl` holds the tokens that are not kept to what the teacher says untold."""
+"""What a token weighs: kept ones by their gap, and those that are not kept by how far they leave the untold teacher."""
 
 import pytest
 import tiny
 import torch
 from tiny import trainer
 
-from rmsd import RMSDConfig, RMSDLoss
-from rmsd.step.training import unkept_of
+from rmsd import LinearRMSDLoss, RMSDConfig, RMSDLoss
+from rmsd.step.training import gap_weights, unkept_of
 from rmsd.training.record import RunRecord, read_lines
+from rmsd_kernels import token_divergence
 
 
 def test_what_is_held_is_what_was_written_before_the_last_kept_token_and_not_kept():
@@ -70,3 +71,42 @@ def test_it_is_in_the_log_and_holds_the_more_the_more_it_weighs(tmp_path, every)
 def test_a_negative_weight_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unkept_kl must be at least 0, not -1"):
         RMSDConfig(output_dir=str(tmp_path), use_cpu=True, unkept_kl=-1)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_kept_tokens_weight_is_a_factor_on_its_divergence(linear):
+    student, teacher = torch.randn(2, 2, 4, 30)
+    ids, mask = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool)
+    keep = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 0]]).bool()
+    weights = torch.tensor([[0.5, 9.0, 2.0, 9.0], [9.0, 9.0, 0.25, 9.0]])
+    each = token_divergence(student, teacher)
+    expected = ((0.5 * each[0, 0] + 2.0 * each[0, 2]) / 2 + 0.25 * each[1, 2]) / 2
+    if linear:
+        eye = torch.eye(30)
+        loss = LinearRMSDLoss(vocab_topk=None)(student, eye, teacher, eye, ids, mask, keep, weights=weights)
+    else:
+        loss = RMSDLoss(vocab_topk=None)(student, teacher, ids, mask, keep, weights=weights)
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match=r"weights must be \(2, 4\), one a token, not \(2, 3\)"):
+        RMSDLoss()(student, teacher, ids, mask, keep, weights=weights[:, :3])
+
+
+def test_gap_weight_is_the_sigmoid_of_the_gap_at_the_part_s_tokens(tmp_path):
+    made = trainer(tmp_path, num_kept=1, gap_weight=2.0)
+    inputs, _ = made.get_batch_samples(iter([tiny.ROWS]), 1, made.args.device)
+    batch = inputs[0]["micro_batch"]
+    gap = batch.scores.teacher_logprob - batch.scores.student_logprob
+    for part in batch.parts:
+        weights = gap_weights(batch, part, 2.0)
+        assert weights.shape == part.keep.shape and gap_weights(batch, part, None) is None
+        torch.testing.assert_close(weights, (2.0 * gap[part.sequences, : weights.shape[1]]).sigmoid())
+    seen = []
+    forward = made.loss.forward
+
+    def noted(*heads, weights, **options):
+        seen.append(weights)
+        return forward(*heads, weights=weights, **options)
+
+    made.loss.forward = noted
+    made.train()
+    assert seen and all(weights is not None for weights in seen)
