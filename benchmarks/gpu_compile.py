@@ -24,6 +24,7 @@ from rmsd_kernels.triton.candidates import select_kernel
 from rmsd_kernels.triton.divergence import divergence_kernel
 from rmsd_kernels.triton.divergence_backward import CHUNK_TILES, divergence_backward_kernel
 from rmsd_kernels.triton.scores import scores_kernel
+from rmsd_kernels.triton.split import part_sums_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,7 +37,7 @@ _POINTEE = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 _FIXED_POINTEE = {
     "sampled_ids_ptr": "*i64", "mask_ptr": "*u1", "index_ptr": "*i64", "finished_ptr": "*i32", "rows_ptr": "*i64",
     "scores_ptr": "*fp32", "score_ptr": "*fp32", "divergence_ptr": "*fp32", "stats_ptr": "*fp32",
-    "grad_divergence_ptr": "*fp32",
+    "grad_divergence_ptr": "*fp32", "parts_ptr": "*fp32",
 }  # fmt: skip
 _SPECIAL = r"MUFU|v_exp_f32|v_log_f32|v_rcp_f32"
 
@@ -73,7 +74,9 @@ def variants() -> dict[str, tuple]:
     all_scores = dict(row, DIVERGENCE="reverse_kl", CRITERION="", HAS_SELECTION=False, BLOCK_L=launch.BLOCK_L)
     no_selection = ("mask_ptr", "index_ptr", "finished_ptr")
     selected = dict(all_scores, HAS_SELECTION=True, CRITERION="logprob_gap")
-    rows = dict(row, DIVERGENCE="reverse_kl", TAIL="all", HAS_ROWS=True)
+    rows = dict(row, DIVERGENCE="reverse_kl", TAIL="all", HAS_ROWS=True, SPLIT=False)
+    split = dict(rows, SPLIT=True)
+    unsplit = ("parts_ptr",)
     forward, backward = divergence_kernel, divergence_backward_kernel
     return {
         "scores bf16": (scores_kernel, bf16, all_scores, no_selection),
@@ -85,14 +88,18 @@ def variants() -> dict[str, tuple]:
         "scores fp32 softcap": (scores_kernel, fp32, dict(all_scores, HAS_SOFTCAP=True), no_selection),
         "scores+candidates bf16": (scores_kernel, bf16, selected, ()),
         "select": (select_kernel, fp32, dict(BLOCK_L=launch.BLOCK_L), ()),
-        "divergence bf16": (forward, bf16, rows, ()),
-        "divergence bf16 jsd": (forward, bf16, dict(rows, DIVERGENCE="jsd"), ()),
-        "divergence bf16 top-k drop": (forward, bf16, dict(rows, TAIL="drop"), ()),
-        "divergence fp32 top-k drop": (forward, fp32, dict(rows, TAIL="drop"), ()),
-        "divergence bf16 top-k bucket": (forward, bf16, dict(rows, TAIL="bucket"), ()),
-        "divergence bf16 top-k renorm": (forward, bf16, dict(rows, TAIL="renorm"), ()),
+        "divergence bf16": (forward, bf16, rows, unsplit),
+        "divergence bf16 jsd": (forward, bf16, dict(rows, DIVERGENCE="jsd"), unsplit),
+        "divergence bf16 top-k drop": (forward, bf16, dict(rows, TAIL="drop"), unsplit),
+        "divergence fp32 top-k drop": (forward, fp32, dict(rows, TAIL="drop"), unsplit),
+        "divergence bf16 top-k bucket": (forward, bf16, dict(rows, TAIL="bucket"), unsplit),
+        "divergence bf16 top-k renorm": (forward, bf16, dict(rows, TAIL="renorm"), unsplit),
+        "divergence bf16 split": (forward, bf16, split, ()),
+        "divergence bf16 jsd split": (forward, bf16, dict(split, DIVERGENCE="jsd"), ()),
+        "part_sums bf16": (part_sums_kernel, bf16, dict(row, HAS_ROWS=True), ()),
         "backward bf16": (backward, bf16, rows, ()),
         "backward fp32": (backward, fp32, rows, ()),
+        "backward bf16 jsd": (backward, bf16, dict(rows, DIVERGENCE="jsd"), ()),
         "backward bf16 top-k bucket": (backward, bf16, dict(rows, TAIL="bucket"), ()),
         "backward fp32 softcap": (backward, fp32, dict(rows, HAS_SOFTCAP=True), ()),
     }
@@ -102,12 +109,14 @@ def compile_variant(variant: str, target: str) -> Compiled:
     kernel, dtype, constexprs, absent = variants()[variant]
     constexprs = dict(constexprs)
     if "ALIGNED" in constexprs:
-        constexprs |= launch.constexprs_of_tile(dtype, constexprs["ALIGNED"])
+        is_cuda = TARGETS[target].backend == "cuda"
+        constexprs |= launch.constexprs_of_tile(dtype, constexprs["ALIGNED"], is_cuda)
     if kernel is divergence_kernel:
         constexprs["HISTOGRAMS"] = constexprs["TAIL"] != "all" and launch.histograms_are_atomic(TARGETS[target])
     if kernel is divergence_backward_kernel:
         constexprs["CHUNK_TILES"] = CHUNK_TILES
     constexprs |= dict.fromkeys(absent)
+    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     signature = {}
     for parameter in kernel.params:
         if parameter.name in constexprs:

@@ -112,6 +112,8 @@ def small_tiles(production_tiles):
     production_tiles.update(launch.TILES)
     for dtype, tile in launch.TILES.items():
         launch.TILES[dtype] = launch.Tile(unroll=8 // tile.vec, lanes=16, vec=tile.vec)
+    # Rows are not split: the tests' few rows all would be, and tests/test_split.py splits them.
+    importlib.import_module("rmsd_kernels.triton.split").FEW_ROWS = 0
     for module in ("scores", "candidates"):
         importlib.import_module(f"rmsd_kernels.triton.{module}").BLOCK_L = 16
 

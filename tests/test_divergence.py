@@ -2,8 +2,10 @@
 
 import budget
 import inputs
+import numpy as np
 import pytest
 import torch
+from conftest import device_of, skip_unless_served
 
 import rmsd_kernels as rk
 
@@ -127,6 +129,35 @@ def test_equal_rows_have_no_divergence_and_no_gradient_at_any_temperature(backen
         result = rk.token_divergence(student, row, divergence=divergence, temperature=temperature, backend=backend)
         (grad,) = torch.autograd.grad(result.sum(), student)
         assert max(result.abs().max(), grad.abs().max()) <= 1e-6, divergence
+        if divergence == "jsd" and backend == "triton":
+            assert not result.any()  # its every term is 0, and not only small
+
+
+@pytest.mark.parametrize("off_by", [2.0**-22, -(2.0**-22)])
+@pytest.mark.parametrize("regime", inputs.REGIMES)
+def test_an_approximate_logarithm_keeps_a_jsd_within_the_budget(regime, off_by, monkeypatch):
+    """CUDA's lg2.approx may be off by 2^-22, between 1/2 and 2 absolutely and elsewhere of its value. The interpreter's
+    logarithm is exact, so each entry's gets that error here, all in one direction: the worst there can be."""
+    skip_unless_served("triton")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if device_of("triton") == "cuda":
+        pytest.skip("not interpreted: the GPU's own logarithm is in every test")
+    exact = interpreter.InterpreterBuilder.create_log2
+    entries = []
+
+    def approximate(builder, argument):
+        result = exact(builder, argument)
+        if result.data.size > 1:  # an entry's, not a row's normaliser, whose logarithm is the accurate one
+            error = off_by * np.where((argument.data > 0.5) & (argument.data < 2), 1, np.abs(result.data))
+            result.data = np.where(argument.data == 1, 0, result.data + error).astype(np.float32)
+            entries.append(result.data.size)
+        return result
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_log2", approximate)
+    made = inputs.REGIMES[regime]((1, 331))
+    beta = 0.5 if off_by > 0 else 0.1
+    budget.check_divergence("triton", *made[:2], divergence="jsd", beta=beta, stable=regime == "offset")
+    assert entries
 
 
 @pytest.mark.parametrize("dtype", budget.DTYPES, ids=str)

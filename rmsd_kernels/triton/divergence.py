@@ -8,6 +8,7 @@ from torch import Tensor
 from ..options import Options
 from .launch import current_target, histograms_are_atomic, launch, log2_scales, row_strides, tile_options
 from .layout import (
+    FINISHED_PARTS_SLOT,
     IS_FINITE_SLOT,
     KTH_LOGIT_SLOT,
     LAST_TIED_ID_SLOT,
@@ -24,6 +25,18 @@ from .layout import (
     TEACHER_LSE_SLOT,
 )
 from .radix import radix_support
+from .split import (
+    MAX_PARTS,
+    PART_SLOTS,
+    is_last,
+    launch_part_sums,
+    merged_sums,
+    merged_terms,
+    part_of_row,
+    parts_of,
+    store_sums,
+    store_terms,
+)
 from .tiles import ALL, FLOOR, INF, INSIDE, LN2, LOG2E, OUTSIDE, ModelRow, Support, TileShape, row_pointer
 from .topk import topk_support
 from .visits import (
@@ -32,7 +45,7 @@ from .visits import (
     kl_from_cross,
     log_ratio,
     log_sum_exp,
-    log_to_mixture,
+    mixture_entry,
     nats,
     normalised_visit,
     online_visit,
@@ -52,9 +65,9 @@ def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
         distance = tl.where(log_q > FLOOR, log_q - log_p, 0.0)
         return tl.where(distance < INF, q * distance, INF), -q, 0.0
     else:
-        to_p, to_q = log_to_mixture(log_p * LOG2E, log_q * LOG2E, p, q, beta)
-        slope = (1.0 - beta) * to_p * LN2
-        return beta * q * to_q * LN2 + p * slope, p * slope, slope
+        terms, p, to_p = mixture_entry(log_p * LOG2E, log_q * LOG2E, beta, APPROXIMATE_LOG2=False)
+        slope = (1.0 - beta) * tl.where(p > 0.0, to_p, 0.0) * LN2
+        return terms * LN2, p * slope, slope
 
 
 @triton.jit(
@@ -67,6 +80,7 @@ def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
         "length",
         "size",
         "vocab_topk",
+        "num_parts",
     ],
     do_not_specialize_on_alignment=[
         "student_logits_ptr",
@@ -74,6 +88,7 @@ def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
         "rows_ptr",
         "divergence_ptr",
         "stats_ptr",
+        "parts_ptr",
     ],
 )
 def divergence_kernel(
@@ -81,7 +96,8 @@ def divergence_kernel(
     teacher_logits_ptr,  # (B, L, V)
     rows_ptr,  # (R,) int64, with HAS_ROWS
     divergence_ptr,  # (R,) fp32
-    stats_ptr,  # (R, 16) fp32, ops.NUM_STATS
+    stats_ptr,  # (R, 16) fp32 zeros, ops.NUM_STATS
+    parts_ptr,  # (R, MAX_PARTS, PART_SLOTS) fp32, with SPLIT; of a jsd with its first visit
     student_stride_b: tl.int64,
     student_stride_l: tl.int64,
     teacher_stride_b: tl.int64,
@@ -90,6 +106,7 @@ def divergence_kernel(
     length: tl.int32,
     size: tl.int32,
     vocab_topk: tl.int32,
+    num_parts: tl.int32,
     inner_scale: tl.float32,
     student_scale: tl.float32,
     teacher_scale: tl.float32,
@@ -99,8 +116,10 @@ def divergence_kernel(
     DIVERGENCE: tl.constexpr,
     TAIL: tl.constexpr,  # "all" without vocab_topk
     HAS_ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,  # a row over num_parts programs; only where TAIL is "all"
     HAS_SOFTCAP: tl.constexpr,
     HISTOGRAMS: tl.constexpr,  # False without vocab_topk
+    APPROXIMATE_LOG2: tl.constexpr,
     ALIGNED: tl.constexpr,
     PAIRED: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -108,7 +127,9 @@ def divergence_kernel(
     VEC: tl.constexpr,
 ):
     TILE: tl.constexpr = TileShape(UNROLL, LANES, VEC, PAIRED, MASKED=False)
-    item = tl.program_id(0).to(tl.int64)
+    item, part = tl.program_id(0).to(tl.int64), 0
+    if SPLIT:
+        item, part = item // num_parts, tl.program_id(0) % num_parts
     row = item
     if HAS_ROWS:
         row = tl.load(rows_ptr + item)
@@ -126,13 +147,30 @@ def divergence_kernel(
     # Over the whole vocabulary a KL is done in this one visit. `forward` swaps the roles: KL(first || second).
     FORWARD: tl.constexpr = DIVERGENCE == "forward_kl"
     HAS_CROSS: tl.constexpr = DIVERGENCE != "jsd" and TAIL == "all"
-    if FORWARD:
+    if SPLIT:
+        begin = part * (UNROLL * LANES * VEC)
+        seen = tl.minimum(size - begin, UNROLL * LANES * VEC)
+        seen_student, seen_teacher = part_of_row(student, begin), part_of_row(teacher, begin)
+        parts_ptr += item * (MAX_PARTS * PART_SLOTS)
+        finished_ptr = (stats_ptr + item * NUM_STATS + FINISHED_PARTS_SLOT).to(tl.pointer_type(tl.int32))
+    else:
+        seen, seen_student, seen_teacher = size, student, teacher
+    if SPLIT and DIVERGENCE == "jsd":
+        sums = merged_sums(parts_ptr, num_parts)
+    elif FORWARD:
         sums = online_visit(
-            teacher, student, size, inner_scale, HAS_SOFTCAP, TILE, HAS_CROSS=HAS_CROSS, STUDENT_FIRST=False
+            seen_teacher, seen_student, seen, inner_scale, HAS_SOFTCAP, TILE, HAS_CROSS=HAS_CROSS, STUDENT_FIRST=False
         )
+    else:
+        sums = online_visit(seen_student, seen_teacher, seen, inner_scale, HAS_SOFTCAP, TILE, HAS_CROSS=HAS_CROSS)
+    if SPLIT and HAS_CROSS:
+        store_sums(parts_ptr + part * PART_SLOTS, sums)
+        if not is_last(finished_ptr, num_parts):
+            return
+        sums = merged_sums(parts_ptr, num_parts)
+    if FORWARD:
         teacher_m, student_m, teacher_z, student_z = sums.first_m, sums.second_m, sums.first_z, sums.second_z
     else:
-        sums = online_visit(student, teacher, size, inner_scale, HAS_SOFTCAP, TILE, HAS_CROSS=HAS_CROSS)
         student_m, teacher_m, student_z, teacher_z = sums.first_m, sums.second_m, sums.first_z, sums.second_z
     valid = (student_z > 0.0) & (teacher_z > 0.0)
 
@@ -161,21 +199,27 @@ def divergence_kernel(
         if DIVERGENCE != "jsd":
             centre = (exact_gap / scale).to(tl.float32)
         terms = normalised_visit(
-            student,
-            teacher,
-            Normaliser(student_scale, student_m, tl.log2(student_z)),
-            Normaliser(teacher_scale, teacher_m, tl.log2(teacher_z)),
-            size,
+            seen_student,
+            seen_teacher,
+            Normaliser(student_scale, student_m, student_z),
+            Normaliser(teacher_scale, teacher_m, teacher_z),
+            seen,
             inner_scale,
             beta,
             centre,
             DIVERGENCE,
             HAS_SOFTCAP,
+            APPROXIMATE_LOG2,
             TILE,
             PART=ALL if TAIL == "all" else INSIDE,
             support=support,
         )
         cross, mass, slope, gap = terms.total, terms.mass, terms.slope, terms.gap
+        if SPLIT:
+            store_terms(parts_ptr + part * PART_SLOTS, terms)
+            if not is_last(finished_ptr, num_parts):
+                return
+            cross, slope = merged_terms(parts_ptr, num_parts)
 
     if DIVERGENCE != "jsd":
         divergence = kl_from_cross(cross, mass, centre, scale, exact_gap)
@@ -227,6 +271,8 @@ def divergence_kernel(
     tl.store(stats_ptr + KTH_LOGIT_SLOT, support.kth_logit)
     tl.store(stats_ptr + LAST_TIED_ID_SLOT, support.last_tied_id.to(tl.float32))
     tl.store(stats_ptr + IS_FINITE_SLOT, is_finite.to(tl.float32))
+    if SPLIT:
+        tl.store(stats_ptr + FINISHED_PARTS_SLOT, 0.0)  # so that a row's numbers are its own, however they were made
 
 
 def divergence(
@@ -236,27 +282,42 @@ def divergence(
     result = torch.empty(num_rows if rows is None else len(rows), dtype=torch.float32, device=student_logits.device)
     stats = torch.zeros((len(result), NUM_STATS.value), dtype=torch.float32, device=student_logits.device)
     if len(result):
-        launch(
-            divergence_kernel,
-            len(result),
-            student_logits,
+        tile = tile_options(student_logits, teacher_logits)
+        num_parts = 1 if options.vocab_topk else parts_of(len(result), options.vocab_size, tile)
+        parts = None
+        if num_parts > 1:
+            shape = len(result), MAX_PARTS.value, PART_SLOTS.value
+            parts = torch.empty(shape, dtype=torch.float32, device=student_logits.device)
+        arguments = dict(
             student_logits_ptr=student_logits,
             teacher_logits_ptr=teacher_logits,
             rows_ptr=None if rows is None else rows.contiguous(),
-            divergence_ptr=result,
-            stats_ptr=stats,
+            parts_ptr=parts,
             **row_strides(student_logits, teacher_logits),
             num_rows=num_rows,
             length=max(student_logits.shape[1], 1),
             size=options.vocab_size,
+            num_parts=num_parts,
+            HAS_ROWS=rows is not None,
+            HAS_SOFTCAP=options.softcap is not None,
+            **tile,
+        )
+        scales = log2_scales(options)
+        if num_parts > 1 and options.divergence == "jsd":
+            launch_part_sums(len(result) * num_parts, student_logits, **arguments, **scales)
+        launch(
+            divergence_kernel,
+            len(result) * num_parts,
+            student_logits,
+            **arguments,
+            **scales,
+            divergence_ptr=result,
+            stats_ptr=stats,
             vocab_topk=options.vocab_topk or 0,
-            **log2_scales(options),
             beta=options.beta,
             DIVERGENCE=options.divergence,
             TAIL=options.tail if options.vocab_topk else "all",
-            HAS_ROWS=rows is not None,
-            HAS_SOFTCAP=options.softcap is not None,
             HISTOGRAMS=options.vocab_topk is not None and histograms_are_atomic(current_target()),
-            **tile_options(student_logits, teacher_logits),
+            SPLIT=num_parts > 1,
         )
     return result, stats

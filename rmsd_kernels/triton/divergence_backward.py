@@ -25,7 +25,7 @@ from ..options import Options
 from .launch import INTERPRETED, launch, row_strides, scales, tile_options
 from .layout import NUM_STATS, load_stats
 from .tiles import FLOOR, LN2, LOG2E, Support, TileShape, block_ids, in_support, load_tile, row_pointer, softcapped
-from .visits import log_to_mixture
+from .visits import mixture_entry
 
 CHUNK_TILES = 4  # 16,384 logits a program: 10 programs a row at V = 152k, so that a few kept rows fill the processors
 
@@ -51,6 +51,7 @@ def gradient(
     DIVERGENCE: tl.constexpr,
     TAIL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    APPROXIMATE_LOG2: tl.constexpr,
 ):
     student_scale, teacher_scale, beta = factors.student_scale, factors.teacher_scale, factors.beta
     student = tl.maximum(softcapped(raw_student, factors.inner_scale, HAS_SOFTCAP), FLOOR)
@@ -67,7 +68,7 @@ def gradient(
     elif DIVERGENCE == "forward_kl":
         grad = -tl.exp2(log_q * LOG2E) - p * stats.mean_slope
     else:
-        to_p, _ = log_to_mixture(log_p * LOG2E, log_q * LOG2E, p, tl.exp2(log_q * LOG2E), beta)
+        _, p, to_p = mixture_entry(log_p * LOG2E, log_q * LOG2E, beta, APPROXIMATE_LOG2)
         grad = p * ((1.0 - beta) * to_p * LN2 - stats.mean_slope)
     if TAIL != "all":
         if TAIL == "renorm":
@@ -99,13 +100,16 @@ def gradient_tile(
     TAIL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    APPROXIMATE_LOG2: tl.constexpr,
     TILE: tl.constexpr,
 ):
     student = load_tile(student_ptr, start, size, TILE)
     teacher = load_tile(teacher_ptr, start, size, TILE)
     for block in tl.static_range(TILE.UNROLL):
         ids = block_ids(start, block, TILE)
-        grad = gradient(student[block], teacher[block], ids, stats, factors, DIVERGENCE, TAIL, HAS_SOFTCAP)
+        grad = gradient(
+            student[block], teacher[block], ids, stats, factors, DIVERGENCE, TAIL, HAS_SOFTCAP, APPROXIMATE_LOG2
+        )
         if not HAS_ROWS:
             grad = tl.where(stats.is_finite != 0.0, grad, 0.0)
         grad = grad.to(grad_ptr.dtype.element_ty)
@@ -161,6 +165,7 @@ def divergence_backward_kernel(
     TAIL: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    APPROXIMATE_LOG2: tl.constexpr,
     ALIGNED: tl.constexpr,
     PAIRED: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -201,6 +206,7 @@ def divergence_backward_kernel(
             TAIL,
             HAS_SOFTCAP,
             HAS_ROWS,
+            APPROXIMATE_LOG2,
             TILE,
         )
     if end > whole:
@@ -216,6 +222,7 @@ def divergence_backward_kernel(
             TAIL,
             HAS_SOFTCAP,
             HAS_ROWS,
+            APPROXIMATE_LOG2,
             RAGGED,
         )
 

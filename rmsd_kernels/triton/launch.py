@@ -125,15 +125,23 @@ def tile_options(*logits: Tensor) -> dict:
         and all(tensor.stride(axis) * itemsize % 16 == 0 for axis in (0, 1) if tensor.shape[axis] > 1)
         for tensor in logits
     )
-    return constexprs_of_tile(logits[0].dtype, aligned)
+    is_cuda = not INTERPRETED and torch.version.hip is None
+    return constexprs_of_tile(logits[0].dtype, aligned, is_cuda)
 
 
-def constexprs_of_tile(dtype: torch.dtype, aligned: bool) -> dict:
+def constexprs_of_tile(dtype: torch.dtype, aligned: bool, is_cuda: bool) -> dict:
     tile = TILES[dtype]
     if not aligned:  # neighbouring logits go to neighbouring threads, one a load, and a lane's sums stay in its thread
         tile = Tile(tile.unroll * tile.vec, tile.lanes, 1)
     paired = aligned and dtype == torch.bfloat16
-    return dict(ALIGNED=aligned, PAIRED=paired, UNROLL=tile.unroll, LANES=tile.lanes, VEC=tile.vec)
+    return dict(
+        APPROXIMATE_LOG2=is_cuda,  # its instruction is NVIDIA's
+        ALIGNED=aligned,
+        PAIRED=paired,
+        UNROLL=tile.unroll,
+        LANES=tile.lanes,
+        VEC=tile.vec,
+    )
 
 
 def register_limit(arguments: dict) -> dict:

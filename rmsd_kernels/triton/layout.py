@@ -34,6 +34,7 @@ class RowStats(NamedTuple):
     last_tied_id: tl.tensor
     rest_lse: tl.tensor  # forward KL's bucket: p_j Q / P is e^(scaled logit - this)
     rest_lse_low: tl.tensor
+    finished_parts: tl.tensor  # int32, and 0 afterwards: of a row split over programs, how many have stored their sums
     is_finite: tl.tensor  # 1, or 0 where the divergence is not and the gradient is 0
 
 
@@ -52,6 +53,7 @@ KTH_LOGIT_SLOT = _slots["kth_logit"]
 LAST_TIED_ID_SLOT = _slots["last_tied_id"]
 REST_LSE_SLOT = _slots["rest_lse"]
 REST_LSE_LOW_SLOT = _slots["rest_lse_low"]
+FINISHED_PARTS_SLOT = _slots["finished_parts"]
 IS_FINITE_SLOT = _slots["is_finite"]
 
 
@@ -70,5 +72,6 @@ def load_stats(stats_ptr):
         last_tied_id=tl.load(stats_ptr + LAST_TIED_ID_SLOT).to(tl.int32),
         rest_lse=tl.load(stats_ptr + REST_LSE_SLOT),
         rest_lse_low=tl.load(stats_ptr + REST_LSE_LOW_SLOT),
+        finished_parts=0,
         is_finite=tl.load(stats_ptr + IS_FINITE_SLOT),
     )

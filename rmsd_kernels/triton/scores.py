@@ -70,6 +70,7 @@ def scores_kernel(
     CRITERION: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SELECTION: tl.constexpr,
+    APPROXIMATE_LOG2: tl.constexpr,
     ALIGNED: tl.constexpr,
     PAIRED: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -114,8 +115,8 @@ def scores_kernel(
     divergence = tl.where(sums.gap > -1.5 * FLOOR, INF, divergence.to(tl.float32))
     if DIVERGENCE == "jsd":
         # The mixture needs both log-sum-exps first, so the rows are visited again, in L2.
-        student_normaliser = Normaliser(student_scale, student_m, tl.log2(student_z))
-        teacher_normaliser = Normaliser(teacher_scale, teacher_m, tl.log2(teacher_z))
+        student_normaliser = Normaliser(student_scale, student_m, student_z)
+        teacher_normaliser = Normaliser(teacher_scale, teacher_m, teacher_z)
         terms = normalised_visit(
             student,
             teacher,
@@ -127,6 +128,7 @@ def scores_kernel(
             centre=0.0,
             DIVERGENCE=DIVERGENCE,
             HAS_SOFTCAP=HAS_SOFTCAP,
+            APPROXIMATE_LOG2=APPROXIMATE_LOG2,
             TILE=TILE,
         )
         divergence = terms.total * LN2

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda.libdevice import fast_log2f
 
 from .tiles import ALL, EMPTY, FLOOR, LN2, TileShape, load_pair
 
@@ -26,11 +27,11 @@ class OnlineSums(NamedTuple):
 
 
 class Normaliser(NamedTuple):
-    """Of one model's row: scale * logit - m - log_z is its log2-probability."""
+    """Of one model's row: 2^(scale * logit - m) / z is a probability."""
 
     scale: tl.tensor
     m: tl.tensor
-    log_z: tl.tensor
+    z: tl.tensor
 
 
 class NormalisedSums(NamedTuple):
@@ -101,6 +102,23 @@ def online_tile(
 
 
 @triton.jit
+def merge_lanes(lanes):
+    """OnlineSums of a row from those of its lanes, or of its parts."""
+    first_lanes, second_lanes, first_z, second_z, first_e, second_e, cross, gap = lanes
+    first_m, second_m = tl.max(first_lanes, axis=0), tl.max(second_lanes, axis=0)
+    first_shift, second_shift = first_lanes - first_m, second_lanes - second_m
+    first_rescale, second_rescale = tl.exp2(first_shift), tl.exp2(second_shift)
+    first_e = tl.sum(tl.fma(first_shift, first_z, first_e) * first_rescale, axis=0)
+    second_e = tl.sum(tl.fma(second_shift, second_z, second_e) * second_rescale, axis=0)
+    second_z = tl.sum(second_z * second_rescale, axis=0)
+    # fp64 for the lanes' sums: fp32 cost four units in the last place of a divergence of 40.
+    first_z = tl.sum((first_z * first_rescale).to(tl.float64), axis=0)
+    mean_cross = (tl.sum((cross * first_rescale).to(tl.float64), axis=0) / first_z).to(tl.float32)
+    gap = tl.max(gap, axis=0)
+    return OnlineSums(first_m, second_m, first_z.to(tl.float32), second_z, first_e, second_e, mean_cross, gap)
+
+
+@triton.jit
 def online_visit(
     first,  # ModelRow
     second,
@@ -132,18 +150,7 @@ def online_visit(
         )
         sums = online_tile(sums, first_tile, second_tile, first.scale, second.scale, ratio, HAS_ENTROPY, HAS_CROSS)
 
-    first_lanes, second_lanes, first_z, second_z, first_e, second_e, cross, gap = sums
-    first_m, second_m = tl.max(first_lanes, axis=0), tl.max(second_lanes, axis=0)
-    first_shift, second_shift = first_lanes - first_m, second_lanes - second_m
-    first_rescale, second_rescale = tl.exp2(first_shift), tl.exp2(second_shift)
-    first_e = tl.sum(tl.fma(first_shift, first_z, first_e) * first_rescale, axis=0)
-    second_e = tl.sum(tl.fma(second_shift, second_z, second_e) * second_rescale, axis=0)
-    second_z = tl.sum(second_z * second_rescale, axis=0)
-    # fp64 for the lanes' sums: fp32 cost four units in the last place of a divergence of 40.
-    first_z = tl.sum((first_z * first_rescale).to(tl.float64), axis=0)
-    mean_cross = (tl.sum((cross * first_rescale).to(tl.float64), axis=0) / first_z).to(tl.float32)
-    gap = tl.max(gap, axis=0)
-    return OnlineSums(first_m, second_m, first_z.to(tl.float32), second_z, first_e, second_e, mean_cross, gap)
+    return merge_lanes(sums)
 
 
 @triton.jit
@@ -181,10 +188,35 @@ def kl_from_cross(cross, mass, centre, second_scale, lse_gap):
 
 
 @triton.jit
-def log_to_mixture(log_p, log_q, p, q, beta):
-    """log2(p / m) and log2(q / m), m = beta q + (1 - beta) p; where both are 0, finite numbers that 0 can multiply."""
-    log_m = tl.maximum(tl.log2(tl.fma(q, beta, p * (1.0 - beta))), FLOOR)
-    return tl.maximum(log_p, FLOOR) - log_m, tl.maximum(log_q, FLOOR) - log_m
+def log2(x, APPROXIMATE_LOG2: tl.constexpr):
+    """To 2^-22 where APPROXIMATE_LOG2: one instruction where CUDA's library takes some twelve. On ROCm and in the
+    interpreter `tl.log2` is as cheap as it gets."""
+    if APPROXIMATE_LOG2:
+        return fast_log2f(x)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def mixture_entry(log_p, log_q, beta, APPROXIMATE_LOG2: tl.constexpr):
+    """An entry of m = beta q + (1 - beta) p, from log2-probabilities of which either or both may be -inf: its terms'
+    sum beta q log2(q / m) + (1 - beta) p log2(p / m), then p and log2(p / m).
+
+    The larger of p and q is taken out: m / larger = w + (1 - w) 2^-d lies between w and 1, where an approximate
+    logarithm is off by 2^-22 at most, and is exactly 1 where p = q.
+    """
+    difference = log_p - log_q
+    d = tl.minimum(tl.abs(difference), -FLOOR)  # also where both are -inf and their difference is NaN
+    student_leads = difference > 0.0
+    larger = tl.exp2(tl.maximum(log_p, log_q))
+    ratio = tl.exp2(-d)
+    smaller_share = tl.where(student_leads, beta, 1.0 - beta) * ratio
+    m = tl.where(student_leads, 1.0 - beta, beta) + smaller_share
+    log_m = log2(m, APPROXIMATE_LOG2)
+    # Not m less the larger's weight for the smaller's share: its rounding error would be multiplied by d.
+    terms = -larger * tl.fma(d, smaller_share, m * log_m)
+    p = larger * tl.where(student_leads, 1.0, ratio)
+    return terms, p, -log_m - tl.where(student_leads, 0.0, d)
 
 
 @triton.jit
@@ -197,32 +229,35 @@ def normalised_tile(
     beta,
     centre,
     DIVERGENCE: tl.constexpr,
+    APPROXIMATE_LOG2: tl.constexpr,
 ):
-    """Adds one tile to every lane's sums; see `normalised_visit`."""
+    """Adds one tile to every lane's sums; see `normalised_visit`. All probabilities here are multiplied by one z: the
+    student's in the reverse KL, else the teacher's. Dividing the sums in the end costs nothing for each logit."""
     total, slope, mass, gap = sums
     if DIVERGENCE == "reverse_kl":
         ratio = tl.div_rn(student.scale, teacher.scale)
     elif DIVERGENCE == "forward_kl":
         ratio = tl.div_rn(teacher.scale, student.scale)
+    else:
+        log_z_gap = tl.log2(tl.div_rn(student.z, teacher.z))
     totals = tl.zeros(student_tile[0].shape, tl.float32)
     slopes, masses, gaps = totals, totals, totals + 2 * FLOOR
     for block in tl.static_range(len(student_tile)):
-        # Less the maximum first and log z after: their sum would be rounded, by 5e-4 at logits of 1e4.
         if DIVERGENCE == "jsd":
-            log_p = tl.fma(student_tile[block], student.scale, -student.m) - student.log_z
-            log_q = tl.fma(teacher_tile[block], teacher.scale, -teacher.m) - teacher.log_z
-            p, q = tl.exp2(log_p), tl.exp2(log_q)
-            to_p, to_q = log_to_mixture(log_p, log_q, p, q, beta)
+            # The maximum first and the rest after: their sum would be rounded, by 5e-4 at logits of 1e4.
+            log_p = tl.fma(student_tile[block], student.scale, -student.m) - log_z_gap
+            log_q = tl.fma(teacher_tile[block], teacher.scale, -teacher.m)
+            terms, p, to_p = mixture_entry(log_p, log_q, beta, APPROXIMATE_LOG2)
+            totals += terms
             slopes = tl.fma(p, to_p, slopes)
-            totals = tl.fma(q, to_q, totals)
         else:
             if DIVERGENCE == "reverse_kl":
                 s, t = floor_pair(student_tile[block], teacher_tile[block], ratio)
-                weight = tl.exp2(tl.fma(s, student.scale, -student.m) - student.log_z)
+                weight = tl.exp2(tl.fma(s, student.scale, -student.m))
                 difference = tl.fma(s, ratio, -t)
             else:
                 t, s = floor_pair(teacher_tile[block], student_tile[block], ratio)
-                weight = tl.exp2(tl.fma(t, teacher.scale, -teacher.m) - teacher.log_z)
+                weight = tl.exp2(tl.fma(t, teacher.scale, -teacher.m))
                 difference = tl.fma(t, ratio, -s)
             totals = tl.fma(weight, difference - centre, totals)
             masses += weight
@@ -248,33 +283,52 @@ def normalised_visit(
     centre,
     DIVERGENCE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    APPROXIMATE_LOG2: tl.constexpr,
     TILE: tl.constexpr,
     PART: tl.constexpr = ALL,
     support=None,
 ):
-    """NormalisedSums of a part of the vocabulary, from L2 as the rows were just read. `centre` is of the differences'
-    own size, so that small numbers are summed: without it a divergence was off by 3e-6."""
+    """NormalisedSums of a part of the vocabulary. The rows were just read from their start to their end, so this goes
+    from the end to the start, to meet what L2 still holds. `centre` is of the differences' own size, so that small
+    numbers are summed: without it a divergence was off by 3e-6."""
     RAGGED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, PAIRED=False, MASKED=True)
     LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
     zeros = tl.zeros([TILE.LANES], tl.float32)
     sums = NormalisedSums(zeros, zeros, zeros, zeros + 2 * FLOOR)
     whole = size // LOGITS * LOGITS
-    for start in range(0, whole, LOGITS):
-        tiles = load_pair(
-            student, teacher, start, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST=True, PART=PART, TILE=TILE
-        )
-        sums = normalised_tile(
-            sums, tiles[0], tiles[1], student_normaliser, teacher_normaliser, beta, centre, DIVERGENCE
-        )
     if whole < size:
         tiles = load_pair(
             student, teacher, whole, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST=True, PART=PART, TILE=RAGGED
         )
         sums = normalised_tile(
-            sums, tiles[0], tiles[1], student_normaliser, teacher_normaliser, beta, centre, DIVERGENCE
+            sums,
+            tiles[0],
+            tiles[1],
+            student_normaliser,
+            teacher_normaliser,
+            beta,
+            centre,
+            DIVERGENCE,
+            APPROXIMATE_LOG2,
         )
-    total, slope = tl.sum(sums.total, axis=0), tl.sum(sums.slope, axis=0)
+    for done in range(0, whole, LOGITS):
+        start = whole - LOGITS - done
+        tiles = load_pair(
+            student, teacher, start, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST=True, PART=PART, TILE=TILE
+        )
+        sums = normalised_tile(
+            sums,
+            tiles[0],
+            tiles[1],
+            student_normaliser,
+            teacher_normaliser,
+            beta,
+            centre,
+            DIVERGENCE,
+            APPROXIMATE_LOG2,
+        )
+    z = student_normaliser.z if DIVERGENCE == "reverse_kl" else teacher_normaliser.z
+    total, slope, mass = tl.sum(sums.total, axis=0), tl.sum(sums.slope, axis=0), tl.sum(sums.mass, axis=0)
     if DIVERGENCE == "jsd":
         slope *= 1.0 - beta
-        total = tl.fma(total, beta, slope)
-    return NormalisedSums(total, slope, tl.sum(sums.mass, axis=0), tl.max(sums.gap, axis=0))
+    return NormalisedSums(tl.div_rn(total, z), tl.div_rn(slope, z), tl.div_rn(mass, z), tl.max(sums.gap, axis=0))
