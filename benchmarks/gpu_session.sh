@@ -25,7 +25,7 @@ stages() {
         return
     fi
     local vocab=151936 tests="$PYTHON -m pytest -q -o addopts= -p no:cacheprovider --dist worksteal -n"
-    echo "tests of a GPU|100|needs_gpu $tests 3 tests/test_gpu.py tests/test_gpu_models.py"
+    echo "tests of a GPU|100|needs_gpu $tests 3 tests/test_gpu.py tests/test_gpu_models.py tests/test_split.py"
     echo "kernels|60|needs_gpu $PYTHON -m benchmarks.gpu_measure --repeats 7 --write \$RECORD"
     echo "five rows|20|needs_gpu $PYTHON -m benchmarks.gpu_measure --rows 5 --repeats 25 --write \$RECORD"
     echo "top-k against torch.topk and TRL|45|needs_gpu $PYTHON -m benchmarks.bench_divergence \

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_linear import heads
 from benchmarks.common import default_device, elapsed, machine
 from rmsd_kernels import linear_token_scores
 
@@ -31,7 +30,11 @@ def main() -> None:
     arguments = parser.parse_args()
     device = default_device()
     print(", ".join(f"{name} {value}" for name, value in machine(device).items()))
-    inputs = heads(arguments.rows, arguments.hidden, arguments.vocab, device, seed=0, dtype=torch.bfloat16)
+    made = dict(generator=torch.Generator(device).manual_seed(0), device=device)
+    hidden = [torch.randn(arguments.rows, arguments.hidden, **made).bfloat16() for _ in range(2)]
+    heads = [torch.randn(arguments.vocab, arguments.hidden, **made).mul_(0.05).bfloat16() for _ in range(2)]
+    ids = torch.randint(arguments.vocab, (arguments.rows,), **made)
+    inputs = hidden[0], heads[0], hidden[1], heads[1], ids
     print("| workspace, MB | ms |\n|---|---|")
     for workspace_mb in WORKSPACES:
         with torch.no_grad():

@@ -158,7 +158,8 @@ class Replayed:
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_three_steps_of_the_trainer_are_the_cpus(kind, tmp_path):
     """A run in bf16 leaves the CPU's run in fp32 by its rounding. On a GPU by as much as on the CPU, within a factor of
-    two: gradients are added up in another order. Plain SGD, since Adam would make a step of each rounding error."""
+    three: it adds up in another order, and rounds the head's operands as well, which a CPU keeps in fp32. Plain SGD,
+    since Adam would make a step of each rounding error."""
 
     def run(name, **options):
         student = tiny.model()
@@ -182,5 +183,5 @@ def test_three_steps_of_the_trainer_are_the_cpus(kind, tmp_path):
     for what, there, here, truth in zip(("weights", "losses"), got, low, exact, strict=True):
         assert truth.any()
         error, allowed = (there - truth).norm(), (here - truth).norm()
-        limit = 2 * allowed + 1e-3 * truth.norm()
+        limit = 3 * allowed + 1e-3 * truth.norm()
         assert error <= limit, f"{what}: off by {error:.3g}, bf16 on the CPU by {allowed:.3g}"
