@@ -106,7 +106,7 @@ def test_an_engine_is_refused_where_it_cannot_be(tmp_path):
         load_recipe("recipes/house_tool.yaml", ["engine=sglang"])
     with pytest.raises(ValueError, match=r"did you mean 'engine'"):
         load_recipe("recipes/house_tool.yaml", ["train.engine=vllm"])
-    with pytest.raises(ValueError, match="engine must be one of transformers, vllm, not 'sglang'"):
+    with pytest.raises(ValueError, match="engine must be one of transformers, vllm, vllm_server, not 'sglang'"):
         RMSDConfig(output_dir=str(tmp_path), engine="sglang")
     with pytest.raises(ValueError, match="engine_cache_gb must be above 0"):
         RMSDConfig(output_dir=str(tmp_path), engine_cache_gb=0)
@@ -115,7 +115,7 @@ def test_an_engine_is_refused_where_it_cannot_be(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "transformers"}, "engine_scores needs engine=vllm, not transformers"),
+        ({"engine": "transformers"}, "engine_scores needs engine=vllm or vllm_server, not transformers"),
         ({"method": "opsd"}, "engine_scores needs method=rmsd, not opsd"),
         ({"criterion": "divergence"}, "engine_scores needs criterion=logprob_gap, not divergence"),
         ({"temperature": 0.5}, "engine_scores needs temperature=1.0, not 0.5"),
@@ -137,7 +137,7 @@ def test_an_engine_that_reads_answers_needs_room_for_a_token_more():
         check_lengths(rows, prompts, 0, context_of(config, SimpleNamespace(engine_scores=True)), 300)
 
 
-@pytest.mark.parametrize("name", ["vllm_cases.py", "vllm_route_cases.py"])
+@pytest.mark.parametrize("name", ["vllm_cases.py", "vllm_route_cases.py", "vllm_server_cases.py"])
 def test_with_vllm(name):
     """Cases in a process of their own: vLLM starts a process group and patches torch in the one it has."""
     try:

@@ -1,7 +1,8 @@
-"""Who writes the rollouts: the student itself, or vLLM holding a copy of its weights."""
+"""Who writes the rollouts: the student itself, or vLLM holding its weights, in this process or in a server's."""
 
 import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from .past import Past, continued
 from .rollout import Rollouts, generate
 from .vllm_engine import VLLMEngine
+from .vllm_server import VLLMServerEngine
 
-ENGINES = ("transformers", "vllm")
+ENGINES = ("transformers", "vllm", "vllm_server")
 MAX_GAP = 0.5  # nats a token; bf16 engines are seen at some hundredths
 TOP = 20  # likeliest tokens recorded where candidates come from the engine: as many as vLLM gives by default
 
@@ -68,19 +70,21 @@ class TransformersEngine:
             return generate(self._model, prompt_ids, past=self._past, **options)
 
 
-def engine_for(
-    name: str,
-    model: nn.Module,
-    *,
-    max_length: int,
-    cache_gb: float,
-    num_top: int = 0,
-    autocast: Callable = contextlib.nullcontext,
-) -> Engine:
-    """The engine of a recipe."""
-    if name == "transformers":
+def engine_for(args, model: nn.Module, *, max_length: int, autocast: Callable = contextlib.nullcontext) -> Engine:
+    """The engine that RMSDConfig names, for sequences of `max_length` tokens at most."""
+    if args.engine == "transformers":
         return TransformersEngine(autocast)
-    return VLLMEngine(model, max_length=max_length, cache_gb=cache_gb, num_top=num_top)
+    num_top = TOP if args.engine_scores else 0
+    if args.engine == "vllm":
+        return VLLMEngine(model, max_length=max_length, cache_gb=args.engine_cache_gb, num_top=num_top)
+    return VLLMServerEngine(
+        model,
+        url=args.engine_url,
+        folder=args.engine_folder or Path(args.output_dir) / "engine",
+        max_length=max_length,
+        seconds=args.engine_seconds,
+        num_top=num_top,
+    )
 
 
 def engine_gap(recorded: Tensor, logprob: Tensor, whose: str = "student") -> float:
@@ -94,6 +98,7 @@ def engine_gap(recorded: Tensor, logprob: Tensor, whose: str = "student") -> flo
     if gap > MAX_GAP:
         raise RuntimeError(
             f"the engine's log-probabilities differ from the {whose}'s by {gap:.2f} nats a token: "
-            f"it does not hold the {whose}'s weights; set engine=transformers"
+            f"it does not hold the {whose}'s weights; set engine=transformers, or look whether a server serves the "
+            "base model in the trainer's precision"
         )
     return gap

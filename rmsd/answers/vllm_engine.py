@@ -113,13 +113,8 @@ class VLLMEngine:
         ]
         outputs = self._outputs(prompt_ids, sampling)
         answers = [list(output.outputs[0].token_ids) for output in outputs]
-        width = max(map(len, answers))
-        return Rollouts(
-            prompt_ids=prompt_ids,
-            completion_ids=_right_padded(answers, width, pad_id).to(self._device),
-            completion_mask=_right_padded([[True] * len(answer) for answer in answers], width, False).to(self._device),
-            recorded=self._recorded(answers, [output.outputs[0].logprobs for output in outputs], width),
-        )
+        entries = [_logprobs(output.outputs[0].logprobs) for output in outputs]
+        return rollouts_of_lists(prompt_ids, answers, entries, self._num_top, pad_id, self._device)
 
     def turns(self):
         """Each turn's prompt is read anew: prefix caching is off, for its keys would outlive the weights."""
@@ -130,13 +125,13 @@ class VLLMEngine:
         reads, the prompts' too, one sequence after the other, and writes one token more."""
         from vllm import SamplingParams
 
-        present = zip(rollouts.on_host.completion_ids, rollouts.on_host.attention_mask, strict=True)
-        answers = [ids[mask].tolist() for ids, mask in present]
+        answers = answers_read(rollouts)
         sequences = [prompt + answer for prompt, answer in zip(prompt_ids, answers, strict=True)]
         reading = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=self._num_top, detokenize=False)
         outputs = self._outputs(sequences, [reading] * len(sequences))
-        entries = [output.prompt_logprobs[len(ids) :] for output, ids in zip(outputs, prompt_ids, strict=True)]
-        return self._recorded(answers, entries, rollouts.completion_ids.shape[1])
+        pairs = zip(outputs, prompt_ids, strict=True)
+        entries = [_logprobs(output.prompt_logprobs[len(ids) :]) for output, ids in pairs]
+        return recorded_of(answers, entries, rollouts.completion_ids.shape[1], self._num_top, self._device)
 
     def _outputs(self, prompt_ids: list[list[int]], sampling: list):
         with _process_as_it_was(self._device):
@@ -145,21 +140,52 @@ class VLLMEngine:
             raise RuntimeError("vLLM read other tokens than it was given: its ids are not the trainer's")
         return outputs
 
-    def _recorded(self, answers: list[list[int]], entries: list[list[dict]], width: int) -> Recorded:
-        """`entries` are vLLM's: {token id: log-probability} of each position's likeliest tokens and its own."""
-        places = [list(zip(*pair, strict=True)) for pair in zip(answers, entries, strict=True)]
-        own = [[entry[token].logprob for token, entry in row] for row in places]
-        top = [[sorted(entry, key=lambda i: -entry[i].logprob)[: self._num_top] for _, entry in row] for row in places]
-        logprobs = [
-            [[entry[i].logprob for i in ids] for ids, (_, entry) in zip(*pair, strict=True)]
-            for pair in zip(top, places, strict=True)
-        ]
-        none = [0] * self._num_top
-        return Recorded(
-            _right_padded(own, width, 0.0).to(self._device),
-            _right_padded(top, width, none).long().to(self._device),
-            _right_padded(logprobs, width, none).float().to(self._device),
-        )
+
+def _logprobs(positions: list[dict]) -> list[dict[int, float]]:
+    return [{token: entry.logprob for token, entry in position.items()} for position in positions]
+
+
+def rollouts_of_lists(
+    prompt_ids: list[list[int]],
+    answers: list[list[int]],  # token ids as vLLM writes them, an end-of-sequence token included
+    entries: list[list[dict[int, float]]],  # as for recorded_of
+    num_top: int,
+    pad_id: int,
+    device: torch.device,
+) -> Rollouts:
+    """The answers with what vLLM recorded of them, as tensors."""
+    width = max(map(len, answers))
+    return Rollouts(
+        prompt_ids=prompt_ids,
+        completion_ids=_right_padded(answers, width, pad_id).to(device),
+        completion_mask=_right_padded([[True] * len(answer) for answer in answers], width, False).to(device),
+        recorded=recorded_of(answers, entries, width, num_top, device),
+    )
+
+
+def answers_read(rollouts: Rollouts) -> list[list[int]]:
+    """Each answer's token ids, those of tools included."""
+    present = zip(rollouts.on_host.completion_ids, rollouts.on_host.attention_mask, strict=True)
+    return [ids[mask].tolist() for ids, mask in present]
+
+
+def recorded_of(
+    answers: list[list[int]], entries: list[list[dict[int, float]]], width: int, num_top: int, device: torch.device
+) -> Recorded:
+    """`entries` are vLLM's: {token id: log-probability} of each position's likeliest tokens and its own."""
+    places = [list(zip(*pair, strict=True)) for pair in zip(answers, entries, strict=True)]
+    own = [[entry[token] for token, entry in row] for row in places]
+    top = [[sorted(entry, key=lambda i: -entry[i])[:num_top] for _, entry in row] for row in places]
+    logprobs = [
+        [[entry[i] for i in ids] for ids, (_, entry) in zip(*pair, strict=True)]
+        for pair in zip(top, places, strict=True)
+    ]
+    none = [0] * num_top
+    return Recorded(
+        _right_padded(own, width, 0.0).float().to(device),
+        _right_padded(top, width, none).long().to(device),
+        _right_padded(logprobs, width, none).float().to(device),
+    )
 
 
 def _repack_head(model: nn.Module) -> None:

@@ -123,7 +123,10 @@ def memory(
         * sizes.hidden
         * element,
     }
-    if args.engine_scores:  # logits, and their log-softmax, of one sequence that it reads
+    elsewhere = args.engine == "vllm_server"  # and what it holds is on other devices
+    if args.engine_scores and elsewhere:
+        rollouts = {}
+    elif args.engine_scores:  # logits, and their log-softmax, of one sequence that it reads
         told = lengths.longest_teacher_prompt + lengths.longest_answer
         rollouts = {"vllm's logits of an answer it reads": 2 * 4 * sizes.vocab * told}
     else:
@@ -137,7 +140,7 @@ def memory(
     if generated and args.engine == "vllm":
         rollouts["vllm's weights"] = sizes.weight_bytes
         rollouts["KV cache (engine_cache_gb)"] = args.engine_cache_gb * 2**30
-    elif generated:
+    elif generated and not elsewhere:
         rollouts["KV cache"] = kv_bytes(sizes, rows, read, element)
     training = {
         "gradients": sizes.trained_bytes / shards,

@@ -97,7 +97,9 @@ class Recipe(_Section):
     method: Literal["rmsd", "opsd"] = _key(
         "rmsd", "rmsd keeps what the judge finds relevant; opsd trains on every token."
     )
-    engine: Literal["transformers", "vllm"] = _key("transformers", "transformers or vllm: who writes the rollouts.")
+    engine: Literal["transformers", "vllm", "vllm_server"] = _key(
+        "transformers", "transformers, vllm or vllm_server: who writes the rollouts."
+    )
     seed: int = _key(0, "Of sampling, order and adapters.")
     output_dir: UserPath = _key(Path("runs/rmsd"), "The run's folder: checkpoints, records, model, report.")
     resume: bool = _key(False, "Go on from the folder's last checkpoint.")

@@ -95,12 +95,24 @@ class RMSDConfig(TrainingArguments):
         default=0.0,
         metadata={"help": "Share of told rows that the teacher answers, so that rare words are in the data."},
     )
-    engine: str = field(default="transformers", metadata={"help": "transformers or vllm: who writes the rollouts."})
+    engine: str = field(
+        default="transformers", metadata={"help": "transformers, vllm or vllm_server: who writes the rollouts."}
+    )
     engine_scores: bool = field(
         default=False,
         metadata={"help": "Candidates come from the log-probabilities that the engine records of student and teacher."},
     )
     engine_cache_gb: float = field(default=1.0, metadata={"help": "GiB of vllm's KV cache."})
+    engine_url: str = field(
+        default="http://localhost:8000/v1", metadata={"help": "vllm_server: the server's endpoint, up to /v1."}
+    )
+    engine_folder: str | None = field(
+        default=None,
+        metadata={"help": "vllm_server: a folder that the server reads weights from; null: output_dir/engine."},
+    )
+    engine_seconds: float = field(
+        default=600.0, metadata={"help": "vllm_server: that it may take for an answer, or to come back."}
+    )
     teacher_template: str = field(
         default=TEACHER_TEMPLATE,
         metadata={"help": "The teacher's user message, from {privileged_context} and {prompt}."},
@@ -184,7 +196,9 @@ class RMSDConfig(TrainingArguments):
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
         if self.engine_scores:
             # What an engine records is of the sampled token and the likeliest few, at temperature 1.
-            needed = dict(engine="vllm", method="rmsd", criterion="logprob_gap", temperature=1.0)
+            if self.engine == "transformers":
+                raise ValueError("engine_scores needs engine=vllm or vllm_server, not transformers")
+            needed = dict(method="rmsd", criterion="logprob_gap", temperature=1.0)
             for name, value in needed.items():
                 if getattr(self, name) != value:
                     raise ValueError(f"engine_scores needs {name}={value}, not {getattr(self, name)}")
@@ -203,8 +217,11 @@ class RMSDConfig(TrainingArguments):
             raise ValueError(f"router_loss must be add or drop, not {self.router_loss!r}")
         if self.engine == "vllm":
             check_vllm()
-        if not self.engine_cache_gb > 0:
-            raise ValueError(f"engine_cache_gb must be above 0, not {self.engine_cache_gb}")
+        if not self.engine_url.startswith(("http://", "https://")):
+            raise ValueError(f"engine_url must begin with http:// or https://, not {self.engine_url!r}")
+        for name in ("engine_cache_gb", "engine_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         for name, allowed in (("teacher_place", PLACES), ("selection_unit", UNITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")

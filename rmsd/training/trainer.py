@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..answers.data import check_lengths, checked_dataset, context_of, rows_of
-from ..answers.engines import TOP, engine_for
+from ..answers.engines import engine_for
 from ..answers.environments import ContextAfter, Environments, Factory
 from ..answers.episodes import Episodes
 from ..answers.prompts import Prompts, prompt_text
@@ -136,11 +136,9 @@ class RMSDTrainer(Trainer):
         if self.episodes:  # what an environment says at its start, and its feedback, is known only then
             read, told = (min(context, length + 2 * args.max_tool_output) for length in (read, told))
         self.engine = engine_for(
-            args.engine,
+            args,
             self.model,
             max_length=max(read, told) + 1 if args.engine_scores else read,
-            cache_gb=args.engine_cache_gb,
-            num_top=TOP if args.engine_scores else 0,
             autocast=self.accelerator.autocast,
         )
 

@@ -1,0 +1,151 @@
+"""The client of a vLLM server, against answers that are made up; vllm_server_cases.py runs a real one."""
+
+import httpx
+import pytest
+import tiny
+from peft import LoraConfig, get_peft_model
+
+from rmsd import RMSDConfig
+from rmsd.answers import server as module
+from rmsd.answers.server import VLLMServer
+from rmsd.answers.vllm_server import VLLMServerEngine
+
+URL = "http://server:8000/v1"
+OPTIONS = dict(max_new_tokens=2, pad_id=0, eos_ids=[0], temperature=0.0)
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """A server as far as the client asks it. `away` are answers, or errors, that come before its own."""
+
+    class Fake:
+        away, loaded, version, posted, max_model_len = [], set(), "default", [], 100
+        forgets = 0  # how often it restarts before it answers a completion
+
+        def __call__(self, request):
+            if self.away:
+                answer = self.away.pop(0)
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+            path = request.url.path
+            body = httpx.Response(200, content=request.content).json() if request.content else {}
+            self.posted.append((path, body))
+            match path:
+                case "/v1/models":
+                    models = [{"id": "base", "max_model_len": self.max_model_len, "parent": None}]
+                    return httpx.Response(200, json={"data": models})
+                case "/server_info":
+                    return httpx.Response(200, json={"vllm_config": {"device_config": {"device": "cuda"}}})
+                case "/weight_info":
+                    return httpx.Response(200, json={"weight_version": self.version})
+                case "/update_weight_version":
+                    self.version = body["new_version"]
+                case "/v1/load_lora_adapter" if body:
+                    self.loaded.add(body["lora_name"])
+                case "/v1/unload_lora_adapter":
+                    self.loaded.discard(body["lora_name"])
+                case "/v1/completions":
+                    return self.completed(body)
+            return httpx.Response(200, json={})
+
+        def completed(self, body):
+            if self.forgets:
+                self.forgets -= 1
+                self.loaded, self.version = set(), "default"
+            if body["model"] not in self.loaded | {"base"}:
+                return httpx.Response(404, json={"error": {"message": "no such model"}})
+            logprobs = {"top_logprobs": [{"token_id:7": -0.5}, {"token_id:0": -9999.0}]}
+            choice = {"token_ids": [7, 0], "prompt_token_ids": body["prompt"], "logprobs": logprobs}
+            return httpx.Response(200, json={"choices": [choice]})
+
+        def paths(self):
+            return [path for path, _ in self.posted]
+
+    made = Fake()
+    made.away, made.loaded, made.posted = [], set(), []
+    client = httpx.Client
+    monkeypatch.setattr(httpx, "Client", lambda **options: client(transport=httpx.MockTransport(made), **options))
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    return made
+
+
+def lora():
+    return get_peft_model(tiny.model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def engine(tmp_path, model, **changed):
+    return VLLMServerEngine(model, **{"url": URL, "folder": tmp_path, "max_length": 100, "seconds": 60, **changed})
+
+
+def test_a_server_that_is_away_is_asked_again(vllm):
+    dead = httpx.Response(500, json={"error": {"message": "EngineCore encountered an issue."}})
+    vllm.away = [httpx.ConnectError("refused"), httpx.Response(503), dead, httpx.ReadError("reset")]
+    assert VLLMServer(URL, 60)("/weight_info").json() == {"weight_version": "default"}
+    vllm.away = [httpx.Response(400, text="bad")]
+    assert VLLMServer(URL, 60)("/weight_info").status_code == 400, "of the request, so an answer"
+
+
+def test_a_server_that_stays_away_is_given_up_in_one_line(vllm):
+    vllm.away = [httpx.ConnectError("refused")] * 9
+    with pytest.raises(ConnectionError, match=r"at .* has not answered for 0.1 seconds \(refused\): .* resume=true"):
+        VLLMServer(URL, 0.1)("/weight_info")
+    assert len(vllm.away) == 8
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (httpx.ConnectError("refused"), "no vLLM server answers at http://server:8000/v1"),
+        (httpx.Response(401), "set the environment variable VLLM_API_KEY"),
+        (httpx.Response(404), "does engine_url end in /v1"),
+        (httpx.Response(200, text="<html>"), "does engine_url end in /v1"),
+    ],
+)
+def test_what_is_no_such_server_is_known_before_a_run(vllm, tmp_path, answer, message):
+    vllm.away = [answer]
+    with pytest.raises(ConnectionError, match=message):
+        engine(tmp_path, lora())
+
+
+def test_the_length_that_a_server_takes_is_known_before_a_run(vllm, tmp_path):
+    with pytest.raises(ValueError, match=r"100 tokens, and 101 are needed: .*--max-model-len 101"):
+        engine(tmp_path, lora(), max_length=101)
+
+
+@pytest.mark.parametrize("make", [lora, tiny.model], ids=["adapter", "all weights"])
+def test_a_server_that_restarted_empty_is_sent_the_weights_again(vllm, tmp_path, make):
+    model = make()
+    made = engine(tmp_path, model)
+    made.sync(model)
+    vllm.posted, vllm.forgets = [], 1
+    rollouts = made([[5, 6]], **OPTIONS)
+    assert rollouts.completion_ids.tolist() == [[7, 0]]
+    assert rollouts.recorded.logprob.tolist() == [[-0.5, -float("inf")]]
+    loads = "/v1/load_lora_adapter" if make is lora else "/collective_rpc"
+    assert vllm.paths().count(loads) == 1 and vllm.paths().count("/v1/completions") == 2
+    vllm.forgets = 9
+    with pytest.raises(ConnectionError, match="has lost the weights 3 times"):
+        made([[5, 6]], **OPTIONS)
+
+
+def test_the_weights_before_are_dropped_once_the_next_are_there(vllm, tmp_path):
+    model = lora()
+    made = engine(tmp_path, model)
+    made.sync(model)
+    (first,) = vllm.loaded
+    made.sync(model)
+    (second,) = vllm.loaded
+    assert first != second and [each.name for each in tmp_path.iterdir()] == [second]
+    with model.disable_adapter():
+        made.sync(model)
+    assert not vllm.loaded and not list(tmp_path.iterdir()), "the base model is there already"
+    made([[5, 6]], **OPTIONS)
+    assert vllm.posted[-1][1]["model"] == "base"
+
+
+def test_options_of_the_server_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="engine_url must begin with http"):
+        RMSDConfig(output_dir=str(tmp_path), engine_url="localhost:8000")
+    with pytest.raises(ValueError, match="engine_seconds must be above 0"):
+        RMSDConfig(output_dir=str(tmp_path), engine_seconds=0)
