@@ -113,7 +113,8 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = Fa
     from .run.recipe import load_recipe
 
     text, passed = run(load_recipe(recipe, overrides or []))
-    print(text)
+    if text:
+        print(text)
     if not passed:
         raise typer.Exit(1)
 

@@ -123,6 +123,11 @@ def test_it_goes_on_from_before_at_half_the_rate_once(tmp_path, monkeypatch, tea
     resumed = trainer(tmp_path / "run", on_collapse="rollback", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert same(weights(resumed.model), weights(made.model))
+    # And at half of another rate, where the user asks for one.
+    half = rates[True, 6]
+    slower = trainer(tmp_path / "run", on_collapse="rollback", **options, learning_rate=1e-3)
+    slower.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert rates[True, 6] == pytest.approx(half / 10)
 
 
 def test_a_second_collapse_ends_the_run(tmp_path, from_step_5):

@@ -41,6 +41,11 @@ def test_head_rebuilds_the_models_own_logits_at_the_completion(name):
             torch.testing.assert_close(logits[b, :length], alone[0, len(prompt) - 1 : -1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_soft_cap_may_have_another_name():
+    model = tiny.loud(tiny.model("recurrent_gemma", num_hidden_layers=3, lru_width=32, logits_soft_cap=1.0))
+    assert OutputHead.of(model).softcap == 1.0
+
+
 def test_a_decoder_under_another_name_is_not_needed():
     model = tiny.model()
     expected = OutputHead.of(model)

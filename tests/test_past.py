@@ -84,6 +84,12 @@ def test_other_prompts_are_read_anew_and_nothing_is_kept_after_the_turns():
     assert other.completion_ids.tolist() == engine([[1, 2, 3]], **OPTIONS).completion_ids.tolist()
 
 
+def test_a_model_without_a_cache_reads_everything():
+    model = tiny.model("openai-gpt", n_embd=32, n_layer=2, n_head=2)
+    assert Past.empty(model, model.device) is None
+    assert generate(model, PROMPTS, **OPTIONS).completion_ids.shape[0] == len(PROMPTS)
+
+
 def test_a_model_with_sliding_windows_reads_everything():
     model = tiny.model("mistral", sliding_window=8)
     assert Past.empty(model, "cpu") is None and generate(model, PROMPTS, **OPTIONS).completion_mask.any()

@@ -106,6 +106,21 @@ def test_text_that_the_tokenizer_loses_is_found(tmp_path):
     assert failed(made) == ["text"]
 
 
+@pytest.mark.parametrize(
+    ("where", "check"), [("LlamaForCausalLM.generate", "sampled is scored"), ("LlamaModel.forward", "padded as alone")]
+)
+def test_a_model_whose_own_code_fails_is_refused_by_name(tmp_path, monkeypatch, where, check):
+    def fails(*arguments, **options):
+        raise IndexError("index out of range\nin self")
+
+    rows = tiny.ROWS if "generate" in where else [{**row, "completion": [30, 31]} for row in tiny.ROWS]
+    made = trainer(tmp_path, rows=rows)
+    monkeypatch.setattr(f"transformers.models.llama.modeling_llama.{where}", fails)
+    (refused, *_) = [check for check in self_check(made) if check.passed is False]
+    assert refused.name == check and "\n" not in refused.said
+    assert refused.said.startswith("LlamaForCausalLM raises IndexError: index out of range: ")
+
+
 def test_what_cannot_be_asked_is_said(tmp_path):
     rows = [{**row, "completion": [30, 31, 32, 33]} for row in tiny.ROWS]
     made = trainer(tmp_path, rows=rows, per_device_train_batch_size=1)

@@ -277,6 +277,13 @@ def test_prompt_longer_than_the_context_is_refused_before_training(tmp_path):
         trainer(tmp_path, rows=[{"prompt": "Which tool? " * 200, "privileged_context": ""}])
 
 
+@pytest.mark.parametrize("said", [0, -1])
+def test_a_context_that_is_not_said_has_no_end(tmp_path, said):
+    student = tiny.model()
+    student.config.max_position_embeddings = said
+    trainer(tmp_path, student)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -200,7 +200,8 @@ def _is_of_text(message: dict) -> bool:
 def context_of(config, args) -> float:
     """Tokens that a model of this config can train on, infinity where it does not say. An engine that reads answers
     writes one more after each."""
-    return (getattr(config, "max_position_embeddings", None) or math.inf) - args.engine_scores
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    return (context if context > 0 else math.inf) - args.engine_scores  # XLNet's is -1
 
 
 def check_lengths(rows: Iterable[dict], prompts: Prompts, longest: int, context: int, vocab: int) -> tuple[int, int]:

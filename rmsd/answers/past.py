@@ -32,8 +32,12 @@ class Past:
 
     @classmethod
     def empty(cls, model, device) -> "Past | None":
-        """Of no sequence yet; None for a model whose cache cannot hold padding anywhere (sliding windows, states)."""
-        cache = DynamicCache(config=causal_lm(model).config)
+        """Of no sequence yet; None for a model that takes no cache, or one that cannot hold padding anywhere (sliding
+        windows, states)."""
+        lm = causal_lm(model)
+        if CACHE_ARGUMENT not in inspect.signature(lm.forward).parameters:
+            return None
+        cache = DynamicCache(config=lm.config)
         if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
             return None
         none = torch.zeros(0, 0, dtype=torch.int64, device=device)

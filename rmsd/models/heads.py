@@ -15,7 +15,7 @@ from .parts import captured_hidden, decoder_feeds_head, head_module, read_at_hea
 # Config names under which architectures keep a factor on their logits. Some multiply by it and some divide, so each
 # proposes both and `OutputHead.of` keeps what reproduces the model's own logits.
 _SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-_SOFTCAP_NAMES = ("final_logit_softcapping",)
+_SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class OutputHead(NamedTuple):
