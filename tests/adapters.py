@@ -2,6 +2,7 @@
 from, its teacher's reading is its own, it moves, and what is saved reads as what was trained; or it is refused by name.
 """
 
+import copy
 import tempfile
 
 import peft
@@ -93,11 +94,12 @@ def tried(name: str) -> tuple[str, str]:
         for value in student.parameters():
             if value.requires_grad:
                 value.add_(torch.randn_like(value) * 0.3)
-    start = logits(student)
     with tempfile.TemporaryDirectory() as folder:
         try:
+            start = copy.deepcopy(student)
             made = tiny.trainer(folder, student, self_check=True, learning_rate=0.1, log_level="error")
             made.remove_callback(PrinterCallback)
+            start = logits(start)
             made.train()
         except (ValueError, TypeError) as error:
             lines = len(str(error).strip().splitlines())

@@ -64,6 +64,7 @@ SMALL = dict(
     linear_value_head_dim=16,
     hidden_size_per_layer_input=8,
     vocab_size_per_layer_input=300,
+    unpadded_vocab_size=300,
     altup_num_inputs=2,
     laurel_rank=4,
     lru_width=32,

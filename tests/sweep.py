@@ -3,8 +3,8 @@ every method of the installed PEFT: each trains two steps right, or is refused i
 
     python tests/sweep.py [--only NAME ...] [--resume] [--write FILE]
 
-Each is tried in a process of its own under a time limit, so that one that hangs or dies costs itself
-alone. Results are kept as they come; `--resume` goes on after them.
+Each is tried in a process of its own under a time limit, so that one that hangs or dies costs itself alone.
+Results are kept as they come; `--resume` goes on after them.
 """
 
 import argparse
@@ -74,7 +74,8 @@ def _trained(model, **options) -> tuple[str, str]:
         except Exception as error:
             return "broken", f"{type(error).__name__}: {_line(error)}"
     if tiny.same(before, tiny.weights(made.model)):
-        return "broken", "no weight moved"
+        skipped = sum(entry.get("skipped_steps", 0) for entry in made.state.log_history)
+        return "broken", "no weight moved" + (": the gradient is not finite" if skipped else "")
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
     if len(losses) != 2 or not all(map(math.isfinite, losses)):
         return "broken", f"losses {losses}"
