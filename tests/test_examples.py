@@ -1,5 +1,7 @@
 """The files in examples/ run against the versions that constraints.txt pins, each on a tiny model."""
 
+import copy
+import functools
 import importlib.util
 import os
 import sqlite3
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+
+from rmsd import MagnitudeJudge, RMSDTrainer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -152,3 +156,26 @@ def test_trackers_are_told_every_step_s_numbers(example, model, tmp_path, monkey
     (database,) = tmp_path.glob("*.db")
     rows = sqlite3.connect(database).execute("select metrics from metrics").fetchall()
     assert any("train/kept_tokens" in str(metrics) for (metrics,) in rows)
+
+
+def test_an_environment_tells_the_teacher_what_it_has_seen(example, tmp_path):
+    """The rows say nothing themselves, so that without what it tells there would be nothing to learn. A tiny model of
+    random weights calls nothing; test_episodes.py has those that do."""
+    folder = tmp_path / "tiny"
+    tiny.model(initializer_range=0.2, max_position_embeddings=2048).save_pretrained(folder)
+    tokenizer = copy.copy(tiny.tokenizer())
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + tiny.CHAT
+    tokenizer.save_pretrained(folder)
+    shop = example("environment")
+    # The context judge would find none of its words in what random weights say.
+    shop.RMSDTrainer = functools.partial(RMSDTrainer, judge=MagnitudeJudge())
+    arguments = [str(folder), "--steps", "1", "--length", "8", "--output", str(tmp_path / "run")]
+    assert moved(shop.main(arguments).model) > 0
+    shop.Shop.feedback = lambda self: ""
+    assert moved(shop.main(arguments).model) < 1e-6
+
+    made = shop.Shop()
+    made.reset(wanted=["plums", 12])
+    assert made.get_reward() == 0.0
+    made.order("plums", 1)
+    assert made.get_reward() == 1.0
