@@ -87,6 +87,14 @@ def test_merged_weights_are_peft_s_own_and_leave_the_model_alone(saved):
         torch.testing.assert_close(weight, expected[name].detach(), rtol=0, atol=1e-7)
 
 
+def test_quantised_weights_are_not_handed_to_an_engine_as_they_are_stored():
+    model = tiny.model()
+    packed = torch.zeros(64 * 32 // 2, 1, dtype=torch.uint8)  # two 4-bit numbers a byte, as bitsandbytes keeps them
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight is quantised, .* engine=transformers"):
+        next(merged_weights(model))
+
+
 def test_the_gap_is_a_mean_over_tokens_and_too_large_a_one_is_refused():
     recorded = torch.full((3,), -1.0)
     assert engine_gap(recorded, torch.tensor([-1.3, -1.0, -0.7])) == pytest.approx(0.2)

@@ -12,7 +12,17 @@ _COPIED = re.compile(r"(.+)\.(?:original_module|modules_to_save\.([^.]+))\.(.+)"
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) as a checkpoint of the model names them. The active LoRA, if it is not switched off, is added to a
     copy of each weight that it changes, one at a time: merging in place and back would leave rounding in the base
-    weights. Of a module that PEFT's `modules_to_save` copies, the copy in use."""
+    weights. Of a module that PEFT's `modules_to_save` copies, the copy in use.
+
+    Raises:
+        ValueError: a weight is quantised (bitsandbytes keeps packed integers), so that it is no checkpoint's.
+    """
+    packed = next((name for name, weight in model.named_parameters() if not weight.is_floating_point()), None)
+    if packed:
+        raise ValueError(
+            f"{packed} is quantised, and a copy of it cannot be handed to an engine: use engine=transformers, or for a "
+            "LoRA engine=vllm_server with a server that holds the base model quantised alike"
+        )
     if not hasattr(model, "get_base_model"):
         yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
         return
