@@ -24,7 +24,7 @@ import peft
 import tiny
 import torch
 import transformers
-from shapes import QUIET, config_of
+from shapes import config_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import PrinterCallback
 
@@ -48,8 +48,7 @@ def tried(kind: str) -> tuple[str, str]:
         if size > LARGEST:
             return "not tried", f"its smallest config here has {size / 1e6:.0f}M parameters"
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
-        model = model if kind in QUIET else tiny.loud(model)
+        model = tiny.loud(transformers.AutoModelForCausalLM.from_config(config).eval())
         with torch.no_grad():
             model(input_ids=torch.arange(1, 9).unsqueeze(0), use_cache=False)
     except Exception as error:
