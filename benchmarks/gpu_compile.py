@@ -37,7 +37,7 @@ _POINTEE = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 _FIXED_POINTEE = {
     "sampled_ids_ptr": "*i64", "mask_ptr": "*u1", "index_ptr": "*i64", "finished_ptr": "*i32", "rows_ptr": "*i64",
     "scores_ptr": "*fp32", "score_ptr": "*fp32", "divergence_ptr": "*fp32", "stats_ptr": "*fp32",
-    "grad_divergence_ptr": "*fp32", "parts_ptr": "*fp32",
+    "grad_divergence_ptr": "*fp32", "parts_ptr": "*fp32", "list_ptr": "*i32",
 }  # fmt: skip
 _SPECIAL = r"MUFU|v_exp_f32|v_log_f32|v_rcp_f32"
 
@@ -49,6 +49,7 @@ class Loop:
     instructions: float
     special: float  # exponentials, logarithms, reciprocals: MUFU on NVIDIA
     narrowest_load: int  # bytes
+    is_gathered: bool  # takes the groups of a list
 
 
 @dataclasses.dataclass
@@ -64,6 +65,7 @@ class Compiled:
     specialised: list[str]  # arguments whose value or alignment would compile another variant
     assembly: str
     histograms: bool  # the top k is found by them
+    has_groups: bool  # and in groups of the row that hold it
     approximate_divisions: int = 0  # x / x may differ from 1; NVIDIA's alone
 
 
@@ -113,6 +115,11 @@ def compile_variant(variant: str, target: str) -> Compiled:
         constexprs |= launch.constexprs_of_tile(dtype, constexprs["ALIGNED"], is_cuda)
     if kernel is divergence_kernel:
         constexprs["HISTOGRAMS"] = constexprs["TAIL"] != "all" and launch.histograms_are_atomic(TARGETS[target])
+        constexprs["HAS_GROUPS"] = (
+            constexprs["TAIL"] != "all" and constexprs["ALIGNED"] and not constexprs["HAS_SOFTCAP"]
+        )
+        if not constexprs["HAS_GROUPS"]:
+            absent += ("maxima_ptr",) if constexprs["TAIL"] != "all" else ("maxima_ptr", "list_ptr")
     if kernel is divergence_backward_kernel:
         constexprs["CHUNK_TILES"] = CHUNK_TILES
     constexprs |= dict.fromkeys(absent)
@@ -138,8 +145,8 @@ def compile_variant(variant: str, target: str) -> Compiled:
         and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         and parameter.annotation_type != "fp32"
     ]
-    histograms = constexprs.get("HISTOGRAMS", False)
-    return Compiled(variant, target, specialised=specialised, histograms=histograms, **read(compiled, dtype.itemsize))
+    ways = dict(histograms=constexprs.get("HISTOGRAMS", False), has_groups=constexprs.get("HAS_GROUPS", False))
+    return Compiled(variant, target, specialised=specialised, **ways, **read(compiled, dtype.itemsize))
 
 
 def _read_cuda(compiled, itemsize: int) -> dict:
@@ -202,11 +209,19 @@ def _loops(code: list[tuple[str, str]], load: str, branch: str, itemsize: int) -
     for start, end in inner:
         opcodes = [opcode for opcode, _ in code[start:end] if not opcode.endswith(":")]
         widths = [_load_bytes(opcode) for opcode in opcodes if re.match(load, opcode)]
+        is_gathered = widths.count(4) == 1 and 16 in widths
+        if is_gathered:
+            widths.remove(4)  # the group's number
         loaded = sum(widths)
         if loaded >= 64 or (widths and min(widths) == 16):  # a tile of logits, not a few scores
             special = sum(bool(re.match(_SPECIAL, opcode)) for opcode in opcodes)
-            found.append(Loop(len(opcodes) * itemsize / loaded, special * itemsize / loaded, min(widths)))
-    visits = [Loop(2 * loop.instructions, 2 * loop.special, loop.narrowest_load) for loop in found if loop.special]
+            count = len(opcodes) * itemsize / loaded
+            found.append(Loop(count, special * itemsize / loaded, min(widths), is_gathered))
+    visits = [
+        dataclasses.replace(loop, instructions=2 * loop.instructions, special=2 * loop.special)
+        for loop in found
+        if loop.special
+    ]
     searches = [loop for loop in found if not loop.special]
     return dict(
         loads=dict(collections.Counter(opcode for opcode, _ in code if re.match(load, opcode))),

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import json
 
-from benchmarks.gpu_compile import TARGETS, Compiled, Loop, compile_variant, variants
+from benchmarks.gpu_compile import TARGETS, Compiled, compile_variant, variants
 
 # H100 SXM: 3.35 TB/s; 132 processors at 1.83 GHz (the clock of its 989 TFLOPS), 4 warps of 32 issued and 16 special
 # functions a clock each.
@@ -16,9 +16,9 @@ BANDWIDTH = 3.35e12
 SLOTS = 132 * 128 * 1.83e9
 SPECIALS = 132 * 16 * 1.83e9
 TOKENS, VOCABULARY = 8192, 151_936
-# Visits that find the k-th largest logit by counting, where the compiler has no cheap histograms. fp32 may need 16, and
-# stops where a value parts the row at exactly k.
-SEARCHES = {"bf16": 8, "fp16": 8, "fp32": 10}
+# A tile is 4096 logits, and one of its lanes' 16 a group; V = 151,936 are 37 whole tiles and a ragged one. At k = 500 a
+# row of normal logits in bf16 has 516 groups whose maximum reaches the 500th largest: three tiles, gathered.
+TILE, GROUP, LISTED = 4096, 16, 516
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         if not (arguments.skip_slow and "unaligned" in name and target != "sm_90")
     ]
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(entry) for entry in compiled]))
+        print(json.dumps([dataclasses.asdict(entry) | totals(entry) for entry in compiled]))
         return
     print("Read from machine code compiled here; nothing was run.\n")
     for line in table(compiled):
@@ -66,13 +66,32 @@ def table(compiled: list[Compiled]) -> list[str]:
     return lines
 
 
-def search_visits(entry: Compiled) -> list[Loop]:
-    """The visits of the student's row alone, each as often as it is made: a digit each and then the ties, or a counting
-    visit many times and then the ties."""
-    if entry.histograms or not entry.searches:
-        return entry.searches
-    counting, ties = entry.searches
-    return SEARCHES[entry.variant.split()[1]] * [counting] + [ties]
+def totals(entry: Compiled) -> dict[str, float]:
+    """Instructions, special functions and bytes a pair in all visits, over a row of VOCABULARY logits.
+
+    A loop over gathered groups takes their tiles and the ragged one, and a search that is not gathered the maxima.
+    That is for a top k by histograms: where logits are counted, a search is made many times. Bytes are the logits',
+    the maxima's and the list's, wherever they come from, and a backward's gradient."""
+    itemsize = 4 if "fp32" in entry.variant else 2
+    tiles = -(-LISTED // (TILE // GROUP)) + 1
+    instructions = special = moved = 0.0
+    for loop in entry.visits + entry.searches:
+        rows = 2 if loop in entry.visits else 1
+        if loop.is_gathered:
+            share, logits = tiles * TILE / VOCABULARY, LISTED * GROUP + VOCABULARY % TILE
+            moved += 4 * LISTED / VOCABULARY
+        elif rows == 1 and entry.has_groups:
+            share, logits = 1 / GROUP, VOCABULARY / GROUP
+        else:
+            share, logits = 1.0, VOCABULARY
+        instructions += share * loop.instructions
+        special += share * loop.special
+        moved += rows * itemsize * logits / VOCABULARY
+    if entry.has_groups:
+        moved += itemsize / GROUP + 4 * LISTED / VOCABULARY  # the maxima and the list are written
+    if entry.variant.startswith("backward"):
+        moved += itemsize
+    return dict(instructions_a_pair=instructions, special_a_pair=special, bytes_a_pair=moved)
 
 
 def roofline(compiled: list[Compiled]) -> list[str]:
@@ -85,25 +104,21 @@ def roofline(compiled: list[Compiled]) -> list[str]:
     for entry in compiled:
         if not entry.visits or "split" in entry.variant or "part_sums" in entry.variant:  # for a few rows, not for 8192
             continue
-        backward = entry.variant.startswith("backward")
         itemsize = 4 if entry.variant.split()[1] == "fp32" else 2
         # Both rows once, from memory: later visits find them in L2. A backward writes a gradient as well.
-        moved = (3 if backward else 2) * itemsize
-        instructions = sum(visit.instructions for visit in entry.visits)
-        searches = search_visits(entry)
-        instructions += sum(search.instructions for search in searches)
-        visited = (2 * len(entry.visits) + len(searches) + backward) * itemsize
+        moved = (3 if entry.variant.startswith("backward") else 2) * itemsize
+        total = totals(entry)
         pairs = TOKENS * VOCABULARY * 1e3
         times = {
             "memory": pairs * moved / BANDWIDTH,
-            "issue": pairs * instructions / SLOTS,
-            "special functions": pairs * sum(visit.special for visit in entry.visits) / SPECIALS,
+            "issue": pairs * total["instructions_a_pair"] / SLOTS,
+            "special functions": pairs * total["special_a_pair"] / SPECIALS,
         }
         cells = (
             entry.variant,
             moved,
-            visited,
-            f"{instructions:.1f}",
+            f"{total['bytes_a_pair']:.1f}",
+            f"{total['instructions_a_pair']:.1f}",
             *(f"{time:.2f}" for time in times.values()),
             max(times, key=times.get),
         )

@@ -25,12 +25,14 @@ def rows(width: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     normal = torch.randn(width, generator=generator)
     zeros = torch.where(torch.arange(width) % 3 == 0, -0.0, 0.0)
     made = dict(
-        distinct=normal,
+        distinct=normal - 8.0,  # below the 0 that a lane without a group must not count as
         tied=(2 * normal).round() / 2,
         constant=torch.full((width,), 1.25),
         zeros=zeros,  # -0.0 ties with 0.0
         zeros_within=torch.where(torch.rand(width, generator=generator) < 0.3, normal, zeros),
         negative=-(2 * normal.abs()).round() - 1.0,
+        few=torch.where(torch.arange(width) % 90 == 7, normal, -inputs.INF),  # fewer than k are finite
+        rising=normal.sort().values,  # whole groups are below 0
         banned=torch.where(torch.rand(width, generator=generator) < 0.6, -inputs.INF, normal),
     )
     return {name: row.to(dtype) for name, row in made.items()}
@@ -52,12 +54,12 @@ def check_support(backend, device, student, k):
     assert (got != want).nonzero().tolist() == []
 
 
-@pytest.mark.parametrize("k", [1, 2, 499, 500, 519, 520])
+@pytest.mark.parametrize("k", [1, 2, 33, 40, 499, 500, 519, 520])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_support_is_the_references(backend, device, search, dtype, k):
     made = [*rows(520, dtype).values()]
     if backend == "triton" and device == "cpu":
-        if dtype != torch.bfloat16 and k != 499:
+        if dtype != torch.bfloat16 and k != 33:
             pytest.skip("the interpreter takes every k in bf16, whose ties are the most")
         made = made[k % 3 :: 3]
     check_support(backend, device, torch.stack(made), k)
@@ -70,6 +72,12 @@ def test_the_support_of_a_large_k(backend, device, search, k, monkeypatch):
         monkeypatch.setitem(launch.TILES, torch.bfloat16, launch.Tile(unroll=2, lanes=128, vec=8))
     made = rows(4104, torch.bfloat16)
     check_support(backend, device, torch.stack([made["zeros" if k % 2 else "tied"]]), k)
+
+
+def test_the_support_within_many_groups(backend, device, search):
+    """More groups than are listed at once, and more logits that reach the k-th largest maximum than k."""
+    made = rows(1160, torch.bfloat16)
+    check_support(backend, device, made["tied"][None], 50)
 
 
 def test_the_support_of_rows_that_are_not_aligned(backend, device, search):

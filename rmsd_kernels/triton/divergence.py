@@ -24,7 +24,6 @@ from .layout import (
     TEACHER_LSE_LOW_SLOT,
     TEACHER_LSE_SLOT,
 )
-from .radix import radix_support
 from .split import (
     MAX_PARTS,
     PART_SLOTS,
@@ -37,8 +36,8 @@ from .split import (
     store_sums,
     store_terms,
 )
+from .support import topk
 from .tiles import ALL, FLOOR, INF, INSIDE, LN2, LOG2E, OUTSIDE, ModelRow, Support, TileShape, row_pointer
-from .topk import topk_support
 from .visits import (
     Normaliser,
     high_low,
@@ -81,6 +80,8 @@ def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
         "size",
         "vocab_topk",
         "num_parts",
+        "num_groups",
+        "capacity",
     ],
     do_not_specialize_on_alignment=[
         "student_logits_ptr",
@@ -89,6 +90,8 @@ def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
         "divergence_ptr",
         "stats_ptr",
         "parts_ptr",
+        "maxima_ptr",
+        "list_ptr",
     ],
 )
 def divergence_kernel(
@@ -98,6 +101,8 @@ def divergence_kernel(
     divergence_ptr,  # (R,) fp32
     stats_ptr,  # (R, 16) fp32 zeros, ops.NUM_STATS
     parts_ptr,  # (R, MAX_PARTS, PART_SLOTS) fp32, with SPLIT; of a jsd with its first visit
+    maxima_ptr,  # (R, num_groups) of the logits' dtype, with HAS_GROUPS
+    list_ptr,  # (R, capacity) int32, with a top k
     student_stride_b: tl.int64,
     student_stride_l: tl.int64,
     teacher_stride_b: tl.int64,
@@ -107,6 +112,8 @@ def divergence_kernel(
     size: tl.int32,
     vocab_topk: tl.int32,
     num_parts: tl.int32,
+    num_groups: tl.int32,
+    capacity: tl.int32,
     inner_scale: tl.float32,
     student_scale: tl.float32,
     teacher_scale: tl.float32,
@@ -120,6 +127,7 @@ def divergence_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HISTOGRAMS: tl.constexpr,  # False without vocab_topk
     APPROXIMATE_LOG2: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,  # False without vocab_topk
     ALIGNED: tl.constexpr,
     PAIRED: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -147,6 +155,9 @@ def divergence_kernel(
     # Over the whole vocabulary a KL is done in this one visit. `forward` swaps the roles: KL(first || second).
     FORWARD: tl.constexpr = DIVERGENCE == "forward_kl"
     HAS_CROSS: tl.constexpr = DIVERGENCE != "jsd" and TAIL == "all"
+    if HAS_GROUPS:
+        maxima_ptr = tl.multiple_of(maxima_ptr + item * num_groups, 16)
+        list_ptr += item * capacity
     if SPLIT:
         begin = part * (UNROLL * LANES * VEC)
         seen = tl.minimum(size - begin, UNROLL * LANES * VEC)
@@ -159,10 +170,29 @@ def divergence_kernel(
         sums = merged_sums(parts_ptr, num_parts)
     elif FORWARD:
         sums = online_visit(
-            seen_teacher, seen_student, seen, inner_scale, HAS_SOFTCAP, TILE, HAS_CROSS=HAS_CROSS, STUDENT_FIRST=False
+            seen_teacher,
+            seen_student,
+            seen,
+            inner_scale,
+            HAS_SOFTCAP,
+            TILE,
+            HAS_CROSS=HAS_CROSS,
+            STUDENT_FIRST=False,
+            maxima_ptr=maxima_ptr,
+            KEEPS_MAXIMA=HAS_GROUPS,
         )
     else:
-        sums = online_visit(seen_student, seen_teacher, seen, inner_scale, HAS_SOFTCAP, TILE, HAS_CROSS=HAS_CROSS)
+        sums = online_visit(
+            seen_student,
+            seen_teacher,
+            seen,
+            inner_scale,
+            HAS_SOFTCAP,
+            TILE,
+            HAS_CROSS=HAS_CROSS,
+            maxima_ptr=maxima_ptr,
+            KEEPS_MAXIMA=HAS_GROUPS,
+        )
     if SPLIT and HAS_CROSS:
         store_sums(parts_ptr + part * PART_SLOTS, sums)
         if not is_last(finished_ptr, num_parts):
@@ -175,14 +205,33 @@ def divergence_kernel(
     valid = (student_z > 0.0) & (teacher_z > 0.0)
 
     support = Support(-INF, size - 1)
+    groups = None
     if TAIL != "all":
-        LOGIT: tl.constexpr = student_logits_ptr.dtype.element_ty
-        if HISTOGRAMS:
-            support = radix_support(student_ptr, size, vocab_topk, LOGIT, TILE)
-        else:
-            support = topk_support(student_ptr, size, vocab_topk, LOGIT, TILE)
+        support, groups = topk(
+            student_ptr,
+            maxima_ptr,
+            list_ptr,
+            size,
+            vocab_topk,
+            capacity,
+            student_logits_ptr.dtype.element_ty,
+            HAS_GROUPS,
+            HISTOGRAMS,
+            TILE,
+        )
     if TAIL == "renorm":
-        inside = online_visit(student, teacher, size, inner_scale, HAS_SOFTCAP, TILE, PART=INSIDE, support=support)
+        inside = online_visit(
+            student,
+            teacher,
+            size,
+            inner_scale,
+            HAS_SOFTCAP,
+            TILE,
+            PART=INSIDE,
+            support=support,
+            groups=groups,
+            GATHERED=True,
+        )
         student_m, teacher_m, student_z, teacher_z = inside.first_m, inside.second_m, inside.first_z, inside.second_z
     # KL(first || second) in nats: the logits' differences times `scale`, less the log-sum-exps' difference.
     centre, scale, exact_gap = 0.0, 1.0, 0.0
@@ -213,6 +262,8 @@ def divergence_kernel(
             TILE,
             PART=ALL if TAIL == "all" else INSIDE,
             support=support,
+            groups=groups,
+            GATHERED=TAIL != "all",
         )
         cross, mass, slope, gap = terms.total, terms.mass, terms.slope, terms.gap
         if SPLIT:
@@ -281,8 +332,12 @@ def divergence(
     num_rows = student_logits.shape[0] * student_logits.shape[1]
     result = torch.empty(num_rows if rows is None else len(rows), dtype=torch.float32, device=student_logits.device)
     stats = torch.zeros((len(result), NUM_STATS.value), dtype=torch.float32, device=student_logits.device)
+    tile = tile_options(student_logits, teacher_logits)
+    num_groups = options.vocab_size // (tile["UNROLL"] * tile["LANES"] * tile["VEC"]) * tile["LANES"]
+    # A softcap may round two logits into a tie, and a group of a row that is not aligned is 16 loads far apart.
+    has_groups = options.vocab_topk is not None and options.softcap is None and tile["ALIGNED"]
+    capacity = has_groups * min(num_groups, 2 * triton.cdiv(options.vocab_topk or 0, tile["LANES"]) * tile["LANES"])
     if len(result):
-        tile = tile_options(student_logits, teacher_logits)
         num_parts = 1 if options.vocab_topk else parts_of(len(result), options.vocab_size, tile)
         parts = None
         if num_parts > 1:
@@ -314,10 +369,15 @@ def divergence(
             divergence_ptr=result,
             stats_ptr=stats,
             vocab_topk=options.vocab_topk or 0,
+            num_groups=num_groups,
+            capacity=capacity,
+            maxima_ptr=student_logits.new_empty(len(result), num_groups) if has_groups else None,
+            list_ptr=result.new_empty((len(result), capacity), dtype=torch.int32) if options.vocab_topk else None,
             beta=options.beta,
             DIVERGENCE=options.divergence,
             TAIL=options.tail if options.vocab_topk else "all",
             HISTOGRAMS=options.vocab_topk is not None and histograms_are_atomic(current_target()),
             SPLIT=num_parts > 1,
+            HAS_GROUPS=has_groups,
         )
     return result, stats

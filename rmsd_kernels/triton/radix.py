@@ -8,6 +8,7 @@ histogram is cheap. Counts are whole numbers and have no order, so that the resu
 import triton
 import triton.language as tl
 
+from .groups import group_starts
 from .tiles import INF, Support, TileShape, block_ids, load_tile
 
 
@@ -35,24 +36,26 @@ def digit_counts_of_tile(tile, prefix, SHIFT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def digit_counts(row_ptr, size, prefix, SHIFT: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr):
+def digit_counts(row_ptr, size, groups, prefix, SHIFT: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr):
     """How many logits, among those whose fp32 bits start with `prefix`, go on with each value of the next BITS bits."""
     RAGGED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, PAIRED=False, MASKED=True)
+    GATHERED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, TILE.PAIRED, MASKED=False, GATHERED=True)
     LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
     counts = tl.zeros([1 << BITS], tl.int32)
     whole = size // LOGITS * LOGITS
-    for start in range(0, whole, LOGITS):
-        counts += digit_counts_of_tile(load_tile(row_ptr, start, size, TILE), prefix, SHIFT, BITS)
+    for first in range(0, groups.count, TILE.LANES):
+        tile = load_tile(row_ptr, group_starts(groups, first, TILE), size, GATHERED)
+        counts += digit_counts_of_tile(tile, prefix, SHIFT, BITS)
     if whole < size:
         counts += digit_counts_of_tile(load_tile(row_ptr, whole, size, RAGGED), prefix, SHIFT, BITS)
     return counts
 
 
 @triton.jit
-def next_digit(row_ptr, size, k, prefix, above, SHIFT: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr):
+def next_digit(row_ptr, size, groups, k, prefix, above, SHIFT: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr):
     """The k-th largest's `prefix`, longer by one digit, how many logits are `above` all that start so, and how many
     start so."""
-    counts = digit_counts(row_ptr, size, prefix, SHIFT, BITS, TILE)
+    counts = digit_counts(row_ptr, size, groups, prefix, SHIFT, BITS, TILE)
     digits = tl.arange(0, 1 << BITS)
     upto = tl.cumsum(counts, axis=0)
     if SHIFT + BITS == 32:
@@ -70,21 +73,21 @@ def next_digit(row_ptr, size, k, prefix, above, SHIFT: tl.constexpr, BITS: tl.co
 
 
 @triton.jit
-def kth_largest(row_ptr, size, k, LOGIT: tl.constexpr, TILE: tl.constexpr):
+def kth_largest(row_ptr, size, groups, k, LOGIT: tl.constexpr, TILE: tl.constexpr):
     """Its fp32 bits as uint32, how many logits are above it, and how many have these very bits. -0.0 is below 0.0 here,
     and what lies behind the end of the row counts as -inf."""
     prefix, above, tied = next_digit(
-        row_ptr, size, k, tl.full([], 0, tl.uint32), tl.full([], 0, tl.int32), SHIFT=21, BITS=11, TILE=TILE
+        row_ptr, size, groups, k, tl.full([], 0, tl.uint32), tl.full([], 0, tl.int32), SHIFT=21, BITS=11, TILE=TILE
     )
     if LOGIT.is_bf16():
-        prefix, above, tied = next_digit(row_ptr, size, k, prefix, above, SHIFT=16, BITS=5, TILE=TILE)
+        prefix, above, tied = next_digit(row_ptr, size, groups, k, prefix, above, SHIFT=16, BITS=5, TILE=TILE)
         return prefix << 16, above, tied
     elif LOGIT.is_fp16():
-        prefix, above, tied = next_digit(row_ptr, size, k, prefix, above, SHIFT=13, BITS=8, TILE=TILE)
+        prefix, above, tied = next_digit(row_ptr, size, groups, k, prefix, above, SHIFT=13, BITS=8, TILE=TILE)
         return prefix << 13, above, tied
     else:
-        prefix, above, _ = next_digit(row_ptr, size, k, prefix, above, SHIFT=10, BITS=11, TILE=TILE)
-        return next_digit(row_ptr, size, k, prefix, above, SHIFT=0, BITS=10, TILE=TILE)
+        prefix, above, _ = next_digit(row_ptr, size, groups, k, prefix, above, SHIFT=10, BITS=11, TILE=TILE)
+        return next_digit(row_ptr, size, groups, k, prefix, above, SHIFT=0, BITS=10, TILE=TILE)
 
 
 @triton.jit
@@ -97,12 +100,13 @@ def tied_counts_of_tile(tile, start, value, id_shift, TILE: tl.constexpr, BINS: 
 
 
 @triton.jit
-def radix_support(row_ptr, size, vocab_topk, LOGIT: tl.constexpr, TILE: tl.constexpr):
+def radix_support(row_ptr, size, groups, vocab_topk, LOGIT: tl.constexpr, TILE: tl.constexpr):
     """What `in_support` turns into the k largest, ties to the lower id; 1 <= k < size."""
     RAGGED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, PAIRED=False, MASKED=True)
+    GATHERED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, TILE.PAIRED, MASKED=False, GATHERED=True)
     LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
     BINS: tl.constexpr = 2048
-    bits, above, tied = kth_largest(row_ptr, size, vocab_topk, LOGIT, TILE)
+    bits, above, tied = kth_largest(row_ptr, size, groups, vocab_topk, LOGIT, TILE)
     value = bits.to(tl.float32, bitcast=True)
     last_tied_id = size - 1
     room = vocab_topk - above
@@ -112,9 +116,10 @@ def radix_support(row_ptr, size, vocab_topk, LOGIT: tl.constexpr, TILE: tl.const
             id_shift += 1
         counts = tl.zeros([BINS], tl.int32)
         whole = size // LOGITS * LOGITS
-        for start in range(0, whole, LOGITS):
-            tile = load_tile(row_ptr, start, size, TILE)
-            counts += tied_counts_of_tile(tile, start, value, id_shift, TILE, BINS)
+        for first in range(0, groups.count, TILE.LANES):
+            starts = group_starts(groups, first, TILE)
+            tile = load_tile(row_ptr, starts, size, GATHERED)
+            counts += tied_counts_of_tile(tile, starts, value, id_shift, GATHERED, BINS)
         if whole < size:
             tile = load_tile(row_ptr, whole, size, RAGGED)
             counts += tied_counts_of_tile(tile, whole, value, id_shift, RAGGED, BINS)

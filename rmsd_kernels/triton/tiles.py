@@ -40,6 +40,7 @@ class TileShape(NamedTuple):
     VEC: int
     PAIRED: bool
     MASKED: bool  # reaches behind the end of the row; never paired
+    GATHERED: bool = False  # each lane has a start of its own, see `groups.group_starts`
 
 
 class ModelRow(NamedTuple):
@@ -48,6 +49,11 @@ class ModelRow(NamedTuple):
     logits_ptr: tl.tensor
     scale: tl.tensor
     correction: tl.tensor  # see `visits.nats`
+
+
+# The start of a lane without a group, in gathered tiles. Its logits are -inf, and its ids negative.
+NO_GROUP = tl.constexpr(-(1 << 30))
+TWO_BANS = tl.constexpr(-8323200)  # bf16's -inf, twice in a word
 
 
 class Support(NamedTuple):
@@ -71,19 +77,34 @@ def block_ids(start, block: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def load_tile(row_ptr, start, size, TILE: tl.constexpr):
-    """The tile's logits as stored, in fp32; past the end of the row -inf, which adds nothing anywhere."""
+    """The tile's logits as stored, in fp32; past the end of the row, and where a gathered tile's lane has no group,
+    -inf, which adds nothing anywhere."""
     tile = ()
     if TILE.PAIRED:
         words_ptr = tl.multiple_of(row_ptr.to(tl.pointer_type(tl.int32)), 16)
         pair = tl.arange(0, TILE.LANES)[:, None] * (TILE.VEC // 2) + tl.arange(0, TILE.VEC // 2)[None, :]
+        first = start // 2
+        if TILE.GATHERED:
+            first = tl.multiple_of(first, [TILE.VEC // 2, TILE.VEC // 2])
         for load in tl.static_range(TILE.UNROLL):
-            words = tl.load(words_ptr + (start // 2 + load * (TILE.LANES * TILE.VEC // 2) + pair))
+            place = first + load * (TILE.LANES * TILE.VEC // 2) + pair
+            if TILE.GATHERED:
+                has_group = tl.broadcast_to(start > NO_GROUP // 2, pair.shape)
+                words = tl.load(words_ptr + place, mask=has_group, other=TWO_BANS)
+            else:
+                words = tl.load(words_ptr + place)
             even, odd = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
             tile += (even, odd)
     else:
         for load in tl.static_range(TILE.UNROLL):
             ids = block_ids(start, load, TILE)
-            raw = tl.load(row_ptr + ids, mask=ids < size, other=-INF) if TILE.MASKED else tl.load(row_ptr + ids)
+            if TILE.GATHERED:
+                has_group = tl.broadcast_to(start > NO_GROUP // 2, ids.shape)
+                raw = tl.load(row_ptr + ids, mask=has_group, other=-INF)
+            elif TILE.MASKED:
+                raw = tl.load(row_ptr + ids, mask=ids < size, other=-INF)
+            else:
+                raw = tl.load(row_ptr + ids)
             tile += (raw.to(tl.float32),)
     return tile
 

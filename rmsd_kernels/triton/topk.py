@@ -9,6 +9,7 @@ compared as floats, so -0.0 ties with 0.0.
 import triton
 import triton.language as tl
 
+from .groups import group_starts
 from .tiles import Support, TileShape, block_ids, load_tile
 
 
@@ -40,15 +41,16 @@ def count_tile(counts, tile, low, middle, high):
 
 
 @triton.jit
-def count_row(row_ptr, size, low, middle, high, TILE: tl.constexpr):
+def count_row(row_ptr, size, groups, low, middle, high, TILE: tl.constexpr):
     """How many logits reach each of three values."""
     RAGGED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, PAIRED=False, MASKED=True)
     LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
+    GATHERED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, TILE.PAIRED, MASKED=False, GATHERED=True)
     zeros = tl.zeros([TILE.LANES], tl.int32)
     counts = (zeros, zeros, zeros)
     whole = size // LOGITS * LOGITS
-    for start in range(0, whole, LOGITS):
-        tile = load_tile(row_ptr, start, size, TILE)
+    for first in range(0, groups.count, TILE.LANES):
+        tile = load_tile(row_ptr, group_starts(groups, first, TILE), size, GATHERED)
         counts = count_tile(counts, tile, low, middle, high)
     if whole < size:
         tile = load_tile(row_ptr, whole, size, RAGGED)
@@ -94,12 +96,9 @@ def nth_tied_id(row_ptr, size, value, nth, TILE: tl.constexpr):
 
 
 @triton.jit
-def topk_support(row_ptr, size, vocab_topk, LOGIT: tl.constexpr, TILE: tl.constexpr):
-    """What `in_support` turns into the k largest, ties to the lower id; 1 <= k < size.
-
-    Where exactly k logits reach some value, that value is returned, and every id: it parts the row as the k-th
-    largest itself would.
-    """
+def kth_or_part(row_ptr, size, groups, vocab_topk, LOGIT: tl.constexpr, TILE: tl.constexpr):
+    """The k-th largest logit, how many are above it, and whether they were counted to the end: where exactly k logits
+    reach some value, that value parts the row as the k-th largest itself would, and is given instead."""
     if LOGIT.is_fp32():
         high = tl.full([], 0x7F800000, tl.int64)  # the key of +inf
     elif LOGIT.is_bf16():
@@ -108,13 +107,18 @@ def topk_support(row_ptr, size, vocab_topk, LOGIT: tl.constexpr, TILE: tl.conste
         high = tl.full([], 0x7C00, tl.int64)
     low = -high - 1  # of -inf
     above = tl.full([], 0, tl.int32)  # how many reach `high`: fewer than k; at least k reach `low`
-    last_tied_id = size - 1
     searching = low < high
     while searching:
         step = high - low
         first, second, third = low + step // 4, low + step // 2, low + step * 3 // 4
         first_count, second_count, third_count = count_row(
-            row_ptr, size, key_to_logit(first, LOGIT), key_to_logit(second, LOGIT), key_to_logit(third, LOGIT), TILE
+            row_ptr,
+            size,
+            groups,
+            key_to_logit(first, LOGIT),
+            key_to_logit(second, LOGIT),
+            key_to_logit(third, LOGIT),
+            TILE,
         )
         if third_count >= vocab_topk:
             low, reached = third, third_count
@@ -125,7 +129,14 @@ def topk_support(row_ptr, size, vocab_topk, LOGIT: tl.constexpr, TILE: tl.conste
         else:
             high, above, reached = first, first_count, vocab_topk + 1
         searching = (high - low > 1) & (reached != vocab_topk)
-    kth_logit = key_to_logit(low, LOGIT)
-    if high - low == 1:
+    return key_to_logit(low, LOGIT), above, high - low == 1
+
+
+@triton.jit
+def topk_support(row_ptr, size, groups, vocab_topk, LOGIT: tl.constexpr, TILE: tl.constexpr):
+    """What `in_support` turns into the k largest, ties to the lower id; 1 <= k < size."""
+    kth_logit, above, is_kth = kth_or_part(row_ptr, size, groups, vocab_topk, LOGIT, TILE)
+    last_tied_id = size - 1
+    if is_kth:
         last_tied_id = nth_tied_id(row_ptr, size, kth_logit, vocab_topk - above, TILE)
     return Support(kth_logit, last_tied_id)

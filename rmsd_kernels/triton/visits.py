@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda.libdevice import fast_log2f
 
+from .groups import group_starts
 from .tiles import ALL, EMPTY, FLOOR, LN2, TileShape, load_pair
 
 
@@ -54,7 +55,7 @@ def floor_pair(first, second, ratio):
 def online_tile(
     sums, first, second, first_scale, second_scale, ratio, HAS_ENTROPY: tl.constexpr, HAS_CROSS: tl.constexpr
 ):
-    """Adds one tile to every lane's running sums.
+    """Adds one tile to every lane's running sums, which it gives with each lane's largest logit of either row's tile.
 
     Each lane has a maximum of its own, so the loop holds no barrier, shuffle or shared memory, and the rescale costs
     one exponential in 16 logits. The logits' difference is taken before anything rounds it, which keeps nearly equal
@@ -69,8 +70,9 @@ def online_tile(
         s, t = floor_pair(first[block], second[block], ratio)
         first_peak, second_peak = tl.maximum(s, first_peak), tl.maximum(t, second_peak)
         floored += ((s, t),)
-    first_peak = tl.maximum(first_m, tl.max(first_peak, axis=1) * first_scale)
-    second_peak = tl.maximum(second_m, tl.max(second_peak, axis=1) * second_scale)
+    first_max, second_max = tl.max(first_peak, axis=1), tl.max(second_peak, axis=1)
+    first_peak = tl.maximum(first_m, first_max * first_scale)
+    second_peak = tl.maximum(second_m, second_max * second_scale)
     first_shift, second_shift = first_m - first_peak, second_m - second_peak
     first_rescale, second_rescale = tl.exp2(first_shift), tl.exp2(second_shift)
 
@@ -98,7 +100,7 @@ def online_tile(
         second_e = tl.fma(tl.fma(second_shift, second_z, second_e), second_rescale, tl.sum(second_es, axis=1))
     first_z = tl.fma(first_z, first_rescale, tl.sum(first_zs, axis=1))
     second_z = tl.fma(second_z, second_rescale, tl.sum(second_zs, axis=1))
-    return OnlineSums(first_peak, second_peak, first_z, second_z, first_e, second_e, cross, gap)
+    return OnlineSums(first_peak, second_peak, first_z, second_z, first_e, second_e, cross, gap), first_max, second_max
 
 
 @triton.jit
@@ -131,24 +133,40 @@ def online_visit(
     STUDENT_FIRST: tl.constexpr = True,
     PART: tl.constexpr = ALL,
     support=None,
+    groups=None,  # with GATHERED: what to visit besides the ragged tile
+    GATHERED: tl.constexpr = False,
+    maxima_ptr=None,  # with KEEPS_MAXIMA: of the student's groups, floored
+    KEEPS_MAXIMA: tl.constexpr = False,
 ):
     """Reads both rows once; the OnlineSums of the whole row, or of a part of the vocabulary."""
+    SHAPE: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, TILE.PAIRED, MASKED=False, GATHERED=GATHERED)
     RAGGED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, PAIRED=False, MASKED=True)
     LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
     ratio = tl.div_rn(first.scale, second.scale)
     zeros = tl.zeros([TILE.LANES], tl.float32)
     sums = OnlineSums(zeros + EMPTY, zeros + EMPTY, zeros, zeros, zeros, zeros, zeros, zeros + 2 * FLOOR)
     whole = size // LOGITS * LOGITS
-    for start in range(0, whole, LOGITS):
+    end = tl.cdiv(groups.count, TILE.LANES) * LOGITS if GATHERED else whole
+    for place in range(0, end, LOGITS):
+        start = group_starts(groups, place // LOGITS * TILE.LANES, TILE) if GATHERED else place
         first_tile, second_tile = load_pair(
-            first, second, start, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST, PART, TILE
+            first, second, start, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST, PART, SHAPE
         )
-        sums = online_tile(sums, first_tile, second_tile, first.scale, second.scale, ratio, HAS_ENTROPY, HAS_CROSS)
+        sums, first_max, second_max = online_tile(
+            sums, first_tile, second_tile, first.scale, second.scale, ratio, HAS_ENTROPY, HAS_CROSS
+        )
+        if KEEPS_MAXIMA:
+            lane_ptr = maxima_ptr + place // LOGITS * TILE.LANES + tl.arange(0, TILE.LANES)
+            tl.store(lane_ptr, (first_max if STUDENT_FIRST else second_max).to(maxima_ptr.dtype.element_ty))
     if whole < size:  # apart, so that the loop's loads need no mask
         first_tile, second_tile = load_pair(
             first, second, whole, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST, PART, RAGGED
         )
-        sums = online_tile(sums, first_tile, second_tile, first.scale, second.scale, ratio, HAS_ENTROPY, HAS_CROSS)
+        sums, first_max, second_max = online_tile(
+            sums, first_tile, second_tile, first.scale, second.scale, ratio, HAS_ENTROPY, HAS_CROSS
+        )
+    if KEEPS_MAXIMA:
+        tl.debug_barrier()  # other threads of this program will read them
 
     return merge_lanes(sums)
 
@@ -287,15 +305,19 @@ def normalised_visit(
     TILE: tl.constexpr,
     PART: tl.constexpr = ALL,
     support=None,
+    groups=None,
+    GATHERED: tl.constexpr = False,
 ):
     """NormalisedSums of a part of the vocabulary. The rows were just read from their start to their end, so this goes
     from the end to the start, to meet what L2 still holds. `centre` is of the differences' own size, so that small
     numbers are summed: without it a divergence was off by 3e-6."""
     RAGGED: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, PAIRED=False, MASKED=True)
     LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
+    SHAPE: tl.constexpr = TileShape(TILE.UNROLL, TILE.LANES, TILE.VEC, TILE.PAIRED, MASKED=False, GATHERED=GATHERED)
     zeros = tl.zeros([TILE.LANES], tl.float32)
     sums = NormalisedSums(zeros, zeros, zeros, zeros + 2 * FLOOR)
     whole = size // LOGITS * LOGITS
+    end = tl.cdiv(groups.count, TILE.LANES) * LOGITS if GATHERED else whole
     if whole < size:
         tiles = load_pair(
             student, teacher, whole, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST=True, PART=PART, TILE=RAGGED
@@ -311,10 +333,11 @@ def normalised_visit(
             DIVERGENCE,
             APPROXIMATE_LOG2,
         )
-    for done in range(0, whole, LOGITS):
-        start = whole - LOGITS - done
+    for done in range(0, end, LOGITS):
+        place = end - LOGITS - done
+        start = group_starts(groups, place // LOGITS * TILE.LANES, TILE) if GATHERED else place
         tiles = load_pair(
-            student, teacher, start, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST=True, PART=PART, TILE=TILE
+            student, teacher, start, size, inner_scale, support, HAS_SOFTCAP, STUDENT_FIRST=True, PART=PART, TILE=SHAPE
         )
         sums = normalised_tile(
             sums,

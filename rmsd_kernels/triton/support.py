@@ -1,0 +1,50 @@
+"""The student's top k of a row: where it ends, and which groups of the row hold it."""
+
+import triton
+import triton.language as tl
+
+from .groups import all_groups, list_groups
+from .radix import kth_largest, radix_support
+from .tiles import INF
+from .topk import kth_or_part, topk_support
+
+
+@triton.jit
+def topk_groups(
+    maxima_ptr, list_ptr, size, vocab_topk, capacity, LOGIT: tl.constexpr, HISTOGRAMS: tl.constexpr, TILE: tl.constexpr
+):
+    """The groups that hold the student's top k, or all of them."""
+    LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
+    num_groups = size // LOGITS * TILE.LANES
+    least = tl.full([], -INF, tl.float32)
+    if vocab_topk <= num_groups:
+        every = all_groups(list_ptr, num_groups, TILE)
+        if HISTOGRAMS:
+            bits, _, _ = kth_largest(maxima_ptr, num_groups, every, vocab_topk, LOGIT, TILE)
+            least = bits.to(tl.float32, bitcast=True)
+        else:
+            least = kth_or_part(maxima_ptr, num_groups, every, vocab_topk, LOGIT, TILE)[0]
+    return list_groups(maxima_ptr, list_ptr, least, size, capacity, TILE)
+
+
+@triton.jit
+def topk(
+    row_ptr,
+    maxima_ptr,  # with HAS_GROUPS, as `online_visit` keeps them
+    list_ptr,  # room for `capacity` groups; read only where they are listed
+    size,
+    vocab_topk,
+    capacity,
+    LOGIT: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
+    HISTOGRAMS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """(Support, Groups) of the k largest logits, ties to the lower id; 1 <= k < size."""
+    groups = all_groups(list_ptr, size, TILE)
+    if HAS_GROUPS:
+        groups = topk_groups(maxima_ptr, list_ptr, size, vocab_topk, capacity, LOGIT, HISTOGRAMS, TILE)
+    if HISTOGRAMS:
+        return radix_support(row_ptr, size, groups, vocab_topk, LOGIT, TILE), groups
+    else:
+        return topk_support(row_ptr, size, groups, vocab_topk, LOGIT, TILE), groups
