@@ -151,7 +151,7 @@ MUTATIONS = {
         ("p = larger * tl.where(student_leads, 1.0, ratio)", "p = larger"),
         ("-log_m - tl.where(student_leads, 0.0, d)", "-log_m"),
         ("-student.m) - log_z_gap", "-student.m)"),
-        ("start = whole - LOGITS - done", "start = whole - LOGITS"),
+        ("place = end - LOGITS - done", "place = end - LOGITS"),
         ("tl.div_rn(total, z), tl.div_rn(slope, z)", "total, tl.div_rn(slope, z)"),
         ("tl.div_rn(total, z), tl.div_rn(slope, z)", "tl.div_rn(total, z), slope"),
         ("tl.maximum(first, tl.div_rn(FLOOR, ratio), propagate_nan=tl.PropagateNan.ALL)",

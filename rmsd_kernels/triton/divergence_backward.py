@@ -72,7 +72,8 @@ def gradient(
         grad = p * ((1.0 - beta) * to_p * LN2 - stats.mean_slope)
     if TAIL != "all":
         if TAIL == "renorm":
-            outside = p * 0.0
+            # Not p * 0: of a teacher's logit far above its support's log-sum-exp, p is NaN here.
+            outside = tl.zeros(p.shape, tl.float32)
         elif TAIL == "bucket" and DIVERGENCE == "forward_kl":
             # p rest_slope = -p Q / P of the rest, whose ratio alone may overflow.
             outside = p * stats.outside_slope

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .groups import all_groups, list_groups
 from .radix import kth_largest, radix_support
-from .tiles import INF
+from .tiles import INF, Support
 from .topk import kth_or_part, topk_support
 
 
@@ -13,7 +13,8 @@ from .topk import kth_or_part, topk_support
 def topk_groups(
     maxima_ptr, list_ptr, size, vocab_topk, capacity, LOGIT: tl.constexpr, HISTOGRAMS: tl.constexpr, TILE: tl.constexpr
 ):
-    """The groups that hold the student's top k, or all of them."""
+    """The groups that hold the student's top k, or all of them; and a value that at least k logits reach, and none
+    outside of these groups and the ragged tile."""
     LOGITS: tl.constexpr = TILE.UNROLL * TILE.LANES * TILE.VEC
     num_groups = size // LOGITS * TILE.LANES
     least = tl.full([], -INF, tl.float32)
@@ -24,7 +25,7 @@ def topk_groups(
             least = bits.to(tl.float32, bitcast=True)
         else:
             least = kth_or_part(maxima_ptr, num_groups, every, vocab_topk, LOGIT, TILE)[0]
-    return list_groups(maxima_ptr, list_ptr, least, size, capacity, TILE)
+    return list_groups(maxima_ptr, list_ptr, least, size, capacity, TILE), least
 
 
 @triton.jit
@@ -41,10 +42,12 @@ def topk(
     TILE: tl.constexpr,
 ):
     """(Support, Groups) of the k largest logits, ties to the lower id; 1 <= k < size."""
-    groups = all_groups(list_ptr, size, TILE)
+    groups, least = all_groups(list_ptr, size, TILE), tl.full([], -INF, tl.float32)
     if HAS_GROUPS:
-        groups = topk_groups(maxima_ptr, list_ptr, size, vocab_topk, capacity, LOGIT, HISTOGRAMS, TILE)
+        groups, least = topk_groups(maxima_ptr, list_ptr, size, vocab_topk, capacity, LOGIT, HISTOGRAMS, TILE)
     if HISTOGRAMS:
         return radix_support(row_ptr, size, groups, vocab_topk, LOGIT, TILE), groups
     else:
-        return topk_support(row_ptr, size, groups, vocab_topk, LOGIT, TILE), groups
+        support = topk_support(row_ptr, size, groups, vocab_topk, LOGIT, TILE)
+        # What parts these groups at k may lie below `least`, and logits of others above it.
+        return Support(tl.maximum(support.kth_logit, least), support.last_tied_id), groups
