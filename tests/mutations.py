@@ -276,7 +276,7 @@ MUTATIONS = {
         ("student_scale, -stats.student_lse) - stats.student_lse_low", "student_scale, -stats.student_lse)"),
         ("grad = -tl.exp2(log_q * LOG2E) - p * stats", "grad = -tl.exp2(log_q * LOG2E) + p * stats"),
         ("grad = p * ((1.0 - beta) * to_p", "grad = p * (beta * to_p"),
-        ("outside = p * 0.0", "outside = grad"),
+        ("outside = tl.zeros(p.shape, tl.float32)", "outside = grad"),
         ("else:\n            outside = p * stats.outside_slope", "else:\n            outside = p * 0.0"),
         ("grad *= factors.upstream * factors.raw_scale", "grad *= factors.raw_scale"),
         ("raw_scale=options.logit_scale / options.temperature", "raw_scale=options.logit_scale"),
