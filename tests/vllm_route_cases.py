@@ -128,7 +128,8 @@ def test_a_run_ends_in_the_weights_of_one_whose_trainer_scores(tmp_path, monkeyp
 
     assert len(syncs) == (4 if settings.get("teacher") == "live" else 8)
     own = not adapter and settings.get("teacher") != "live"
-    assert passes and (all(passes) if own else not all(passes))
+    # One without gradients as training begins, when the head is read again.
+    assert passes.count(False) == 1 if own else passes.count(False) > 1
     for theirs, ours in zip(*entries, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3) and ours["kept_tokens"] == theirs["kept_tokens"]
         assert max(ours["engine_gap"], ours["engine_teacher_gap"]) < 1e-3
