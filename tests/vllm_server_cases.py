@@ -1,8 +1,9 @@
-"""`vllm serve`, really run on loopback; tests/test_engine.py starts this file in a process of its own.
+"""`vllm serve`, really run on loopback: `make server-test`.
 
 One server for all: a minute or two to start. Its model is the tiny student of vllm_cases.
 """
 
+import importlib.util
 import os
 import signal
 import socket
@@ -72,6 +73,8 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM: make vllm")
     made = Served(tmp_path_factory.mktemp("served"))
     made.start()
     made.wait()
