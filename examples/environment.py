@@ -22,7 +22,8 @@ class Shop:
     """One rollout's shop, which counts in dozens and does not say so."""
 
     def reset(self, wanted: list, **row) -> None:
-        self.wanted, self.ordered = list(wanted), []
+        self.wanted = list(wanted)
+        self.ordered: list[list] = []
 
     def order(self, item: str, count: int) -> str:
         """Orders from the shop.
