@@ -33,6 +33,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench_linear --repeats 9 --write docs/benchmarks
 	$(BIN)/python -m benchmarks.bench_scale --repeats 3 --write docs/benchmarks
 	$(BIN)/python -m benchmarks.bench_train_step --repeats 3 --write docs/benchmarks
+	$(BIN)/python -m benchmarks.bench_host --write docs/benchmarks
 	$(BIN)/python -m benchmarks.plot docs/benchmarks
 	$(BIN)/python -m benchmarks.gpu_static
 
