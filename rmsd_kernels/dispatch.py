@@ -3,8 +3,8 @@
 The functions from logits and those from hidden states meet here. Logits are (N, V) or (B, L, V).
 
 A call passes through torch.library's dispatcher only where somebody may want to see it there: a compiler, fake tensors,
-a function transform. Plain eager code calls the backend itself, which takes the host about half of the
-time (benchmarks/bench_host.py).
+a function transform. Plain eager code calls the backend itself, which takes the host about half of the time
+(benchmarks/bench_host.py).
 """
 
 import torch

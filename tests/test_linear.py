@@ -4,6 +4,7 @@ import pytest
 import torch
 from budget import DIVERGENCES, assert_within_budget
 from conftest import skip_unless_served
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -245,6 +246,12 @@ def test_every_product_of_16_bit_weights_takes_them_as_they_are_on_a_gpu(chunks,
     of_weight = [(low, low, low if chunks == 1 else full)]
     assert products == logits * chunks + [*(logits if chunks > 1 else []), *of_hidden, *of_weight] * chunks
     assert made["student_weight"].grad.dtype == low
+
+
+def test_a_gpu_takes_16_bit_operands_and_a_cpu_does_not():
+    with FakeTensorMode():
+        assert projection._takes_low_precision(torch.empty(1, device="cuda"))
+        assert not projection._takes_low_precision(torch.empty(1))
 
 
 def test_a_16_bit_product_of_the_gradient_keeps_the_budget(monkeypatch):
