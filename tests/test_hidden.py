@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmsd.models import hidden
+from rmsd.models import past
 from rmsd.models.hidden import by_length, completion_hidden, row_lengths
 from rmsd.step.training import train_parts
 
@@ -24,7 +24,7 @@ def tokens(groups, prompts, lengths, each):
 def test_groups_are_the_cheapest_cut_of_the_sequences_in_order_of_length(pairs, each):
     prompts, lengths = map(list, zip(*pairs, strict=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(hidden._PASS_TOKENS, "cpu", each)
+        patch.setitem(past._PASS_TOKENS, "cpu", each)
         groups = by_length(prompts, lengths, CPU)
     assert sorted(i for group in groups for i in group) == list(range(len(pairs)))
 
@@ -74,7 +74,7 @@ def test_several_forwards_give_the_hidden_states_of_one(monkeypatch, length, pas
     mask = torch.arange(length) < torch.tensor([[6], [2], [0], [3]])
     with torch.no_grad():
         one = completion_hidden(model, prompts, ids, mask, 0, one_forward=True)
-        monkeypatch.setitem(hidden._PASS_TOKENS, "cpu", pass_tokens)
+        monkeypatch.setitem(past._PASS_TOKENS, "cpu", pass_tokens)
         calls.clear()
         several = completion_hidden(model, prompts, ids, mask, 0)
     assert several.shape == one.shape == (4, length, 32)

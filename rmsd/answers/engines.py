@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from .past import Past, continued
+from ..models.past import Past, continued
 from .rollout import Rollouts, generate
 from .vllm_engine import VLLMEngine
 from .vllm_server import VLLMServerEngine

@@ -12,8 +12,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from ..models.hidden import completion_hidden, left_padded, row_lengths
 from ..models.parts import captured_hidden, causal_lm, last_position_head
+from ..models.past import CACHE_ARGUMENT, Past
 from ..models.transfer import to_device, to_host
-from .past import CACHE_ARGUMENT, Past
 from .sampling import Draw, seeds_of
 
 
