@@ -3,7 +3,9 @@
 import httpx
 import pytest
 import tiny
+import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from rmsd import RMSDConfig
 from rmsd.answers import server as module
@@ -127,6 +129,18 @@ def test_a_server_that_restarted_empty_is_sent_the_weights_again(vllm, tmp_path,
     vllm.forgets = 9
     with pytest.raises(ConnectionError, match="has lost the weights 3 times"):
         made([[5, 6]], **OPTIONS)
+
+
+def test_of_a_quantised_student_the_adapter_alone_is_sent(vllm, tmp_path):
+    """A server may hold the base model quantised alike; the trainer's packed integers are nobody else's."""
+    model = lora()
+    for base in [layer.base_layer for layer in model.modules() if hasattr(layer, "base_layer")]:
+        packed = torch.zeros(base.weight.numel() // 2, 1, dtype=torch.uint8)
+        base.weight = torch.nn.Parameter(packed, requires_grad=False)
+    engine(tmp_path, model).sync(model)
+    (sent,) = tmp_path.rglob("*.safetensors")
+    weights = load_file(sent)
+    assert len(weights) == 2 * 14 and all(".lora_" in name and weights[name].dtype == torch.float32 for name in weights)
 
 
 def test_the_weights_before_are_dropped_once_the_next_are_there(vllm, tmp_path):

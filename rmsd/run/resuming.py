@@ -16,6 +16,7 @@ _MADE_BY = (
     "model",
     "dtype",
     "lora",
+    "quantization",
     "task",
     "data",
     "rollouts",

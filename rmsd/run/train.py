@@ -184,6 +184,7 @@ def load(recipe: Recipe, device: torch.device):
         dtype=recipe.dtype,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
+        quantization=recipe.quantization and recipe.quantization.model_dump(),
     )
     fix_template_variables(tokenizer, recipe.chat_template_kwargs)
     return model.to(device), tokenizer
