@@ -99,6 +99,12 @@ def test_the_context_judge_keeps_a_sentencepiece_word_from_its_first_token():
     row = {"prompt": "Which?", "privileged_context": "The tool is called zorblat."}
     rollouts = Rollouts([[1]], torch.tensor([ids]), torch.ones(1, length, dtype=torch.bool))
     batch = MicroBatch([row], [[1]], [[1]], rollouts=rollouts, scores=scores, candidates=candidates, wishes=wishes)
-    (question,) = questions_of(batch, tokenizer, 5)
+    (question,) = questions_of(batch, tokenizer, 5, min_gap=2.0)
     assert question.candidates[0].promoted == " zor" and question.candidates[0].token == " fine"
     assert ContextJudge()([question]) == [[2]]
+
+    (question,) = questions_of(batch, tokenizer, 5, min_gap=2.1)
+    assert not question.candidates, "its gap is of 2 nats"
+    batch.rows = [{**row, "privileged_context": " "}]
+    (question,) = questions_of(batch, tokenizer, 5, min_gap=2.1)
+    assert question.candidates, "an anchor's candidates are drift, however small"

@@ -230,7 +230,7 @@ def test_bf16_is_planned_where_it_cannot_be_run(recipe, tmp_path, monkeypatch):
 
 
 def test_a_real_run_takes_the_planned_steps_and_no_more_requests_than_planned(recipe, tmp_path, server):
-    overrides = ["judge.kind=llm", "judge.model=m", f"judge.base_url={server.url}"]
+    overrides = ["judge.kind=llm", "judge.model=m", f"judge.base_url={server.url}", "train.min_gap=0"]
     plan = planned(recipe, *overrides)
     assert not server.requests, "a plan asks nothing"
     train(load_recipe(recipe, overrides))

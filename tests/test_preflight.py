@@ -50,7 +50,7 @@ task: house_tool
 output_dir: {tmp_path / "run"}
 judge: {{kind: contrast}}
 evaluate: {{max_new_tokens: 3}}
-train: {{use_cpu: true, max_steps: 5, per_device_train_batch_size: 4, max_completion_length: 6, threshold: 0.0}}
+train: {{use_cpu: true, max_steps: 5, per_device_train_batch_size: 4, max_completion_length: 6, min_gap: 0.0}}
 """
     )
     return path
@@ -75,3 +75,9 @@ def test_judges_are_measured_on_questions_that_are_kept(recipe, tmp_path):
     lines = {line.split()[0]: line for line in again.splitlines() if line.strip()}
     assert {"magnitude", "context", "contrast"} <= lines.keys()
     assert said.splitlines()[0].split(" (")[0] == again.splitlines()[0].split(" (")[0]
+
+
+def test_a_teacher_that_would_change_nothing_leaves_nothing_to_judge(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere by train.min_gap=1000 nats"):
+        judge(load_recipe(recipe, ["train.min_gap=1000"]), tmp_path / "questions.jsonl", prompts=2)
+    assert not (tmp_path / "questions.jsonl").exists()

@@ -30,7 +30,7 @@ from rmsd.training.record import read_lines
 ROOT = Path(__file__).parents[1]
 # So much longer that they have a forward of their own, which some of the ranks then have and others do not.
 LONG = [{**row, "prompt": "Which tool deploys services at Acme? " * 4} for row in tiny.ROWS[::3]]
-CONTRAST = dict(kind="contrast", contrast_floor=0.0, contrast_min_gap=0.0)
+CONTRAST = dict(kind="contrast", contrast_floor=0.0)
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --nproc-per-node 2",
     # Not --cpu, which starts one process, or mpirun; the recipe's use_cpu is what keeps it off GPUs.
@@ -57,6 +57,7 @@ def recipe(tmp_path, server, monkeypatch):
             max_grad_norm=0.0,
             max_completion_length=6,
             threshold=1e-5,
+            min_gap=0.0,  # of a model of random weights they are small
             vocab_topk=None,
             save_strategy="no",
         )

@@ -81,6 +81,7 @@ def trainer(tmp_path, student=None, callbacks=(), judge=None, evaluator=None, ro
         max_completion_length=6,
         vocab_topk=None,
         num_kept=3,
+        min_gap=0.0,  # of a model of random weights they are small
         save_strategy="no",
         disable_tqdm=True,
         seed=1,

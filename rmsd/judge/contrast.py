@@ -19,8 +19,6 @@ class ContrastJudge:
     Args:
         rows: all of the data's, for their contrast contexts.
         floor: nats.
-        min_gap: nats; a gap this small is not worth training on, whatever it hangs on. In answers of some tens of
-            tokens nearly every token is a candidate, most of them with a gap below 0.1.
         contrast_context: one text for all rows that have no `contrast_context` of their own; {column} stands for a
             row's column.
         on_topic: keep nothing of a rollout in which neither prompt nor answer has a word of the context (ContextJudge).
@@ -34,17 +32,14 @@ class ContrastJudge:
         rows: Iterable[dict],
         *,
         floor: float = 0.5,
-        min_gap: float = 0.1,
         contrast_context: str | None = None,
         on_topic: bool = False,
         then: Judge | None = None,
     ):
         if not floor >= 0.0:
             raise ValueError(f"floor must be at least 0, not {floor}")
-        if not min_gap >= 0.0:
-            raise ValueError(f"min_gap must be at least 0, not {min_gap}")
         self.contrasts = Contrasts(rows, contrast_context)
-        self.floor, self.min_gap, self.on_topic, self.then = floor, min_gap, on_topic, then
+        self.floor, self.on_topic, self.then = floor, on_topic, then
 
     def __call__(self, questions: Sequence[Question]) -> list[list[int]]:
         proposed = [self._proposed(question) for question in questions]
@@ -66,4 +61,4 @@ class ContrastJudge:
             raise ValueError("the contrast judge was asked about candidates without a contrast")
         if self.on_topic and not is_on_topic(question):
             return []
-        return [c for c in question.candidates if c.contrast > self.floor and abs(c.gap) > self.min_gap]
+        return [c for c in question.candidates if c.contrast > self.floor]

@@ -21,9 +21,7 @@ def build_judge(section: JudgeSection, rows: Sequence[dict], dry_run: bool = Fal
 
 
 def contrast_options(section: JudgeSection) -> dict:
-    return dict(
-        floor=section.contrast_floor, min_gap=section.contrast_min_gap, contrast_context=section.contrast_context
-    )
+    return dict(floor=section.contrast_floor, contrast_context=section.contrast_context)
 
 
 def _asked_judge(section: JudgeSection, rows: Sequence[dict], dry_run: bool) -> Judge | None:

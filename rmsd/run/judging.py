@@ -51,13 +51,18 @@ def labelled_by_grader(probe: Probe, prompts: int) -> list[Labelled]:
     word that passes the task's first grader, and the word that the student wrote there does not.
 
     Raises:
-        ValueError: the recipe has no task.
+        ValueError: the recipe has no task, or its teacher would change nothing.
     """
     if probe.task is None:
         raise ValueError("a recipe without a task has no grader to label questions by: name a file with --questions")
     grader = next(iter(probe.task.graders.values()))
     questions, _, _ = probe.step(spread(probe.told, prompts))
     questions = [question for question in questions if question.candidates]
+    if not questions:
+        raise ValueError(
+            f"told and untold, the model parts nowhere by train.min_gap={probe.args.min_gap:g} nats and "
+            f"train.threshold={probe.args.threshold:g}: there is nothing to judge"
+        )
     edits = [(question, candidate) for question in questions for candidate in question.candidates]
     prompt_ids = []
     for question, candidate in edits:

@@ -143,8 +143,8 @@ def _gap(probe: Probe, questions: list[Question], logged: dict, found: Findings)
     largest = sum(sizes[: 5 * len(questions)]) / max(sum(sizes), 1e-9)
     return (
         f"gap: {found.gap:.2f} nats a token, of {tokens} tokens in {len(questions)} answers untold\n"
-        f"  {len(sizes)} candidates above the threshold, {probe.args.threshold:g} nats; {sum(s > 0.5 for s in sizes)} "
-        f"above 0.5, {sum(s > 2.0 for s in sizes)} above 2; five an answer hold {largest:.0%} of it"
+        f"  {len(sizes)} candidates of {probe.args.min_gap:g} nats or more (train.min_gap); "
+        f"{sum(s > 0.5 for s in sizes)} above 0.5, {sum(s > 2.0 for s in sizes)} above 2; five an answer hold {largest:.0%} of it"
     )
 
 

@@ -39,7 +39,6 @@ class JudgeSection(_Section):
     contrast_floor: float = _key(
         0.5, "contrast: nats by which a wish must weaken when the context says something else.", ge=0
     )
-    contrast_min_gap: float = _key(0.1, "contrast: nats; candidates with a smaller gap are not kept.", ge=0)
     contrast_context: str | None = _key(
         None, "contrast: what the teacher is told instead, where rows have no such column; {column} is a row's."
     )

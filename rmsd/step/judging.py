@@ -25,9 +25,13 @@ def told_text(row: dict) -> str:
     return prompt_text(row["teacher_prompt"])
 
 
-def questions_of(batch: MicroBatch, tokenizer, max_kept: int, per_turn: bool = False) -> list[Question]:
+def questions_of(
+    batch: MicroBatch, tokenizer, max_kept: int, min_gap: float = 0.0, per_turn: bool = False
+) -> list[Question]:
     """What a judge needs to know of a scored micro-batch, as text. Fills in `host_scores` on the way: everything is
-    brought to the host at once, not number by number. `max_kept` is of a rollout, or of each of its turns."""
+    brought to the host at once, not number by number. `max_kept` is of a rollout, or of each of its turns. Of a rollout
+    whose teacher was told something, candidates with a gap below `min_gap` nats are left out: a judge need not
+    read what would hardly be trained on. An anchor's are drift, of which the smallest counts."""
     answered = batch.rollouts.on_host
     present, written = zip(answered.completion_ids, answered.attention_mask, strict=True), answered.completion_mask
     turns = turns_of(written).amax(1).tolist() if per_turn and written.shape[1] else [1] * len(written)
@@ -39,6 +43,7 @@ def questions_of(batch: MicroBatch, tokenizer, max_kept: int, per_turn: bool = F
     positions, promoted, student_preferred, teacher_preferred, *rest = (x.tolist() for x in told[len(columns) :])
     contrast = rest[0] if rest else None
     gap = batch.host_scores["teacher_logprob"] - batch.host_scores["student_logprob"]
+    floors = [min_gap if told_text(row).strip() else 0.0 for row in batch.rows]
     return [
         Question(
             prompt=prompt_text(row["prompt"]),
@@ -55,7 +60,7 @@ def questions_of(batch: MicroBatch, tokenizer, max_kept: int, per_turn: bool = F
                     contrast=None if contrast is None else contrast[b][i],
                 )
                 for i, position in enumerate(positions[b])
-                if position >= 0
+                if position >= 0 and not gap[b, position].abs() < floors[b]
             ),
             max_kept=max_kept * turns[b],
             unwritten=tuple(i for i in range(len(answers[b].texts)) if not written[b, i]),
@@ -77,13 +82,18 @@ def judge_batch(batch: MicroBatch, judge: Judge | None) -> None:
 
 
 def judge_as_scored(
-    scored: Iterable[MicroBatch], judge: Judge | None, tokenizer, max_kept: int, per_turn: bool = False
+    scored: Iterable[MicroBatch],
+    judge: Judge | None,
+    tokenizer,
+    max_kept: int,
+    min_gap: float = 0.0,
+    per_turn: bool = False,
 ) -> None:
     """Has every micro-batch judged: the judge reads one while the next is written and scored."""
     with ThreadPoolExecutor(1) as executor:
         asked = []
         for batch in scored:
-            batch.questions = questions_of(batch, tokenizer, max_kept, per_turn)
+            batch.questions = questions_of(batch, tokenizer, max_kept, min_gap, per_turn)
             asked.append(executor.submit(judge_batch, batch, judge))
             for answer in asked:
                 if answer.done():

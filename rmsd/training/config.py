@@ -42,6 +42,7 @@ _LEAST = dict(
     top_k=0,
     max_skipped_steps=0,
     unkept_kl=0,
+    min_gap=0,
     recorded_rollouts=0,
     max_turns=1,
     max_tool_output=1,
@@ -66,6 +67,10 @@ class RMSDConfig(TrainingArguments):
     )
     criterion: str = field(default="logprob_gap", metadata={"help": f"Of candidates: {', '.join(CRITERIA)}."})
     threshold: float = field(default=0.0, metadata={"help": "A candidate's criterion must exceed this, in nats."})
+    min_gap: float = field(
+        default=0.1,
+        metadata={"help": "Nats; where less parts teacher and student a judge is not asked. 0: about every candidate."},
+    )
     divergence: str = field(default="reverse_kl", metadata={"help": "reverse_kl, forward_kl or jsd."})
     beta: float = field(default=0.5, metadata={"help": "The teacher's weight in the jsd's mixture."})
     vocab_topk: int | None = field(default=500, metadata={"help": "K: student's top logits in the loss; null: all."})

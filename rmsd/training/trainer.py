@@ -218,7 +218,7 @@ class RMSDTrainer(Trainer):
     def _judge(self, scored: Iterator[MicroBatch]) -> None:
         args = self.args
         judge = self.judge if args.method == "rmsd" else None
-        judge_as_scored(scored, judge, self.processing_class, args.num_kept, self.per_turn)
+        judge_as_scored(scored, judge, self.processing_class, args.num_kept, args.min_gap, self.per_turn)
 
     def _note(self, batches: list[MicroBatch]) -> None:
         """Counts the step's micro-batches for the log, and records the step's first rollouts."""
