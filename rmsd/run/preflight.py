@@ -144,7 +144,8 @@ def _gap(probe: Probe, questions: list[Question], logged: dict, found: Findings)
     return (
         f"gap: {found.gap:.2f} nats a token, of {tokens} tokens in {len(questions)} answers untold\n"
         f"  {len(sizes)} candidates of {probe.args.min_gap:g} nats or more (train.min_gap); "
-        f"{sum(s > 0.5 for s in sizes)} above 0.5, {sum(s > 2.0 for s in sizes)} above 2; five an answer hold {largest:.0%} of it"
+        f"{sum(s > 0.5 for s in sizes)} above 0.5, {sum(s > 2.0 for s in sizes)} above 2; five an answer hold "
+        f"{largest:.0%} of it"
     )
 
 
