@@ -1,7 +1,11 @@
 """Output heads as users have them: each trains what the model's own logits would, or is refused with what to do."""
 
+import contextlib
+import enum
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -19,6 +23,7 @@ from rmsd.answers.teacher import Teacher
 from rmsd.models.heads import OutputHead, mixed_precision_dtype
 from rmsd.models.hidden import completion_hidden
 from rmsd.models.parts import captured_hidden, causal_lm, no_head
+from rmsd.models.sharding import whole
 
 HEADS = {
     "tied": ("llama", dict(tie_word_embeddings=True)),
@@ -265,15 +270,95 @@ def test_the_trainer_and_its_teacher_read_the_head_in_the_dtype_of_mixed_precisi
     assert seen and all(dtype == torch.bfloat16 for dtypes in seen for dtype in dtypes)
 
 
-def test_a_head_partitioned_by_zero_3_is_refused():
-    """DeepSpeed leaves an empty tensor with `ds_id` in place of each parameter."""
+class ZeroStatus(enum.Enum):
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+
+
+def in_parts(model, monkeypatch):
+    """As DeepSpeed ZeRO-3 has it, of one process: weights are empty between their uses, and hooks gather a module's.
+    The real one is tried by test_zero3.py where it is installed. Returns the ids of what is gathered, as it is."""
+    log = []
+
+    def made(parameter, number):
+        whole_of = parameter.detach().clone()
+
+        def all_gather(param_list=None):
+            log.append(number)
+            parameter.data, parameter.ds_status = whole_of.clone(), ZeroStatus.AVAILABLE
+
+        def partition(param_list=None, **options):
+            parameter.data, parameter.ds_status = torch.empty(0), ZeroStatus.NOT_AVAILABLE
+
+        parameter.ds_id, parameter.all_gather, parameter.partition = number, all_gather, partition
+        partition()
+
+    def gather(module, *args):
+        for parameter in module.parameters(recurse=False):
+            if parameter.ds_status is ZeroStatus.NOT_AVAILABLE:
+                parameter.all_gather()
+
+    def release(module, *args):
+        for parameter in module.parameters(recurse=False):
+            parameter.partition()
+
+    @contextlib.contextmanager
+    def gathered_parameters(parameters):
+        for parameter in parameters:
+            parameter.all_gather()
+        yield
+        for parameter in parameters:
+            parameter.partition()
+
+    for number, parameter in enumerate(model.parameters()):
+        made(parameter, number)
+    gather.__module__ = release.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    for module in model.modules():
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+        module.register_full_backward_pre_hook(gather)
+    zero = SimpleNamespace(GatheredParameters=gathered_parameters)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    return log
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_partitioned_by_zero_3_is_gathered_with_its_gradient(monkeypatch, tied):
+    grads = []
+    for parts in (False, True):
+        model = tiny.loud(tiny.model(tie_word_embeddings=tied))
+        if parts:
+            in_parts(model, monkeypatch)
+        with whole(model):
+            transform = OutputHead.of(model).transform
+        hidden = completion_hidden(model, [[7, 8], [9]], IDS, MASK, pad_id=0)
+        assert parts == (model.get_output_embeddings().weight.numel() == 0)
+        head = OutputHead.current(model, transform)
+        linear_loss(
+            hidden, head, torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)), head
+        ).backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert grads[0]["model.embed_tokens.weight" if tied else "lm_head.weight"].abs().max() > 1e-3
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-8)
+
+
+def test_weights_in_parts_are_gathered_once_for_any_number_of_forwards(monkeypatch):
+    """Processes need not run as many: the engine's hooks, which wait for the others, are set aside."""
+    model = tiny.model(tie_word_embeddings=False)
+    hooks = len(model.lm_head._forward_pre_hooks)
+    gathers = in_parts(model, monkeypatch)
+    with whole(model):
+        generate(model, [[5, 6], [7]], max_new_tokens=4, pad_id=0, eos_ids=[0])
+        assert sorted(gathers) == list(range(len(list(model.parameters()))))
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    assert len(model.lm_head._forward_pre_hooks) == hooks + 1
+
+
+def test_a_head_without_weights_is_refused():
     model = tiny.model(tie_word_embeddings=False)
     model.lm_head.weight = nn.Parameter(torch.empty(0))
-    with pytest.raises(ValueError, match=r"holds no weights on this rank .*ZeRO stage 2 or less"):
-        OutputHead.of(model)
-    model = tiny.model(tie_word_embeddings=False)
-    model.lm_head.weight.ds_id = 7  # gathered for the moment: it would be released under the loss
-    with pytest.raises(ValueError, match="ZeRO-3"):
+    with pytest.raises(ValueError, match="holds no weights on this rank: shard by FSDP2 or DeepSpeed ZeRO-3"):
         OutputHead.of(model)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -22,7 +23,7 @@ from test_judge_server import keep
 
 from rmsd import RMSDConfig
 from rmsd.answers.vllm_engine import check_vllm
-from rmsd.models.sharding import check_sharded_teacher
+from rmsd.models.sharding import check_sharded_teacher, check_sharding
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import train
 from rmsd.training.record import read_lines
@@ -224,13 +225,19 @@ def test_sharding_that_cannot_be_is_refused(tmp_path, environment, config, messa
         tiny.trainer(tmp_path, fsdp=True, fsdp_config=config)
 
 
+def test_deepspeed_on_a_cpu_is_refused():
+    """accelerate would train without it and say nothing."""
+    with pytest.raises(ValueError, match=r"deepspeed needs GPUs, .* on CPUs use DDP or fsdp"):
+        check_sharding(SimpleNamespace(distributed_type="MULTI_CPU"), SimpleNamespace(deepspeed={"bf16": {}}))
+
+
 def test_a_second_adapter_is_refused_under_shards(tmp_path):
     plain = RMSDConfig(output_dir=str(tmp_path), use_cpu=True)
     check_sharded_teacher(True, plain)
     for options in (dict(teacher="ema"), dict(continuation_steps=[1]), dict(continuation_metric="loss")):
         args = RMSDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
         check_sharded_teacher(False, args)
-        with pytest.raises(ValueError, match="fsdp cannot keep a second adapter"):
+        with pytest.raises(ValueError, match="fsdp and ZeRO-3 cannot keep a second adapter"):
             check_sharded_teacher(True, args)
     with pytest.raises(ValueError, match="and a new adapter"):
         check_sharded_teacher(True, plain, trained_before=True)

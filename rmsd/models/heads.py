@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..words import named_line
+from . import zero
 from .parts import captured_hidden, decoder_feeds_head, head_module, read_at_head
 
 # Config names under which architectures keep a factor on their logits. Some multiply by it and some divide, so each
@@ -130,12 +131,12 @@ def head_options(student: Reading, teacher: Reading) -> dict:
 def head_parameters(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) of the output head, whole and differentiable.
 
-    A weight that FSDP2 keeps sharded is gathered. Its gradient is averaged over the mesh, as FSDP averages those it
-    gathered itself, and comes back as the shard's.
+    A weight that FSDP2 or DeepSpeed ZeRO-3 keeps sharded is gathered. Its gradient is averaged over the mesh, as FSDP
+    averages those it gathered itself, and comes back as the shard's.
 
     Raises:
         ValueError: there is no head, its logits are not its weight's (LoRA on the head), the weight is quantised or
-            elsewhere (DeepSpeed ZeRO-3); with what to do about it.
+            elsewhere; with what to do about it.
     """
     name = type(model).__name__
     module = head_module(model)
@@ -155,10 +156,11 @@ def head_parameters(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _whole(parameter: Tensor | None, model_name: str) -> Tensor | None:
     if parameter is None:
         return None
-    if hasattr(parameter, "ds_id") or parameter.numel() == 0:
+    if zero.is_partitioned(parameter):
+        return zero.whole_copy(parameter)
+    if parameter.numel() == 0:
         raise ValueError(
-            f"{model_name}'s output head holds no weights on this rank (partitioned by DeepSpeed ZeRO-3?): "
-            "use ZeRO stage 2 or less, or FSDP2, whose shards can be gathered"
+            f"{model_name}'s output head holds no weights on this rank: shard by FSDP2 or DeepSpeed ZeRO-3"
         )
     if parameter.is_meta:
         raise ValueError(f"{model_name}'s output head is on the meta device: load its weights before training")

@@ -13,14 +13,19 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from . import zero
 from .parts import head_module
 
 
 @contextlib.contextmanager
 def whole(model: nn.Module):
-    """Every weight of a model sharded by FSDP2, gathered once for as long as this is open: an answer is hundreds of
-    forwards, each of which would gather them again, and ranks whose answers end early would have to wait for the rest.
-    All ranks enter together. A model that is not sharded is left as it is."""
+    """Every weight of a model sharded by FSDP2 or DeepSpeed ZeRO-3, gathered once for as long as this is open: an
+    answer is hundreds of forwards, each of which would gather them again, and ranks whose answers end early would have
+    to wait for the rest. All ranks enter together. A model that is not sharded is left as it is."""
+    if any(map(zero.is_partitioned, model.parameters())):
+        with zero.gathered(model):
+            yield
+        return
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -46,8 +51,11 @@ def check_sharding(accelerator, args) -> bool:
     copies (DDP) without a word.
 
     Raises:
-        ValueError: FSDP1 is asked for, or there is one process.
+        ValueError: FSDP1 is asked for, there is one process, or DeepSpeed is asked for on CPUs, where accelerate would
+            train without it as quietly.
     """
+    if args.deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError("deepspeed needs GPUs, and torchrun or accelerate launch: on CPUs use DDP or fsdp")
     if not args.fsdp and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
@@ -73,7 +81,8 @@ def check_sharded_teacher(has_adapter: bool, args, trained_before: bool = False)
     moves = args.teacher == "ema" or args.continuation_steps or args.continuation_metric
     if has_adapter and (moves or trained_before):
         raise ValueError(
-            "fsdp cannot keep a second adapter for the teacher: use DDP, or no ema, no continuation and a new adapter"
+            "fsdp and ZeRO-3 cannot keep a second adapter for the teacher: use DDP, or no ema, no continuation and "
+            "a new adapter"
         )
 
 

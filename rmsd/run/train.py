@@ -15,6 +15,7 @@ from ..answers.environments import Environments
 from ..answers.episodes import Episodes
 from ..answers.prompts import Prompts, fix_template_variables
 from ..models.loading import load_model, with_lora
+from ..models.sharding import whole
 from ..tasks import Task, load_task
 from ..training.checkpoint import holds_optimizer, last_whole_checkpoint
 from ..training.config import RMSDConfig
@@ -68,7 +69,8 @@ def train(recipe: Recipe) -> str:
     check_output_dir(out)
     set_seed(recipe.seed)
     model, tokenizer = load(recipe, args.device)
-    evaluator = evaluator_of(recipe, args, model, tokenizer, environments) if task else None
+    with whole(model):
+        evaluator = evaluator_of(recipe, args, model, tokenizer, environments) if task else None
     if recipe.lora:
         model = with_lora(model, recipe.lora)
     if args.should_save:

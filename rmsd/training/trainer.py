@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..answers.data import check_lengths, checked_dataset, context_of, rows_of
 from ..answers.engines import engine_for
@@ -102,10 +103,11 @@ class RMSDTrainer(Trainer):
             self._move_model_to_device(self.model, args.device)
         self.router_loss = RouterLoss(self.model, args.router_loss)
         self.head_dtype = mixed_precision_dtype(args.device, bf16=args.bf16, fp16=args.fp16)
-        self.teacher = Teacher(self.model, args.teacher, self.accelerator.autocast, self.head_dtype)
-        if self.is_fsdp_enabled:
-            check_sharded_teacher(self.teacher.has_adapter, args, self.teacher.has_snapshot)
-        read_model(self)
+        with whole(self.model):  # which ZeRO-3 may have loaded in parts
+            self.teacher = Teacher(self.model, args.teacher, self.accelerator.autocast, self.head_dtype)
+            if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+                check_sharded_teacher(self.teacher.has_adapter, args, self.teacher.has_snapshot)
+            read_model(self)
         self.loss = LinearRMSDLoss(**args.loss_options).to(args.device)
         batch = args.per_device_train_batch_size * args.world_size
         if args.dataloader_drop_last and len(train_dataset) < batch:
