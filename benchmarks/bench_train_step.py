@@ -1,6 +1,9 @@
 """One training step on the same eight rollouts, generation excluded: RMSD, OPSD by our own code, TRL's SDFTTrainer.
 
     python -m benchmarks.bench_train_step [--dtype fp32 --repeats 5 --json]
+    python -m benchmarks.bench_train_step --model FOLDER --lora 16              # another model, by an adapter
+    python -m benchmarks.bench_train_step --model FOLDER --lora 16 --generate   # sampling included: time a token
+    python -m benchmarks.bench_train_step --model FOLDER --lora 16 --memory     # each one's peak, in its own process
 
 SmolLM2-135M-Instruct, its weights in fp32 (bf16: under autocast), answers of 32 to 128 tokens (mean 80), the same
 prompts, hints and teacher template. A
@@ -11,20 +14,24 @@ without importance clipping, which would cost it one more student forward, and w
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from benchmarks.common import Result, assert_parity, command_line, report, spread
 from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
 from rmsd.answers.prompts import encode
 from rmsd.answers.rollout import Rollouts, generate
-from rmsd.models.loading import load_model
+from rmsd.models.loading import load_model, with_lora
+from rmsd.run.recipe import LoraSection
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from datasets import Dataset
@@ -99,7 +106,13 @@ class HalfKeepsNothing(MagnitudeJudge):
 
 
 class RecordedSDFT(SDFTTrainer):
+    rollouts: Rollouts | None = None  # None: it samples its own
+
     def _generate(self, prompt_ids):
+        if self.rollouts is None:
+            prompt_ids, answers = super()._generate(prompt_ids)
+            self.sampled = sum(map(len, answers))
+            return prompt_ids, answers
         rollouts = in_order(self.rollouts, prompt_ids)
         pairs = zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
         return prompt_ids, [ids[mask].tolist() for ids, mask in pairs]
@@ -109,6 +122,11 @@ def in_order(rollouts: Rollouts, prompt_ids: list[list[int]]) -> Rollouts:
     order = [rollouts.prompt_ids.index(ids) for ids in prompt_ids]
     tensors = rollouts.completion_ids, rollouts.completion_mask, rollouts.student_hidden
     return Rollouts(prompt_ids, *(tensor[order] for tensor in tensors))
+
+
+def loaded(model_name: str, rank: int | None):
+    model, tokenizer = load_model(model_name)
+    return (with_lora(model, LoraSection(r=rank, alpha=2 * rank)) if rank else model), tokenizer
 
 
 def recorded(model_name: str, device: str) -> Rollouts:
@@ -127,16 +145,29 @@ def recorded(model_name: str, device: str) -> Rollouts:
     return dataclasses.replace(rollouts, completion_mask=rollouts.completion_mask & within.to(device))
 
 
-def ours(rollouts: Rollouts, shared: dict, model_name: str, judge=None, **options) -> Callable[[], Clock]:
-    model, tokenizer = load_model(model_name)
+class Contestant(NamedTuple):
+    trainer: Trainer
+    sampled: Callable[[], int]  # tokens of the last step's answers
+
+    def __call__(self) -> Clock:
+        clock = Clock()
+        self.trainer.add_callback(clock)
+        self.trainer.train()
+        self.trainer.remove_callback(clock)
+        return clock
+
+
+def ours(rollouts: Rollouts | None, shared: dict, model_name: str, rank=None, judge=None, **options) -> Contestant:
+    model, tokenizer = loaded(model_name, rank)
     config = RMSDConfig(teacher_template=TEMPLATE, **options, **shared)
     trainer = RMSDTrainer(model, config, ROWS, tokenizer, judge=judge)
-    trainer.engine = RecordedRollouts(rollouts)
-    return timed(trainer)
+    if rollouts is not None:
+        trainer.engine = RecordedRollouts(rollouts)
+    return Contestant(trainer, lambda: int(trainer.state.log_history[-2]["rollout_tokens"]))
 
 
-def trl(rollouts: Rollouts, shared: dict, model_name: str) -> Callable[[], Clock]:
-    model, tokenizer = load_model(model_name)
+def trl(rollouts: Rollouts | None, shared: dict, model_name: str, rank=None) -> Contestant:
+    model, tokenizer = loaded(model_name, rank)
     config = SDFTConfig(
         teacher_prompt_template=TEMPLATE,
         num_generations=1,
@@ -149,50 +180,43 @@ def trl(rollouts: Rollouts, shared: dict, model_name: str) -> Callable[[], Clock
     )
     trainer = RecordedSDFT(model, config, Dataset.from_list(ROWS), processing_class=tokenizer)
     trainer.rollouts = rollouts
-    return timed(trainer)
+    return Contestant(trainer, lambda: trainer.sampled)
 
 
-def timed(trainer) -> Callable[[], Clock]:
-    def run() -> Clock:
-        clock = Clock()
-        trainer.add_callback(clock)
-        trainer.train()
-        trainer.remove_callback(clock)
-        return clock
-
-    return run
+RMSD, OPSD, TRL = "RMSD, 5 tokens a sequence", "OPSD through our code", "TRL SDFTTrainer"
+MADE = {
+    RMSD: lambda **made: ours(**made, judge=MagnitudeJudge(), vocab_topk=None),
+    "RMSD, half the sequences keep none": lambda **made: ours(**made, judge=HalfKeepsNothing(), vocab_topk=None),
+    OPSD: lambda **made: ours(**made, method="opsd", vocab_topk=None),
+    TRL: trl,
+}
 
 
-def bench(dtype_name: str, arguments: argparse.Namespace, folder: str) -> list[Result]:
-    rollouts = recorded(arguments.model, arguments.device)
-    tokens = int(rollouts.completion_mask.sum())
-    shared = dict(SHARED, output_dir=folder, use_cpu=arguments.device == "cpu", bf16=dtype_name == "bf16")
-    made = dict(rollouts=rollouts, shared=shared, model_name=arguments.model)
-    contestants = {
-        "RMSD, 5 tokens a sequence": ours(**made, judge=MagnitudeJudge(), vocab_topk=None),
-        "RMSD, half the sequences keep none": ours(**made, judge=HalfKeepsNothing(), vocab_topk=None),
-        "OPSD through our code": ours(**made, method="opsd", vocab_topk=None),
-        "TRL SDFTTrainer": trl(**made),
-    }
-    seconds = {name: [] for name in contestants}
-    losses = {}
+def bench(dtype_name: str, arguments: argparse.Namespace, made: dict, tokens: int | None) -> list[Result]:
+    names = [name for name in MADE if arguments.only is None or name in arguments.only]
+    contestants = {name: MADE[name](**made) for name in names}
+    seconds = {name: [] for name in contestants}  # a token, where each samples its own
+    losses, counts = {}, {}
     for repeat in range(arguments.repeats + 1):
         for name, run in contestants.items():
             clock = run()
-            losses[name] = clock.losses[-1]
+            losses[name], counts[name] = clock.losses[-1], tokens or run.sampled()
             if repeat:  # the first round warms up
-                seconds[name].append(clock.seconds)
-    # Both are the mean over sequences of the mean reverse KL over all tokens; the logged losses have few digits, and in
-    # bf16 TRL's logits are rounded to three.
-    compared = (torch.tensor(losses[name]) for name in ("OPSD through our code", "TRL SDFTTrainer"))
-    assert_parity("OPSD against TRL", *compared, 2e-3 if dtype_name == "fp32" else 5e-2)
-    first = seconds["RMSD, 5 tokens a sequence"]
+                seconds[name].append(clock.seconds / (1 if tokens else counts[name]))
+    if tokens and {OPSD, TRL} <= losses.keys():
+        # Both are the mean over sequences of the mean reverse KL over all tokens; the logged losses have few digits,
+        # and in bf16 TRL's logits are rounded to three.
+        compared = (torch.tensor(losses[name]) for name in (OPSD, TRL))
+        assert_parity("OPSD against TRL", *compared, 2e-3 if dtype_name == "fp32" else 5e-2)
+    first = seconds[names[0]]
+    answers = f"{len(ROWS)} answers of {tokens} tokens" if tokens else "sampling included, a token"
+    work = f"training step, {answers}"
     return [
         Result(
-            work=f"training step, {len(ROWS)} answers of {tokens} tokens, {dtype_name}",
+            work=f"{work}, {dtype_name}{f', LoRA {arguments.lora}' if arguments.lora else ''}",
             contestant=name,
             milliseconds=1e3 * statistics.median(taken),
-            rate=tokens / statistics.median(taken),
+            rate=(tokens or 1) / statistics.median(taken),
             unit="tokens/s",
             times_ours=statistics.median(t / f for t, f in zip(taken, first, strict=True)),
             extra_megabytes=float("nan"),
@@ -203,11 +227,46 @@ def bench(dtype_name: str, arguments: argparse.Namespace, folder: str) -> list[R
     ]
 
 
+def peak_of(name: str, made: dict, answer) -> None:
+    """Sends the peak of this process in MB, after two steps; the weights and all libraries are in it."""
+    MADE[name](**made)()
+    answer.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def peaks(arguments: argparse.Namespace, made: dict) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    for name in arguments.only or MADE:
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=peak_of, args=(name, made, theirs))
+        process.start()
+        theirs.close()
+        print(f"{name}: {ours.recv():,.0f} MB at most")
+        process.join()
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter of this rank")
+    parser.add_argument("--generate", action="store_true", help="each samples its own answers; time is a token's")
+    parser.add_argument("--memory", action="store_true", help="the peak of each one's process in place of times")
+    parser.add_argument("--only", nargs="+", choices=list(MADE), help="of the contestants")
+
+
 def main() -> None:
-    arguments = command_line(__doc__.splitlines()[0], [], dtypes=("fp32",), model=MODEL)
+    arguments = command_line(__doc__.splitlines()[0], [], dtypes=("fp32",), model=MODEL, more=options)
+    rollouts = None if arguments.generate else recorded(arguments.model, arguments.device)
+    tokens = None if rollouts is None else int(rollouts.completion_mask.sum())
     with tempfile.TemporaryDirectory() as folder:
-        results = [result for dtype_name in arguments.dtype for result in bench(dtype_name, arguments, folder)]
-    report(results, arguments, "train_step")
+        results = []
+        for dtype_name in arguments.dtype:
+            shared = dict(SHARED, output_dir=folder, use_cpu=arguments.device == "cpu", bf16=dtype_name == "bf16")
+            made = dict(rollouts=rollouts, shared=shared, model_name=arguments.model, rank=arguments.lora)
+            if arguments.memory:
+                peaks(arguments, made)
+            else:
+                results += bench(dtype_name, arguments, made, tokens)
+    if not arguments.memory:
+        name = ["train_step", *(["lora"] if arguments.lora else []), *(["sampled"] if arguments.generate else [])]
+        report(results, arguments, "_".join(name))
 
 
 if __name__ == "__main__":

@@ -52,10 +52,11 @@ def command_line(
     dtypes: tuple[str, ...] = ("fp32", "bf16"),
     quick: str | None = None,
     model: str | None = None,
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
     """`sizes` of (rows, vocab) unless both are given; `hidden` adds --hidden, `dtypes` --dtype, `quick` (its help)
-    --quick, `model` --model. `backend` is the device's own by name, never "auto": what cannot serve raises, so that no
-    fallback is timed in its place."""
+    --quick, `model` --model, `more` what it adds. `backend` is the device's own by name, never "auto": what cannot
+    serve raises, so that no fallback is timed in its place."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default=default_device(), choices=list(PREFERRED_BACKENDS))
     parser.add_argument("--rows", type=int)
@@ -68,6 +69,8 @@ def command_line(
         parser.add_argument("--quick", action="store_true", help=quick)
     if model:
         parser.add_argument("--model", default=model, help=f"a folder or a name, in place of {model}")
+    if more:
+        more(parser)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--write", type=Path, help="folder that also gets the JSON, for benchmarks.plot")
