@@ -110,3 +110,34 @@ def test_gap_weight_is_the_sigmoid_of_the_gap_at_the_part_s_tokens(tmp_path):
     made.loss.forward = noted
     made.train()
     assert seen and all(weights is not None for weights in seen)
+
+
+def test_the_forward_kl_is_added_where_the_teacher_is_unsure(tmp_path):
+    def loss_and_batch(**options):
+        made = trainer(tmp_path, num_kept=3, max_steps=1, **options)
+        inputs, count = made.get_batch_samples(iter([tiny.ROWS]), 1, made.args.device)
+        batch = inputs[0]["micro_batch"]
+        each = (
+            made.compute_loss(made.model, part, num_items_in_batch=count) for part in map(batch.inputs, batch.parts)
+        )
+        return float(sum(each)), batch
+
+    plain, batch = loss_and_batch()
+    forward, _ = loss_and_batch(divergence="forward_kl")
+    everywhere, nowhere = (loss_and_batch(forward_kl_above=above)[0] for above in (-1.0, 1e9))
+    assert nowhere == plain and everywhere == pytest.approx(plain + forward, rel=1e-5)
+    half = batch.scores.teacher_entropy[batch.keep].median().item()
+    assert plain < loss_and_batch(forward_kl_above=half)[0] < everywhere
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(forward_kl_above=float("nan")), "must be a finite number or null"),
+        (dict(forward_kl_above=1.0, divergence="forward_kl"), "this is it already"),
+        (dict(forward_kl_above=1.0, engine="vllm", engine_scores=True), "engine_scores leaves unknown"),
+    ],
+)
+def test_where_it_cannot_be_added_the_run_does_not_begin(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        RMSDConfig(output_dir=str(tmp_path), use_cpu=True, **options)

@@ -73,6 +73,13 @@ def gap_weights(batch: MicroBatch, part: TrainPart, steepness: float | None) -> 
     return torch.sigmoid(steepness * gap[sequences, : part.keep.shape[1]]).nan_to_num(0.0)
 
 
+def uncertain(batch: MicroBatch, part: TrainPart, above: float) -> Tensor:
+    """(B', L') fp32: 1 where the teacher's entropy exceeds `above` nats, else 0."""
+    entropy = batch.scores.teacher_entropy
+    sequences = to_device(part.sequences, entropy.device)
+    return (entropy[sequences, : part.keep.shape[1]] > above).float()
+
+
 def train_loss(
     loss: LinearRMSDLoss,
     student: Reading,  # of B answers of L tokens, differentiable

@@ -92,6 +92,12 @@ class RMSDConfig(TrainingArguments):
             "help": "A kept token weighs sigmoid(this x (log q(y) - log p(y))) of its divergence; null: all of it."
         },
     )
+    forward_kl_above: float | None = field(
+        default=None,
+        metadata={
+            "help": "Nats; a kept token adds the forward KL where the teacher's entropy exceeds this; null: none."
+        },
+    )
     unkept_kl: float = field(
         default=0.0,
         metadata={"help": "Weight of the divergence from the untold teacher on tokens that are not kept; 0 for none."},
@@ -211,6 +217,13 @@ class RMSDConfig(TrainingArguments):
                 raise ValueError(
                     f"engine_scores leaves {self.continuation_metric} unknown: name another continuation_metric"
                 )
+        if self.forward_kl_above is not None:
+            if not math.isfinite(self.forward_kl_above):
+                raise ValueError(f"forward_kl_above must be a finite number or null, not {self.forward_kl_above}")
+            if self.engine_scores:
+                raise ValueError("forward_kl_above needs the teacher's entropy, which engine_scores leaves unknown")
+            if self.divergence == "forward_kl":
+                raise ValueError("forward_kl_above adds the forward KL to another divergence: this is it already")
         if self.gap_weight is not None and not math.isfinite(self.gap_weight):
             raise ValueError(f"gap_weight must be a finite number or null, not {self.gap_weight}")
         if not 0.0 <= self.guided_rollouts <= 1.0:

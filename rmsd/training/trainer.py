@@ -30,7 +30,7 @@ from ..models.transfer import to_device
 from ..step.judging import judge_as_scored
 from ..step.micro_batch import MicroBatch
 from ..step.scoring import kept_engine_gaps, scored_by_engine, scored_by_forwards
-from ..step.training import gap_weights, part_of, same_number_of_parts, settle, train_loss, unkept_of
+from ..step.training import gap_weights, part_of, same_number_of_parts, settle, train_loss, uncertain, unkept_of
 from ..step.writing import write
 from .checkpoint import own_settings
 from .checks import ReadAgain, check_arguments, embedding_size, read_model
@@ -109,6 +109,7 @@ class RMSDTrainer(Trainer):
                 check_sharded_teacher(self.teacher.has_adapter, args, self.teacher.has_snapshot)
             read_model(self)
         self.loss = LinearRMSDLoss(**args.loss_options).to(args.device)
+        self.forward_kl = LinearRMSDLoss(**{**args.loss_options, "divergence": "forward_kl"}).to(args.device)
         batch = args.per_device_train_batch_size * args.world_size
         if args.dataloader_drop_last and len(train_dataset) < batch:
             raise ValueError(f"dataloader_drop_last leaves nothing of {len(train_dataset)} rows in batches of {batch}")
@@ -258,6 +259,10 @@ class RMSDTrainer(Trainer):
         scale = self.accelerator.num_processes
         weights = gap_weights(batch, part, self.args.gap_weight)
         loss = scale * train_loss(self.loss, student, teacher, ids, mask, part.keep, num_items_in_batch, weights)
+        if self.args.forward_kl_above is not None:
+            covered = uncertain(batch, part, self.args.forward_kl_above) * (1.0 if weights is None else weights)
+            made = student, teacher, ids, mask, part.keep, num_items_in_batch, covered
+            loss = loss + scale * train_loss(self.forward_kl, *made)
         if batch.untold_hidden is not None:
             sequences = to_device(part.sequences, ids.device)
             untold = Reading(batch.untold_hidden[sequences, : part.keep.shape[1]], self.teacher.head)
