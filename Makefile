@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test wheel-test lint docs bench learn learn-quick ablations real proof proof-quick sweep vllm server-test env clean
+.PHONY: demo test test-long wheel-test lint docs bench learn learn-quick ablations real proof proof-quick sweep vllm server-test env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rmsd train recipes/house_tool.yaml seed=$(SEED) output_dir=runs/house_tool-$(SEED) resume=true
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# What takes minutes each: vLLM's engines, the machine code of the GPU kernels, a real model.
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest -rs -m long -n auto --maxprocesses 2
 
 # An sdist and a wheel as a stranger gets them: built, installed in a fresh environment, with and without a compiler.
 wheel-test: $(VENV)/.installed

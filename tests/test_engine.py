@@ -145,6 +145,7 @@ def test_an_engine_that_reads_answers_needs_room_for_a_token_more():
         check_lengths(rows, prompts, 0, context_of(config, SimpleNamespace(engine_scores=True)), 300)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["vllm_cases.py", "vllm_route_cases.py"])
 def test_with_vllm(name):
     """Cases in a process of their own: vLLM starts a process group and patches torch in the one it has."""

@@ -163,6 +163,7 @@ def test_two_processes_end_in_the_weights_of_one_with_the_whole_batch(
         assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "engine_scores"), [("torchrun", False), ("accelerate", True)], ids=["DDP", "FSDP2, engine_scores"]
 )

