@@ -36,6 +36,7 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _POINTEE = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _FIXED_POINTEE = {
     "sampled_ids_ptr": "*i64", "mask_ptr": "*u1", "index_ptr": "*i64", "finished_ptr": "*i32", "rows_ptr": "*i64",
+    "finished_parts_ptr": "*i32",
     "scores_ptr": "*fp32", "score_ptr": "*fp32", "divergence_ptr": "*fp32", "stats_ptr": "*fp32",
     "grad_divergence_ptr": "*fp32", "parts_ptr": "*fp32", "list_ptr": "*i32",
 }  # fmt: skip
@@ -74,7 +75,11 @@ def variants() -> dict[str, tuple]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     row = dict(HAS_SOFTCAP=False, ALIGNED=True)
     all_scores = dict(row, DIVERGENCE="reverse_kl", CRITERION="", HAS_SELECTION=False, BLOCK_L=launch.BLOCK_L)
-    no_selection = ("mask_ptr", "index_ptr", "finished_ptr")
+    all_scores |= dict(SPLIT=False)
+    split_scores = dict(all_scores, SPLIT=True)
+    unsplit_scores = ("parts_ptr", "finished_parts_ptr")
+    unselected = ("mask_ptr", "index_ptr", "finished_ptr")
+    no_selection = (*unselected, *unsplit_scores)
     selected = dict(all_scores, HAS_SELECTION=True, CRITERION="logprob_gap")
     rows = dict(row, DIVERGENCE="reverse_kl", TAIL="all", HAS_ROWS=True, SPLIT=False)
     split = dict(rows, SPLIT=True)
@@ -88,7 +93,9 @@ def variants() -> dict[str, tuple]:
         "scores bf16 forward_kl": (scores_kernel, bf16, dict(all_scores, DIVERGENCE="forward_kl"), no_selection),
         "scores bf16 jsd": (scores_kernel, bf16, dict(all_scores, DIVERGENCE="jsd"), no_selection),
         "scores fp32 softcap": (scores_kernel, fp32, dict(all_scores, HAS_SOFTCAP=True), no_selection),
-        "scores+candidates bf16": (scores_kernel, bf16, selected, ()),
+        "scores+candidates bf16": (scores_kernel, bf16, selected, unsplit_scores),
+        "scores bf16 split": (scores_kernel, bf16, split_scores, unselected),
+        "scores bf16 jsd split": (scores_kernel, bf16, dict(split_scores, DIVERGENCE="jsd"), unselected),
         "select": (select_kernel, fp32, dict(BLOCK_L=launch.BLOCK_L), ()),
         "divergence bf16": (forward, bf16, rows, unsplit),
         "divergence bf16 jsd": (forward, bf16, dict(rows, DIVERGENCE="jsd"), unsplit),
@@ -98,7 +105,8 @@ def variants() -> dict[str, tuple]:
         "divergence bf16 top-k renorm": (forward, bf16, dict(rows, TAIL="renorm"), unsplit),
         "divergence bf16 split": (forward, bf16, split, ()),
         "divergence bf16 jsd split": (forward, bf16, dict(split, DIVERGENCE="jsd"), ()),
-        "part_sums bf16": (part_sums_kernel, bf16, dict(row, HAS_ROWS=True), ()),
+        "divergence bf16 top-k drop split": (forward, bf16, dict(split, TAIL="drop"), ()),
+        "part_sums bf16": (part_sums_kernel, bf16, dict(row, HAS_ROWS=True, HAS_ENTROPY=False), ()),
         "backward bf16": (backward, bf16, rows, ()),
         "backward fp32": (backward, fp32, rows, ()),
         "backward bf16 jsd": (backward, bf16, dict(rows, DIVERGENCE="jsd"), ()),
@@ -111,8 +119,7 @@ def compile_variant(variant: str, target: str) -> Compiled:
     kernel, dtype, constexprs, absent = variants()[variant]
     constexprs = dict(constexprs)
     if "ALIGNED" in constexprs:
-        is_cuda = TARGETS[target].backend == "cuda"
-        constexprs |= launch.constexprs_of_tile(dtype, constexprs["ALIGNED"], is_cuda)
+        constexprs |= launch.constexprs_of_tile(dtype, constexprs["ALIGNED"], TARGETS[target].backend)
     if kernel is divergence_kernel:
         constexprs["HISTOGRAMS"] = constexprs["TAIL"] != "all" and launch.histograms_are_atomic(TARGETS[target])
         constexprs["HAS_GROUPS"] = (

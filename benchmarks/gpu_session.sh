@@ -37,6 +37,7 @@ tests/test_selection.py tests/test_linear.py"
     echo "scores against TRL and torch.compile|45|needs_gpu $PYTHON -m benchmarks.bench_scores \
 --rows 4096 --vocab $vocab --dtype bf16 --repeats 7 --write \$OUT"
     echo "workspace|30|needs_gpu $PYTHON -m benchmarks.gpu_workspace --write \$RECORD"
+    echo "clusters and a second stream|45|needs_gpu $PYTHON -m benchmarks.gpu_options --write \$RECORD"
     echo "sanitizer|90|needs_gpu needs compute-sanitizer --error-exitcode 9 $PYTHON -m benchmarks.gpu_sanitize"
     echo "demo|90|needs_gpu $PYTHON -m rmsd train recipes/house_tool.yaml train.max_steps=5 \
 output_dir=\${TMPDIR:-/tmp}/rmsd-gpu-demo resume=false"

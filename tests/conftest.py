@@ -111,7 +111,7 @@ def small_tiles(production_tiles):
         return
     production_tiles.update(launch.TILES)
     for dtype, tile in launch.TILES.items():
-        launch.TILES[dtype] = launch.Tile(unroll=8 // tile.vec, lanes=16, vec=tile.vec)
+        launch.TILES[dtype] = launch.Tile(unroll=8 // tile.vec, lanes=8 * tile.vec, vec=2)
     # Rows are not split: the tests' few rows all would be, and tests/test_split.py splits them.
     importlib.import_module("rmsd_kernels.triton.split").FEW_ROWS = 0
     for module in ("scores", "candidates"):

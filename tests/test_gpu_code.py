@@ -57,11 +57,11 @@ def test_aligned_rows_are_loaded_sixteen_bytes_at_a_time(compiled):
 
 
 @pytest.mark.parametrize("variant", ["scores bf16", "scores bf16 forward_kl", "scores+candidates bf16"])
-def test_scores_cost_twenty_instructions_a_pair(compiled, variant):
+def test_scores_cost_at_most_18_6_instructions_a_pair(compiled, variant):
     """14 are the arithmetic: widen 2, maxima 2, exponents 4, sums 6; two floors and a gap handle -inf, and a rescale
     comes every 16 pairs. H100's memory leaves room for 37 at full bandwidth."""
     (visit,) = compiled[variant, "sm_90"]["visits"]
-    assert visit["instructions"] <= 20.5
+    assert visit["instructions"] <= 18.6
     assert visit["special"] <= 2.2
 
 
@@ -113,10 +113,11 @@ def test_a_top_k_is_one_visit_of_the_row_and_little_more(compiled):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("variant", "instructions"), [("scores bf16 jsd", 22.0), ("divergence bf16 jsd", 26.0)])
 def test_the_jsd_takes_one_logarithm_and_no_library_function(compiled, target, variant, instructions):
-    """CUDA's own log2 is 12 instructions, of which a pair had two: 46 in the second visit."""
+    """CUDA's own log2 is 12 instructions, of which a pair had two: 46 in the second visit. LLVM's for gfx942 is six;
+    with one, and two numbers an instruction, a gradient's terms take 20 there."""
     first, second = compiled[variant, target]["visits"]
     assert first["instructions"] <= 18.0
-    assert second["instructions"] <= instructions
+    assert second["instructions"] <= (min(instructions, 20.5) if target == "gfx942" else instructions)
     assert second["special"] == 3.0
 
 
@@ -132,7 +133,17 @@ def test_no_size_stride_or_alignment_compiles_another_variant(compiled):
     assert {key: entry["specialised"] for key, entry in compiled.items() if entry["specialised"]} == {}
 
 
-@pytest.mark.parametrize("variant", ["scores+candidates bf16", "divergence bf16 split", "divergence bf16 jsd split"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "scores+candidates bf16",
+        "scores bf16 split",
+        "scores bf16 jsd split",
+        "divergence bf16 split",
+        "divergence bf16 jsd split",
+        "divergence bf16 top-k drop split",
+    ],
+)
 @pytest.mark.parametrize(
     ("target", "release", "counter", "acquire"),
     [

@@ -9,6 +9,7 @@ import torch
 from conftest import device_of, skip_unless_served
 
 import rmsd_kernels as rk
+from rmsd_kernels import reference
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,7 @@ def split(monkeypatch):
 
 DEVICE = device_of("triton")
 WIDTH = 331 if DEVICE == "cpu" else 9001  # two whole tiles and a ragged one
+ALIGNED = WIDTH // 16 * 16 + 16  # so that every row begins at 16 bytes, and a top k keeps its groups' maxima
 
 
 @pytest.mark.parametrize("divergence", budget.DIVERGENCES)
@@ -31,6 +33,54 @@ def test_regimes(regime, divergence):
     case = inputs.REGIMES[regime]((1, WIDTH), budget.DTYPES[parts % 3])
     options = dict(divergence=divergence, beta=0.3, stable=regime == "offset")
     budget.check_divergence("triton", *case[:2], device=DEVICE, **options)
+
+
+@pytest.mark.parametrize("divergence", budget.DIVERGENCES)
+@pytest.mark.parametrize("regime", inputs.REGIMES)
+def test_scores(regime, divergence):
+    parts = list(inputs.REGIMES).index(regime) + budget.DIVERGENCES.index(divergence)
+    if parts % 3 and DEVICE == "cpu":
+        pytest.skip("the interpreter takes a third of them, and every dtype")
+    case = inputs.REGIMES[regime]((2, ALIGNED), budget.DTYPES[parts // 3 % 3])
+    ids = inputs.sampled_ids(case)
+    options = dict(divergence=divergence, beta=0.3, stable=regime == "offset")
+    budget.check_scores("triton", *case[:2], ids, device=DEVICE, **options)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_candidates_come_after_every_part(divergence):
+    case = inputs.far_apart((2, 2, ALIGNED), torch.bfloat16)
+    student, teacher, ids = (part.to(DEVICE) for part in (*case[:2], inputs.sampled_ids(case)))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    scores, index = rk.scores_and_candidates(
+        student, teacher, ids, mask, num_candidates=1, divergence=divergence, backend="triton"
+    )
+    alone = rk.token_scores(student, teacher, ids, divergence=divergence, backend="triton")
+    assert all(map(torch.equal, scores, alone))  # the same in every run
+    expected = reference.select_tokens(rk.criterion_score(scores, "logprob_gap"), mask, num_tokens=1)
+    assert torch.equal(index, expected)
+
+
+@pytest.mark.parametrize("tail", reference.TAILS)
+@pytest.mark.parametrize("divergence", budget.DIVERGENCES)
+def test_a_top_k_of_split_rows(tail, divergence):
+    """Its first visit alone is split, and with it what is kept of each part for the search."""
+    case = inputs.far_apart((2, ALIGNED), torch.bfloat16 if tail == "drop" else torch.float32)
+    options = dict(device=DEVICE, divergence=divergence, tail=tail, vocab_topk=40)
+    if DEVICE == "cpu" and tail != "drop" and divergence != "forward_kl":
+        pytest.skip("the interpreter takes one divergence, and of the least tail every one")
+    budget.check_divergence("triton", *case[:2], **options)
+
+
+def test_a_part_without_mass_leaves_the_scores_as_they_are():
+    case = inputs.far_apart((3, WIDTH))
+    (student, teacher, _), ids = case, inputs.sampled_ids(case)
+    tile = WIDTH * 2 // 5
+    student[0, :tile] = teacher[0, :tile] = -inputs.INF
+    student[1, -3:] = -inputs.INF
+    teacher[2, -1] = inputs.NAN
+    got = budget.check_scores("triton", student, teacher, ids, device=DEVICE)
+    assert got.divergence[2].isnan()
 
 
 @pytest.mark.parametrize("divergence", budget.DIVERGENCES)

@@ -74,6 +74,17 @@ def test_the_support_of_a_large_k(backend, device, search, k, monkeypatch):
     check_support(backend, device, torch.stack([made["zeros" if k % 2 else "tied"]]), k)
 
 
+@pytest.mark.parametrize(
+    ("row", "k"),
+    [
+        ("constant", 256),  # the first 256 ids, which are counted together, and the next of them begins with a tie
+        ("zeros", 176),  # as many as are 0.0: the first 176 ids of either sign
+    ],
+)
+def test_the_support_ends_where_ties_fit_exactly(backend, device, search, row, k):
+    check_support(backend, device, rows(264, torch.bfloat16)[row][None], k)
+
+
 def test_the_support_within_many_groups(backend, device, search):
     """More groups than are listed at once, and more logits that reach the k-th largest maximum than k."""
     made = rows(1160, torch.bfloat16)

@@ -33,6 +33,7 @@ from .split import (
     merged_terms,
     part_of_row,
     parts_of,
+    room_for_parts,
     store_sums,
     store_terms,
 )
@@ -64,7 +65,7 @@ def bucket_entry(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
         distance = tl.where(log_q > FLOOR, log_q - log_p, 0.0)
         return tl.where(distance < INF, q * distance, INF), -q, 0.0
     else:
-        terms, p, to_p = mixture_entry(log_p * LOG2E, log_q * LOG2E, beta, APPROXIMATE_LOG2=False)
+        terms, p, to_p = mixture_entry(log_p * LOG2E, log_q * LOG2E, beta, APPROXIMATE_LOG2="")
         slope = (1.0 - beta) * tl.where(p > 0.0, to_p, 0.0) * LN2
         return terms * LN2, p * slope, slope
 
@@ -100,7 +101,7 @@ def divergence_kernel(
     rows_ptr,  # (R,) int64, with HAS_ROWS
     divergence_ptr,  # (R,) fp32
     stats_ptr,  # (R, 16) fp32 zeros, ops.NUM_STATS
-    parts_ptr,  # (R, MAX_PARTS, PART_SLOTS) fp32, with SPLIT; of a jsd with its first visit
+    parts_ptr,  # (R, MAX_PARTS, PART_SLOTS) fp32, with SPLIT; of a jsd without a top k with its first visit
     maxima_ptr,  # (R, num_groups) of the logits' dtype, with HAS_GROUPS
     list_ptr,  # (R, capacity) int32, with a top k
     student_stride_b: tl.int64,
@@ -123,7 +124,7 @@ def divergence_kernel(
     DIVERGENCE: tl.constexpr,
     TAIL: tl.constexpr,  # "all" without vocab_topk
     HAS_ROWS: tl.constexpr,
-    SPLIT: tl.constexpr,  # a row over num_parts programs; only where TAIL is "all"
+    SPLIT: tl.constexpr,  # a row over num_parts programs; of a top k its first visit alone
     HAS_SOFTCAP: tl.constexpr,
     HISTOGRAMS: tl.constexpr,  # False without vocab_topk
     APPROXIMATE_LOG2: tl.constexpr,
@@ -155,8 +156,11 @@ def divergence_kernel(
     # Over the whole vocabulary a KL is done in this one visit. `forward` swaps the roles: KL(first || second).
     FORWARD: tl.constexpr = DIVERGENCE == "forward_kl"
     HAS_CROSS: tl.constexpr = DIVERGENCE != "jsd" and TAIL == "all"
+    SPLITS_SECOND: tl.constexpr = SPLIT and DIVERGENCE == "jsd" and TAIL == "all"
+    part_maxima_ptr = maxima_ptr
     if HAS_GROUPS:
         maxima_ptr = tl.multiple_of(maxima_ptr + item * num_groups, 16)
+        part_maxima_ptr = maxima_ptr + part * LANES  # a part is one tile
         list_ptr += item * capacity
     if SPLIT:
         begin = part * (UNROLL * LANES * VEC)
@@ -166,7 +170,7 @@ def divergence_kernel(
         finished_ptr = (stats_ptr + item * NUM_STATS + FINISHED_PARTS_SLOT).to(tl.pointer_type(tl.int32))
     else:
         seen, seen_student, seen_teacher = size, student, teacher
-    if SPLIT and DIVERGENCE == "jsd":
+    if SPLITS_SECOND:
         sums = merged_sums(parts_ptr, num_parts)
     elif FORWARD:
         sums = online_visit(
@@ -178,7 +182,7 @@ def divergence_kernel(
             TILE,
             HAS_CROSS=HAS_CROSS,
             STUDENT_FIRST=False,
-            maxima_ptr=maxima_ptr,
+            maxima_ptr=part_maxima_ptr,
             KEEPS_MAXIMA=HAS_GROUPS,
         )
     else:
@@ -190,14 +194,15 @@ def divergence_kernel(
             HAS_SOFTCAP,
             TILE,
             HAS_CROSS=HAS_CROSS,
-            maxima_ptr=maxima_ptr,
+            maxima_ptr=part_maxima_ptr,
             KEEPS_MAXIMA=HAS_GROUPS,
         )
-    if SPLIT and HAS_CROSS:
+    if SPLIT and not SPLITS_SECOND:
         store_sums(parts_ptr + part * PART_SLOTS, sums)
         if not is_last(finished_ptr, num_parts):
             return
         sums = merged_sums(parts_ptr, num_parts)
+        seen, seen_student, seen_teacher = size, student, teacher
     if FORWARD:
         teacher_m, student_m, teacher_z, student_z = sums.first_m, sums.second_m, sums.first_z, sums.second_z
     else:
@@ -266,7 +271,7 @@ def divergence_kernel(
             GATHERED=TAIL != "all",
         )
         cross, mass, slope, gap = terms.total, terms.mass, terms.slope, terms.gap
-        if SPLIT:
+        if SPLITS_SECOND:
             store_terms(parts_ptr + part * PART_SLOTS, terms)
             if not is_last(finished_ptr, num_parts):
                 return
@@ -338,16 +343,12 @@ def divergence(
     has_groups = options.vocab_topk is not None and options.softcap is None and tile["ALIGNED"]
     capacity = has_groups * min(num_groups, 2 * triton.cdiv(options.vocab_topk or 0, tile["LANES"]) * tile["LANES"])
     if len(result):
-        num_parts = 1 if options.vocab_topk else parts_of(len(result), options.vocab_size, tile)
-        parts = None
-        if num_parts > 1:
-            shape = len(result), MAX_PARTS.value, PART_SLOTS.value
-            parts = torch.empty(shape, dtype=torch.float32, device=student_logits.device)
+        num_parts = parts_of(len(result), options.vocab_size, tile)
         arguments = dict(
             student_logits_ptr=student_logits,
             teacher_logits_ptr=teacher_logits,
             rows_ptr=None if rows is None else rows.contiguous(),
-            parts_ptr=parts,
+            parts_ptr=room_for_parts(len(result), num_parts, student_logits.device),
             **row_strides(student_logits, teacher_logits),
             num_rows=num_rows,
             length=max(student_logits.shape[1], 1),
@@ -358,8 +359,8 @@ def divergence(
             **tile,
         )
         scales = log2_scales(options)
-        if num_parts > 1 and options.divergence == "jsd":
-            launch_part_sums(len(result) * num_parts, student_logits, **arguments, **scales)
+        if num_parts > 1 and options.divergence == "jsd" and not options.vocab_topk:
+            launch_part_sums(len(result) * num_parts, student_logits, HAS_ENTROPY=False, **arguments, **scales)
         launch(
             divergence_kernel,
             len(result) * num_parts,

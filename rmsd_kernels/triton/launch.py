@@ -25,8 +25,8 @@ class Tile(NamedTuple):
 
 
 # Keyed by dtype alone: nothing is tuned or compiled anew for another V, N or L. 16 logits a lane between two rescales
-# need 80 registers, which leave three programs a processor. 32 save 1.3 instructions of 20 a pair, but need 128 (over a
-# top k 255) and leave two programs (one): 8% slower in bf16 on an H200.
+# need 80 registers, which leave three programs a processor. 32 saved 1.5 instructions of 20 a pair, but need 128 (over
+# a top k 255) and leave two programs (one): 8% slower in bf16 on an H200.
 TILES = {
     torch.float32: Tile(unroll=4, lanes=256, vec=4),
     torch.float16: Tile(unroll=2, lanes=256, vec=8),
@@ -125,17 +125,18 @@ def tile_options(*logits: Tensor) -> dict:
         and all(tensor.stride(axis) * itemsize % 16 == 0 for axis in (0, 1) if tensor.shape[axis] > 1)
         for tensor in logits
     )
-    is_cuda = not INTERPRETED and torch.version.hip is None
-    return constexprs_of_tile(logits[0].dtype, aligned, is_cuda)
+    compiler = "" if INTERPRETED else "hip" if torch.version.hip else "cuda"
+    return constexprs_of_tile(logits[0].dtype, aligned, compiler)
 
 
-def constexprs_of_tile(dtype: torch.dtype, aligned: bool, is_cuda: bool) -> dict:
+def constexprs_of_tile(dtype: torch.dtype, aligned: bool, compiler: str) -> dict:
+    """`compiler` is "cuda" or "hip", and empty in the interpreter."""
     tile = TILES[dtype]
     if not aligned:  # neighbouring logits go to neighbouring threads, one a load, and a lane's sums stay in its thread
         tile = Tile(tile.unroll * tile.vec, tile.lanes, 1)
     paired = aligned and dtype == torch.bfloat16
     return dict(
-        APPROXIMATE_LOG2=is_cuda,  # its instruction is NVIDIA's
+        APPROXIMATE_LOG2=compiler,
         ALIGNED=aligned,
         PAIRED=paired,
         UNROLL=tile.unroll,

@@ -19,10 +19,23 @@ from .layout import (
     TEACHER_LOGPROB_PLANE,
     TEACHER_LSE_PLANE,
 )
+from .split import (
+    MAX_PARTS,
+    PART_SLOTS,
+    is_last,
+    launch_part_sums,
+    merged_sums,
+    merged_terms,
+    part_of_row,
+    parts_of,
+    room_for_parts,
+    store_sums,
+    store_terms,
+)
 from .tiles import FLOOR, INF, LN2, ModelRow, TileShape, row_pointer, softcapped
 from .visits import Normaliser, kl_from_cross, log_ratio, log_sum_exp, nats, normalised_visit, online_visit
 
-_RUNTIME_SIZES = ["length", "size", "num_candidates"]  # a new L or V compiles nothing
+_RUNTIME_SIZES = ["length", "size", "num_candidates", "num_parts"]  # a new L or V compiles nothing
 _POINTERS = [
     "student_logits_ptr",
     "teacher_logits_ptr",
@@ -31,6 +44,8 @@ _POINTERS = [
     "scores_ptr",
     "index_ptr",
     "finished_ptr",
+    "parts_ptr",
+    "finished_parts_ptr",
 ]
 _STRIDES = ["student_stride_b", "student_stride_l", "teacher_stride_b", "teacher_stride_l"]
 
@@ -52,6 +67,8 @@ def scores_kernel(
     scores_ptr,  # (7, B, L) fp32
     index_ptr,  # (B, num_candidates) int64, with HAS_SELECTION
     finished_ptr,  # (B,) int32 zeros, with HAS_SELECTION
+    parts_ptr,  # (B * L, MAX_PARTS, PART_SLOTS) fp32, with SPLIT; of a jsd with its first visit
+    finished_parts_ptr,  # (B * L,) int32 zeros, with SPLIT
     student_stride_b: tl.int64,
     student_stride_l: tl.int64,
     teacher_stride_b: tl.int64,
@@ -59,6 +76,7 @@ def scores_kernel(
     length: tl.int32,
     size: tl.int32,
     num_candidates: tl.int32,
+    num_parts: tl.int32,
     inner_scale: tl.float32,
     student_scale: tl.float32,
     teacher_scale: tl.float32,
@@ -70,6 +88,7 @@ def scores_kernel(
     CRITERION: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SELECTION: tl.constexpr,
+    SPLIT: tl.constexpr,  # a row over num_parts programs
     APPROXIMATE_LOG2: tl.constexpr,
     ALIGNED: tl.constexpr,
     PAIRED: tl.constexpr,
@@ -79,19 +98,32 @@ def scores_kernel(
     BLOCK_L: tl.constexpr,
 ):
     TILE: tl.constexpr = TileShape(UNROLL, LANES, VEC, PAIRED, MASKED=False)
-    row = tl.program_id(0).to(tl.int64)
-    plane = tl.num_programs(0).to(tl.int64)
+    row, part = tl.program_id(0).to(tl.int64), 0
+    if SPLIT:
+        row, part = row // num_parts, tl.program_id(0) % num_parts
+    plane = tl.num_programs(0).to(tl.int64) // num_parts
     student_ptr = row_pointer(student_logits_ptr, row, length, student_stride_b, student_stride_l, ALIGNED)
     teacher_ptr = row_pointer(teacher_logits_ptr, row, length, teacher_stride_b, teacher_stride_l, ALIGNED)
     student = ModelRow(student_ptr, student_scale, student_correction)
     teacher = ModelRow(teacher_ptr, teacher_scale, teacher_correction)
+    if SPLIT:
+        begin = part * (UNROLL * LANES * VEC)
+        seen = tl.minimum(size - begin, UNROLL * LANES * VEC)
+        seen_student, seen_teacher = part_of_row(student, begin), part_of_row(teacher, begin)
+        parts_ptr += row * (MAX_PARTS * PART_SLOTS)
+    else:
+        seen, seen_student, seen_teacher = size, student, teacher
 
-    # One visit gives KL(first || second).
-    if DIVERGENCE == "forward_kl":
+    # One visit gives KL(first || second); `forward` swaps the roles.
+    FORWARD: tl.constexpr = DIVERGENCE == "forward_kl"
+    HAS_CROSS: tl.constexpr = DIVERGENCE != "jsd"
+    if SPLIT and not HAS_CROSS:
+        sums = merged_sums(parts_ptr, num_parts)
+    elif FORWARD:
         sums = online_visit(
-            teacher,
-            student,
-            size,
+            seen_teacher,
+            seen_student,
+            seen,
             inner_scale,
             HAS_SOFTCAP,
             TILE,
@@ -99,30 +131,36 @@ def scores_kernel(
             HAS_CROSS=True,
             STUDENT_FIRST=False,
         )
+    else:
+        sums = online_visit(
+            seen_student, seen_teacher, seen, inner_scale, HAS_SOFTCAP, TILE, HAS_ENTROPY=True, HAS_CROSS=HAS_CROSS
+        )
+    if SPLIT and HAS_CROSS:
+        store_sums(parts_ptr + part * PART_SLOTS, sums)
+        if not is_last(finished_parts_ptr + row, num_parts):
+            return
+        sums = merged_sums(parts_ptr, num_parts)
+    if FORWARD:
         teacher_m, student_m, teacher_z, student_z = sums.first_m, sums.second_m, sums.first_z, sums.second_z
         teacher_e, student_e = sums.first_e, sums.second_e
         lse_gap = log_ratio(teacher_m, teacher_z, student_m, student_z, teacher_correction, student_correction)
-        divergence = kl_from_cross(sums.cross, 1.0, 0.0, nats(student_scale, student_correction), lse_gap)
+        scale = nats(student_scale, student_correction)
     else:
-        HAS_CROSS: tl.constexpr = DIVERGENCE == "reverse_kl"
-        sums = online_visit(
-            student, teacher, size, inner_scale, HAS_SOFTCAP, TILE, HAS_ENTROPY=True, HAS_CROSS=HAS_CROSS
-        )
         student_m, teacher_m, student_z, teacher_z = sums.first_m, sums.second_m, sums.first_z, sums.second_z
         student_e, teacher_e = sums.first_e, sums.second_e
         lse_gap = log_ratio(student_m, student_z, teacher_m, teacher_z, student_correction, teacher_correction)
-        divergence = kl_from_cross(sums.cross, 1.0, 0.0, nats(teacher_scale, teacher_correction), lse_gap)
-    divergence = tl.where(sums.gap > -1.5 * FLOOR, INF, divergence.to(tl.float32))
-    if DIVERGENCE == "jsd":
+        scale = nats(teacher_scale, teacher_correction)
+    if HAS_CROSS:
+        divergence = kl_from_cross(sums.cross, 1.0, 0.0, scale, lse_gap)
+        divergence = tl.where(sums.gap > -1.5 * FLOOR, INF, divergence.to(tl.float32))
+    else:
         # The mixture needs both log-sum-exps first, so the rows are visited again, in L2.
-        student_normaliser = Normaliser(student_scale, student_m, student_z)
-        teacher_normaliser = Normaliser(teacher_scale, teacher_m, teacher_z)
         terms = normalised_visit(
-            student,
-            teacher,
-            student_normaliser,
-            teacher_normaliser,
-            size,
+            seen_student,
+            seen_teacher,
+            Normaliser(student_scale, student_m, student_z),
+            Normaliser(teacher_scale, teacher_m, teacher_z),
+            seen,
             inner_scale,
             beta,
             centre=0.0,
@@ -131,7 +169,13 @@ def scores_kernel(
             APPROXIMATE_LOG2=APPROXIMATE_LOG2,
             TILE=TILE,
         )
-        divergence = terms.total * LN2
+        total = terms.total
+        if SPLIT:
+            store_terms(parts_ptr + part * PART_SLOTS, terms)
+            if not is_last(finished_parts_ptr + row, num_parts):
+                return
+            total = merged_terms(parts_ptr, num_parts)[0]
+        divergence = total * LN2
 
     sampled_id = tl.load(sampled_ids_ptr + row)
     in_vocab = (sampled_id >= 0) & (sampled_id < size)
@@ -182,31 +226,44 @@ def _launch(
     student_logits: Tensor, teacher_logits: Tensor, sampled_ids: Tensor, selection: Selection, options: Options
 ) -> Tensor:
     num_sequences, length = sampled_ids.shape
-    scores = torch.empty((7, num_sequences, length), dtype=torch.float32, device=student_logits.device)
-    if scores.numel():
-        launch(
-            scores_kernel,
-            num_sequences * length,
-            student_logits,
+    num_rows, device = num_sequences * length, student_logits.device
+    scores = torch.empty((7, num_sequences, length), dtype=torch.float32, device=device)
+    if num_rows:
+        tile = tile_options(student_logits, teacher_logits)
+        num_parts = parts_of(num_rows, options.vocab_size, tile)
+        arguments = dict(
             student_logits_ptr=student_logits,
             teacher_logits_ptr=teacher_logits,
+            parts_ptr=room_for_parts(num_rows, num_parts, device),
+            **row_strides(student_logits, teacher_logits),
+            length=length,
+            size=options.vocab_size,
+            num_parts=num_parts,
+            HAS_SOFTCAP=options.softcap is not None,
+            **tile,
+            **log2_scales(options),
+        )
+        if num_parts > 1 and options.divergence == "jsd":
+            whole = dict(rows_ptr=None, num_rows=num_rows, HAS_ROWS=False, HAS_ENTROPY=True)
+            launch_part_sums(num_rows * num_parts, student_logits, **arguments, **whole)
+        launch(
+            scores_kernel,
+            num_rows * num_parts,
+            student_logits,
+            **arguments,
             sampled_ids_ptr=sampled_ids.contiguous(),
             mask_ptr=selection.mask,
             scores_ptr=scores,
             index_ptr=selection.candidates,
             finished_ptr=selection.finished,
-            **row_strides(student_logits, teacher_logits),
-            length=length,
-            size=options.vocab_size,
+            finished_parts_ptr=torch.zeros(num_rows, dtype=torch.int32, device=device) if num_parts > 1 else None,
             num_candidates=selection.num_candidates,
-            **log2_scales(options),
             beta=options.beta,
             threshold=selection.threshold,
             DIVERGENCE=options.divergence,
             CRITERION=selection.criterion,
-            HAS_SOFTCAP=options.softcap is not None,
             HAS_SELECTION=selection.candidates is not None,
-            **tile_options(student_logits, teacher_logits),
+            SPLIT=num_parts > 1,
             BLOCK_L=BLOCK_L,
         )
     return scores

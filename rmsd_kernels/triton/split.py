@@ -6,6 +6,7 @@ others stored is docs/gpu.md's "Why the memory ordering is right". A row that is
 the last bits of the two may differ.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,6 +28,13 @@ def parts_of(num_rows: int, size: int, tile: dict) -> int:
     return parts if num_rows <= FEW_ROWS and parts <= MAX_PARTS.value else 1
 
 
+def room_for_parts(num_rows: int, num_parts: int, device: torch.device) -> Tensor | None:
+    """What `parts_ptr` points to; None where rows are not split."""
+    if num_parts == 1:
+        return None
+    return torch.empty((num_rows, MAX_PARTS.value, PART_SLOTS.value), dtype=torch.float32, device=device)
+
+
 @triton.jit
 def part_of_row(row, begin):
     return ModelRow(row.logits_ptr + begin, row.scale, row.correction)
@@ -42,6 +50,8 @@ def store_sums(part_ptr, sums):
     tl.store(part_ptr + 3, sums.second_z)
     tl.store(part_ptr + 4, cross)
     tl.store(part_ptr + 5, sums.gap)
+    tl.store(part_ptr + 6, sums.first_e)
+    tl.store(part_ptr + 7, sums.second_e)
 
 
 @triton.jit
@@ -53,15 +63,14 @@ def load_slot(parts_ptr, slot: tl.constexpr, num_parts, other):
 
 @triton.jit
 def merged_sums(parts_ptr, num_parts):
-    """OnlineSums of the row, less the entropies' sums, which no split row needs."""
-    none = tl.zeros([MAX_PARTS], tl.float32)
+    """OnlineSums of the row."""
     parts = OnlineSums(
         first_m=load_slot(parts_ptr, 0, num_parts, EMPTY),
         second_m=load_slot(parts_ptr, 1, num_parts, EMPTY),
         first_z=load_slot(parts_ptr, 2, num_parts, 0.0),
         second_z=load_slot(parts_ptr, 3, num_parts, 0.0),
-        first_e=none,
-        second_e=none,
+        first_e=load_slot(parts_ptr, 6, num_parts, 0.0),
+        second_e=load_slot(parts_ptr, 7, num_parts, 0.0),
         cross=load_slot(parts_ptr, 4, num_parts, 0.0),
         gap=load_slot(parts_ptr, 5, num_parts, 2 * FLOOR),
     )
@@ -120,6 +129,7 @@ def part_sums_kernel(
     teacher_scale: tl.float32,
     HAS_ROWS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr,
     PAIRED: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -139,7 +149,7 @@ def part_sums_kernel(
     teacher_ptr = row_pointer(teacher_logits_ptr, row, length, teacher_stride_b, teacher_stride_l, ALIGNED) + begin
     student, teacher = ModelRow(student_ptr, student_scale, 0.0), ModelRow(teacher_ptr, teacher_scale, 0.0)
     size = tl.minimum(size - begin, UNROLL * LANES * VEC)
-    sums = online_visit(student, teacher, size, inner_scale, HAS_SOFTCAP, TILE)
+    sums = online_visit(student, teacher, size, inner_scale, HAS_SOFTCAP, TILE, HAS_ENTROPY)
     store_sums(parts_ptr + (item * MAX_PARTS + part) * PART_SLOTS, sums)
 
 
