@@ -96,6 +96,9 @@ class RecordedRollouts:
     def sync(self, model) -> None:
         pass
 
+    def sleep(self) -> None:
+        pass
+
     def __call__(self, prompt_ids, **options) -> Rollouts:
         return in_order(self.rollouts, prompt_ids)
 

@@ -145,6 +145,9 @@ class Replayed:
     def sync(self, model):
         self.device, self.step = next(model.parameters()).device, getattr(self, "step", -1) + 1
 
+    def sleep(self):
+        pass
+
     @contextlib.contextmanager
     def turns(self):
         yield

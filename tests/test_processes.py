@@ -5,6 +5,7 @@ Launches of two processes: about a minute on one core.
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_judge_server import keep
+from vllm_fake import FakeVLLM, served
 
 from rmsd import RMSDConfig
 from rmsd.answers.vllm_engine import check_vllm
@@ -191,6 +193,49 @@ def test_each_process_has_a_vllm_engine_of_its_own(tmp_path, launcher, engine_sc
         assert len(mine) == len(theirs) == 2 and sorted(mine + theirs) == sorted(whole_batch)
     for rank in (first, second):
         assert rank["trained on its own"] and len(rank["gaps"]) == 3 and max(rank["gaps"]) < 1e-3
+
+
+class Drawn(FakeVLLM):
+    """Answers that follow from the seed alone, as likely as those of a model of random weights."""
+
+    def answer(self, body):
+        return random.Random(body["seed"]).choices(range(10, 290), k=4), [-5.7] * 4
+
+    def asked(self) -> list[list[tuple]]:
+        """(adapter, prompt, seed) of each completion, by the adapter that was loaded last."""
+        steps = []
+        for path, body in self.posted:
+            if path == "/v1/load_lora_adapter" and body:
+                steps.append([])
+            elif path == "/v1/completions":
+                steps[-1].append((body["model"], tuple(body["prompt"]), body["seed"]))
+        return steps
+
+
+def test_processes_share_a_vllm_server_and_the_first_sends_the_adapter(tmp_path, recipe):
+    """Each asks for its own rows, and none before the adapter is there: together what one process asks."""
+    path = recipe(tiny.model())
+    ended, asked = [], []
+    for name, size in {"one": 4, "two": 2}.items():
+        fake = Drawn(max_model_len=256)
+        with served(fake) as url:
+            run = [path, f"output_dir={tmp_path / name}", f"train.per_device_train_batch_size={size}", "lora.r=4"]
+            run += ["judge.kind=magnitude", "engine=vllm_server", f"train.engine_url={url}"]
+            if name == "one":
+                train(load_recipe(*run[:1], run[1:]))
+            else:
+                result = launch("torchrun", *run)
+                assert result.returncode == 0, result.stderr[-3000:]
+        steps = fake.asked()
+        adapters = [{adapter for adapter, _, _ in step} for step in steps]
+        assert len(steps) == 3 and all(len(named) == 1 for named in adapters) and len(set.union(*adapters)) == 3
+        asked.append([sorted(pair for _, *pair in step) for step in steps])
+        ended.append(load_file(tmp_path / name / "model" / "adapter_model.safetensors"))
+    assert asked[0] == asked[1] and all(len(step) == len(tiny.ROWS) for step in asked[0])
+    one, two = ended
+    assert max(value.abs().max() for name, value in one.items() if "lora_B" in name) > 1e-4
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=2e-6)
 
 
 def test_a_rank_that_fails_stops_the_others_with_its_error(tmp_path, recipe, server):

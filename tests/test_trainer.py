@@ -97,7 +97,7 @@ def test_a_judge_that_has_failed_ends_the_step_before_more_is_written(tmp_path, 
 @pytest.mark.parametrize("pass_tokens", [0, 1000], ids=["a forward a sequence", "one forward"])
 def test_step_equals_the_plain_step_over_every_sequence_and_token(tmp_path, monkeypatch, pass_tokens):
     """Skipped sequences, the cut after the last kept token, and several forwards change nothing."""
-    from rmsd.models import hidden as forwards
+    from rmsd.models import past as forwards
     from rmsd.models.hidden import completion_hidden
     from rmsd.step import training as step
 

@@ -6,6 +6,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from vllm_fake import FakeVLLM
 
 from rmsd import RMSDConfig
 from rmsd.answers import server as module
@@ -18,55 +19,7 @@ OPTIONS = dict(max_new_tokens=2, pad_id=0, eos_ids=[0], temperature=0.0)
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """A server as far as the client asks it. `away` are answers, or errors, that come before its own."""
-
-    class Fake:
-        away, loaded, version, posted, max_model_len = [], set(), "default", [], 100
-        forgets = 0  # how often it restarts before it answers a completion
-
-        def __call__(self, request):
-            if self.away:
-                answer = self.away.pop(0)
-                if isinstance(answer, Exception):
-                    raise answer
-                return answer
-            path = request.url.path
-            body = httpx.Response(200, content=request.content).json() if request.content else {}
-            self.posted.append((path, body))
-            match path:
-                case "/v1/models":
-                    models = [{"id": "base", "max_model_len": self.max_model_len, "parent": None}]
-                    return httpx.Response(200, json={"data": models})
-                case "/server_info":
-                    return httpx.Response(200, json={"vllm_config": {"device_config": {"device": "cuda"}}})
-                case "/weight_info":
-                    return httpx.Response(200, json={"weight_version": self.version})
-                case "/update_weight_version":
-                    self.version = body["new_version"]
-                case "/v1/load_lora_adapter" if body:
-                    self.loaded.add(body["lora_name"])
-                case "/v1/unload_lora_adapter":
-                    self.loaded.discard(body["lora_name"])
-                case "/v1/completions":
-                    return self.completed(body)
-            return httpx.Response(200, json={})
-
-        def completed(self, body):
-            if self.forgets:
-                self.forgets -= 1
-                self.loaded, self.version = set(), "default"
-            if body["model"] not in self.loaded | {"base"}:
-                return httpx.Response(404, json={"error": {"message": "no such model"}})
-            logprobs = {"top_logprobs": [{"token_id:7": -0.5}, {"token_id:0": -9999.0}]}
-            choice = {"token_ids": [7, 0], "prompt_token_ids": body["prompt"], "logprobs": logprobs}
-            return httpx.Response(200, json={"choices": [choice]})
-
-        def paths(self):
-            return [path for path, _ in self.posted]
-
-    made = Fake()
-    made.away, made.loaded, made.posted = [], set(), []
-    client = httpx.Client
+    made, client = FakeVLLM(), httpx.Client
     monkeypatch.setattr(httpx, "Client", lambda **options: client(transport=httpx.MockTransport(made), **options))
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     return made

@@ -9,6 +9,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rmsd.answers import vllm_engine
 from rmsd.answers.engines import TOP
 from rmsd.answers.rollout import generate, hidden_states
 from rmsd.answers.vllm_engine import VLLMEngine
@@ -93,6 +94,55 @@ def test_a_lora_is_merged_on_the_way():
     engine.sync(model)
     assert_same_answers(engine, model)
     assert not torch.equal(engine(PROMPTS, **options()).completion_ids, before)
+
+
+def test_a_plain_lora_is_sent_alone_where_it_is_not_merged(monkeypatch):
+    """As on a GPU, but for the device: the base model's weights are handed over once, and it is the teacher too."""
+    monkeypatch.setattr(vllm_engine, "sends_adapters", lambda device: True)
+    model = get_peft_model(student(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    engine = VLLMEngine(model, max_length=160, cache_gb=0.05, num_top=TOP)
+    monkeypatch.setattr(engine._llm, "collective_rpc", None)  # which all weights would go by
+    engine.sync(model)
+    assert_same_answers(engine, model)
+    before = engine(PROMPTS, **options()).completion_ids
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=1.0)
+        engine.sync(model)
+        assert_same_answers(engine, model)
+        assert not torch.equal(engine(PROMPTS, **options()).completion_ids, before)
+        assert len(engine._llm.llm_engine.list_loras()) == 1
+    with model.disable_adapter():
+        engine.sync(model)
+    assert torch.equal(engine(PROMPTS, **options()).completion_ids, before)
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_it_sleeps_while_the_student_trains_where_vllm_offers_it(tmp_path, monkeypatch, offered):
+    """The interface alone, for memory can be given up on a GPU alone; on a CPU nothing is asked."""
+    made = tiny.trainer(tmp_path, student(), engine="vllm", engine_cache_gb=0.05, max_steps=2)
+    assert not made.engine._sleeps
+    made.engine._sleeps = offered
+    told, train = [], type(made).training_step
+
+    def spied(name):
+        function = getattr(made.engine._llm, name)
+
+        def call(*args, **kwargs):
+            told.append(name)
+            return None if name in ("sleep", "wake_up") else function(*args, **kwargs)
+
+        return call
+
+    for name in ("sleep", "wake_up", "generate"):
+        monkeypatch.setattr(made.engine._llm, name, spied(name))
+    monkeypatch.setattr(type(made), "training_step", lambda *args: told.append("train") or train(*args))
+    made.train()
+    asleep, awake = (["sleep"], ["wake_up"]) if offered else ([], [])
+    step = ["generate", *asleep, "train"]
+    assert told == [*step, *awake, *step]
 
 
 def test_recorded_log_probabilities_are_the_student_s_at_temperature_1(engine):

@@ -38,6 +38,9 @@ class Engine(Protocol):
         """One answer a prompt, a function of the weights and these arguments alone. `seed` is one for each answer, or
         one from which they follow (sampling.seeds_of): an answer depends on its own."""
 
+    def sleep(self) -> None:
+        """Lets go of memory that training can use: nothing is asked of it until the next sync."""
+
     def turns(self) -> contextlib.AbstractContextManager:
         """Calls inside are turns of the same rollouts: an engine may keep what it has read of them."""
 
@@ -53,6 +56,9 @@ class TransformersEngine:
 
     def sync(self, model: nn.Module) -> None:
         self._model = model
+
+    def sleep(self) -> None:
+        """It holds nothing."""
 
     @contextlib.contextmanager
     def turns(self):

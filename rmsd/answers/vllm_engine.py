@@ -7,15 +7,20 @@ import os
 import random
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models.merging import merged_weights
+from ..models.merging import adapter_is_off, merged_weights, save_adapter
 from ..models.parts import causal_lm
 from .rollout import Recorded, Rollouts
 from .sampling import seeds_of
+from .teacher import beside_adapter
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
 
 
 def check_vllm() -> None:
@@ -33,6 +38,9 @@ class VLLMEngine:
     It is built from the model's config alone and gets its weights by `sync`: one copy from tensor to tensor, so that
     nothing is written to disk and a LoRA is merged on the way. Its answers carry the log-probabilities that it sampled
     by, but no hidden states; those take a forward of the student over the finished answers.
+
+    On a GPU it sleeps while the student trains, its weights in the host's memory and its cache given up; and a plain
+    LoRA is not merged: the base model's weights are handed over once, in a file, and then the adapter alone.
 
     Args:
         model: the student, a causal LM of transformers or a PEFT (LoRA) model around one.
@@ -54,15 +62,27 @@ class VLLMEngine:
         self._device = parameter.device
         # With several processes each has an engine of its own, in the process group that they train by.
         joins = torch.distributed.is_initialized() and "RANK" in os.environ
+        on_gpu = self._device.type == "cuda"
+        self._sleeps, self._asleep = on_gpu, False
+        self._by_adapter = sends_adapters(self._device) and _is_plain_lora(model)
+        self._adapter, self._number = None, 0
+        self._adapter_folder = tempfile.TemporaryDirectory()
         with tempfile.TemporaryDirectory() as folder, _process_as_it_was(self._device):
             from vllm import LLM
 
             config = type(base.config).from_dict(base.config.to_dict())
             config.architectures = [type(base).__name__]
             config.save_pretrained(folder)
+            if self._by_adapter:
+                with model.disable_adapter():
+                    weights = {name: weight.cpu().contiguous() for name, weight in merged_weights(model)}
+                save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+                del weights
             self._llm = LLM(
                 model=folder,
-                load_format="dummy",  # `sync` brings the weights
+                load_format="auto" if self._by_adapter else "dummy",  # where `sync` brings the weights
+                enable_sleep_mode=self._sleeps,
+                **(_lora_options(model) if self._by_adapter else {}),
                 skip_tokenizer_init=True,  # ids in, ids out
                 generation_config="vllm",  # no sampling option but ours
                 dtype=str(parameter.dtype).removeprefix("torch."),
@@ -71,7 +91,7 @@ class VLLMEngine:
                 gpu_memory_utilization=0.01,  # not used where the cache's size is given, but checked
                 enable_prefix_caching=False,  # cached keys are of the weights before
                 distributed_executor_backend="external_launcher" if joins else None,
-                enforce_eager=parameter.device.type == "cpu",  # nothing to capture there, and a compiler to wait for
+                enforce_eager=not on_gpu,  # a CPU has nothing to capture, and a compiler to wait for
             )
 
         if joins:  # vLLM would end that group with the engine; and let go of what it kept from the collector
@@ -80,9 +100,35 @@ class VLLMEngine:
 
     def sync(self, model: nn.Module) -> None:
         """Copies every weight of the student, or of a teacher whose readings are wanted, and on a CPU repacks it: 0.4
-        to 0.9 s for 135M fp32 parameters on one core."""
+        to 0.9 s for 135M fp32 parameters on one core. Of a plain LoRA on a GPU the adapter alone."""
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+        if self._by_adapter:
+            self._send_adapter(model)
+            return
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
         self._llm.apply_model(_repack_head)
+
+    def _send_adapter(self, model: nn.Module) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if self._adapter is not None:
+            self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+            self._adapter = None
+        if adapter_is_off(model):  # the base model's weights are there
+            return
+        self._number += 1  # a name that was never used: others are never taken for it
+        folder = Path(self._adapter_folder.name)
+        save_adapter(model, folder)
+        self._adapter = LoRARequest(f"rmsd-{self._number}", self._number, str(folder))
+        self._llm.llm_engine.add_lora(self._adapter)
+
+    def sleep(self) -> None:
+        """As `Engine.sleep`, where vLLM offers it: on a GPU."""
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
 
     def __call__(
         self,
@@ -135,10 +181,42 @@ class VLLMEngine:
 
     def _outputs(self, prompt_ids: list[list[int]], sampling: list):
         with _process_as_it_was(self._device):
-            outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompt_ids], sampling, use_tqdm=False)
+            prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+            outputs = self._llm.generate(prompts, sampling, use_tqdm=False, lora_request=self._adapter)
         if [output.prompt_token_ids for output in outputs] != prompt_ids:
             raise RuntimeError("vLLM read other tokens than it was given: its ids are not the trainer's")
         return outputs
+
+
+def sends_adapters(device: torch.device) -> bool:
+    """On a CPU merging costs less than products of a low rank at every token, and takes every adapter."""
+    return device.type == "cuda"
+
+
+def _is_plain_lora(model: nn.Module) -> bool:
+    """Whether vLLM can be given its adapter as it is: low-rank products on layers, and nothing trained beside them."""
+    if not hasattr(model, "peft_config") or beside_adapter(model):
+        return False
+    config = model.peft_config[model.active_adapters[0]]
+    if config.peft_type != "LORA":
+        return False
+    more = (config.modules_to_save, config.use_dora, config.trainable_token_indices, config.target_parameters)
+    return not any(more) and config.bias == "none" and _rank(config) <= max(_RANKS)
+
+
+def _rank(config) -> int:
+    return max([config.r, *config.rank_pattern.values()])
+
+
+def _lora_options(model: nn.Module) -> dict:
+    config = model.peft_config[model.active_adapters[0]]
+    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    return dict(
+        enable_lora=True,
+        max_loras=1,
+        max_lora_rank=min(rank for rank in _RANKS if rank >= _rank(config)),
+        lora_target_modules=sorted(layers),
+    )
 
 
 def _logprobs(positions: list[dict]) -> list[dict[int, float]]:

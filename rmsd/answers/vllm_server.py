@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models.merging import merged_weights
+from ..models.merging import adapter_is_off, merged_weights, save_adapter
 from ..models.parts import causal_lm
 from .rollout import Recorded, Rollouts
 from .sampling import seeds_of
@@ -28,7 +28,6 @@ from .vllm_engine import answers_read, recorded_of, rollouts_of_lists
 
 log = logging.getLogger("rmsd")
 
-_ADAPTER_FILE = "adapter_model.safetensors"
 _LEAST = -9999.0  # what the server writes for the logarithm of 0
 _RELOADS = 3  # of the same weights, for one batch
 _Answer = TypeVar("_Answer")
@@ -89,7 +88,7 @@ class VLLMServerEngine:
 
     def _written(self, model: nn.Module) -> tuple[str, Path | None]:
         """What the server will call the model's weights, and the folder that they were written to."""
-        if self._by_adapter and _adapter_is_off(model):
+        if self._by_adapter and adapter_is_off(model):
             return self._base, None
         version = f"rmsd-{uuid.uuid4().hex}"
         folder = (self._folder / version).resolve()
@@ -99,14 +98,7 @@ class VLLMServerEngine:
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
             causal_lm(model).config.save_pretrained(folder)
             return self._base, folder
-        from peft import get_peft_model_state_dict
-
-        adapter = model.active_adapters[0]
-        state = get_peft_model_state_dict(
-            model, state_dict=dict(model.named_parameters()), adapter_name=adapter, save_embedding_layers=False
-        )
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in state.items()}, folder / _ADAPTER_FILE)
-        model.peft_config[adapter].save_pretrained(folder)
+        save_adapter(model, folder)
         return version, folder
 
     def _load(self) -> None:
@@ -175,6 +167,9 @@ class VLLMServerEngine:
         answers = [choice["token_ids"] for choice in choices]
         entries = [[_by_id(entry) for entry in choice["logprobs"]["top_logprobs"]] for choice in choices]
         return rollouts_of_lists(prompt_ids, answers, entries, self._num_top, pad_id, self._device)
+
+    def sleep(self) -> None:
+        """It has devices of its own."""
 
     def turns(self):
         """The server's own prefix cache serves: its keys are known by the weights that they are of."""
@@ -275,10 +270,6 @@ class VLLMServerEngine:
 
 def _runs_on_cpu(config: dict) -> bool:
     return (config.get("device_config") or {}).get("device") == "cpu"
-
-
-def _adapter_is_off(model) -> bool:
-    return any(getattr(module, "disable_adapters", False) is True for module in model.modules())
 
 
 def _by_id(entry: dict[str, float]) -> dict[int, float]:

@@ -1,8 +1,10 @@
-"""A model's weights with its adapter merged into them."""
+"""A model's weights for an engine: with the adapter merged into them, or the adapter alone."""
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 # A module that PEFT copies holds the original beside a copy for each adapter.
@@ -45,3 +47,20 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{owner}.{rest}", parameter.detach()
         elif ".lora_" not in name:
             yield name, parameter.detach()
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Writes a PEFT model's active adapter as PEFT itself would, from the weights as they are now."""
+    from peft import get_peft_model_state_dict
+
+    adapter = model.active_adapters[0]
+    state = get_peft_model_state_dict(
+        model, state_dict=dict(model.named_parameters()), adapter_name=adapter, save_embedding_layers=False
+    )
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+    model.peft_config[adapter].save_pretrained(folder)
+
+
+def adapter_is_off(model: nn.Module) -> bool:
+    return any(getattr(module, "disable_adapters", False) is True for module in model.modules())

@@ -138,12 +138,9 @@ class RMSDTrainer(Trainer):
         read, told = check_lengths(rows_of(train_dataset), self.prompts, longest, context, size)
         if self.episodes:  # what an environment says at its start, and its feedback, is known only then
             read, told = (min(context, length + 2 * args.max_tool_output) for length in (read, told))
-        self.engine = engine_for(
-            args,
-            self.model,
-            max_length=max(read, told) + 1 if args.engine_scores else read,
-            autocast=self.accelerator.autocast,
-        )
+        length = max(read, told) + 1 if args.engine_scores else read
+        with whole(self.model):
+            self.engine = engine_for(args, self.model, max_length=length, autocast=self.accelerator.autocast)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -170,6 +167,7 @@ class RMSDTrainer(Trainer):
         with whole(self.student):
             self.engine.sync(self.student)
             self._judge(self._scored(batches))
+            self.engine.sleep()
             # Its engine steps the optimizer after a micro-batch's first backward.
             one_forward = self.accelerator.distributed_type == DistributedType.DEEPSPEED
             for batch in batches:
