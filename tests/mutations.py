@@ -37,7 +37,7 @@ SUITES = {
     "merge.py": (["tests/test_linear.py", "tests/test_distributed.py"], "not triton"),
     "hidden.py": (["tests/test_hidden.py", "tests/test_trainer.py"], ""),
     "split.py": (["tests/test_split.py"], ""),
-    "triton": (KERNEL_TESTS, "triton"),
+    "triton": ([*KERNEL_TESTS, "tests/test_split.py"], "triton or split"),
     "cpu": (KERNEL_TESTS, "cpu"),
 }
 
@@ -257,6 +257,8 @@ MUTATIONS = {
         ("tl.store(stats_ptr + OFFSET_LOW_SLOT, offset_low)", "pass",
          "matters where the two models' rows are thousands apart, and their logits' difference is rounded as much"),
         ("mean_slope - (1.0 if", "mean_slope - (0.0 if"),
+        ("part_maxima_ptr = maxima_ptr + part * LANES", "part_maxima_ptr = maxima_ptr"),
+        ("seen, seen_student, seen_teacher = size, student, teacher\n    if FORWARD:", "pass\n    if FORWARD:"),
     ],
     "rmsd_kernels/triton/split.py": [
         ("tl.where(sums.first_z > 0.0, sums.cross * sums.first_z, 0.0)", "sums.cross * sums.first_z"),

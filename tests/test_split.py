@@ -78,8 +78,10 @@ def test_a_part_without_mass_leaves_the_scores_as_they_are():
     tile = WIDTH * 2 // 5
     student[0, :tile] = teacher[0, :tile] = -inputs.INF
     student[1, -3:] = -inputs.INF
+    teacher[0, -2] = -inputs.INF  # the reverse KL is infinite by the last part alone
     teacher[2, -1] = inputs.NAN
     got = budget.check_scores("triton", student, teacher, ids, device=DEVICE)
+    assert got.divergence[0].isposinf()
     assert got.divergence[2].isnan()
 
 
