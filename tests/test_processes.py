@@ -5,7 +5,6 @@ Launches of two processes: about a minute on one core.
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -21,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_judge_server import keep
-from vllm_fake import FakeVLLM, served
+from vllm_fake import Drawn, served
 
 from rmsd import RMSDConfig
 from rmsd.answers.vllm_engine import check_vllm
@@ -193,23 +192,6 @@ def test_each_process_has_a_vllm_engine_of_its_own(tmp_path, launcher, engine_sc
         assert len(mine) == len(theirs) == 2 and sorted(mine + theirs) == sorted(whole_batch)
     for rank in (first, second):
         assert rank["trained on its own"] and len(rank["gaps"]) == 3 and max(rank["gaps"]) < 1e-3
-
-
-class Drawn(FakeVLLM):
-    """Answers that follow from the seed alone, as likely as those of a model of random weights."""
-
-    def answer(self, body):
-        return random.Random(body["seed"]).choices(range(10, 290), k=4), [-5.7] * 4
-
-    def asked(self) -> list[list[tuple]]:
-        """(adapter, prompt, seed) of each completion, by the adapter that was loaded last."""
-        steps = []
-        for path, body in self.posted:
-            if path == "/v1/load_lora_adapter" and body:
-                steps.append([])
-            elif path == "/v1/completions":
-                steps[-1].append((body["model"], tuple(body["prompt"]), body["seed"]))
-        return steps
 
 
 def test_processes_share_a_vllm_server_and_the_first_sends_the_adapter(tmp_path, recipe):

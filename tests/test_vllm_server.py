@@ -6,7 +6,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from vllm_fake import FakeVLLM
+from vllm_fake import Drawn, FakeVLLM
 
 from rmsd import RMSDConfig
 from rmsd.answers import server as module
@@ -41,11 +41,44 @@ def test_a_server_that_is_away_is_asked_again(vllm):
     assert VLLMServer(URL, 60)("/weight_info").status_code == 400, "of the request, so an answer"
 
 
-def test_a_server_that_stays_away_is_given_up_in_one_line(vllm):
-    vllm.away = [httpx.ConnectError("refused")] * 9
-    with pytest.raises(ConnectionError, match=r"at .* has not answered for 0.1 seconds \(refused\): .* resume=true"):
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(httpx.ConnectError("refused"), "refused"), (httpx.ReadTimeout(""), "ReadTimeout")],
+    ids=["dead", "slow"],
+)
+def test_a_server_that_stays_away_is_given_up_in_one_line(vllm, error, why):
+    vllm.away = [error] * 9
+    with pytest.raises(ConnectionError, match=rf"at .* has not answered for 0.1 seconds \({why}\): .* resume=true"):
         VLLMServer(URL, 0.1)("/weight_info")
     assert len(vllm.away) == 8
+
+
+def test_a_run_that_has_lost_its_server_is_resumed_and_ends_as_it_would_have(monkeypatch, tmp_path):
+    """Nothing is lost but the step that was under way."""
+    drawn, client, dies = Drawn(max_model_len=256), httpx.Client, []
+
+    def answered(request):
+        if dies and len(drawn.asked()) > 2:  # the third step's adapter is there, and its answers are not
+            raise httpx.ReadError("reset")
+        return drawn(request)
+
+    monkeypatch.setattr(httpx, "Client", lambda **options: client(transport=httpx.MockTransport(answered), **options))
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+
+    def run(name, **resumed):
+        steps = dict(save_strategy="steps", save_steps=1, max_steps=4, optim="sgd")
+        made = tiny.trainer(tmp_path / name, lora(), engine="vllm_server", engine_url=URL, engine_seconds=0.1, **steps)
+        made.train(**resumed)
+        return tiny.weights(made.student)
+
+    whole = run("whole")
+    drawn.posted.clear()
+    dies.append(True)
+    with pytest.raises(ConnectionError, match="resume=true"):
+        run("cut")
+    dies.clear()
+    assert tiny.same(run("cut", resume_from_checkpoint=True), whole)
+    assert not tiny.same(whole, tiny.weights(lora()))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A vLLM server as far as the client asks it, with answers that are made up; vllm_server_cases.py runs a real one."""
 
 import contextlib
+import random
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -60,6 +61,23 @@ class FakeVLLM:
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.posted]
+
+
+class Drawn(FakeVLLM):
+    """Answers that follow from the seed alone, as likely as those of a model of random weights."""
+
+    def answer(self, body):
+        return random.Random(body["seed"]).choices(range(10, 290), k=4), [-5.7] * 4
+
+    def asked(self) -> list[list[tuple]]:
+        """(adapter, prompt, seed) of each completion, by the adapter that was loaded last."""
+        steps = []
+        for path, body in self.posted:
+            if path == "/v1/load_lora_adapter" and body:
+                steps.append([])
+            elif path == "/v1/completions":
+                steps[-1].append((body["model"], tuple(body["prompt"]), body["seed"]))
+        return steps
 
 
 @contextlib.contextmanager
