@@ -5,7 +5,7 @@ became of it: what it learned, what it kept, and its signs of health.
     python -m benchmarks.real --seeds 0 1 2 --only rmsd rmsd-3x
     python -m benchmarks.real --replay             # runs nothing; the limits of health beside runs that are kept
 
-Every run is `rmsd train recipes/qwen_coder_pinapple.yaml` with every row hinted, as published. A run that is there is
+Every run is `rmsd train recipes/qwen_coder_pinapple.yaml`, with every row hinted in all but one. A run that is there is
 read, and one that was interrupted is continued. On one AVX2 core a step takes about a minute.
 """
 
@@ -35,6 +35,14 @@ RUNS = {
     "rmsd-3x": [THRICE],
     "opsd-3x": ["method=opsd", THRICE],
     "rmsd-guided": ["train.guided_rollouts=0.25"],
+    # The one phrasing of the hint that this model obeys, as `rmsd preflight` finds; anchors in place of other hints.
+    "rmsd-obeyed": [
+        "task=benchmarks/obeyed.py",
+        THRICE,
+        "train.lr_scheduler_type=constant_with_warmup",
+        "train.warmup_steps=2",
+        "train.sampling_temperature=0.7",
+    ],
     # What the watch is for: the mass outside the top k left out of the loss. The run is to stop by itself.
     "rmsd-drop": [THRICE, "train.tail=drop"],
 }
