@@ -58,6 +58,17 @@ def test_a_sign_is_a_mean_over_steps_beside_the_starts():
     assert find_collapse([*entries([0.02] * 20 + [0.9] * 5), {"step": 25, "eval_drift": 0.1}]) is None, "said once"
 
 
+def test_a_sign_that_few_steps_have_is_followed_back_to_its_first():
+    """Anchors are not in every step. These of a run had drifted since its second entry."""
+    logged = {1: 0.0, 4: 0.71, 6: 0.58, 9: 0.15, 10: 0.08, 17: 0.76, 18: 0.6}
+    history = [
+        {"loss": 1.0, "step": step, **({"anchor_divergence": logged[step]} if step in logged else {})}
+        for step in range(1, 19)
+    ]
+    found = find_collapse(history)
+    assert (found.sign.name, found.step, found.well) == ("anchor_divergence", 18, 1)
+
+
 def test_a_loss_below_zero_is_a_sign():
     found = find_collapse(entries([0.3, 0.2, 0.1, 0.0, -0.1, -0.2, -0.1, -0.1, -0.1], name="loss"))
     assert found.sign.name == "loss" and found.sign.falls

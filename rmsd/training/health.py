@@ -85,13 +85,14 @@ def find_collapse(history: Sequence[dict], signs: Sequence[Sign] = SIGNS) -> Col
         if sign.name not in history[-1]:
             continue
         steps = [entry["step"] for entry in history if sign.name in entry]
-        start = mean_of(history, sign.name, steps[0], steps[0] + START)
+        first = steps[0]
+        start = mean_of(history, sign.name, first, first + START)
         limit = sign.limit(start)
         now = mean_of(history, sign.name, steps[-1] - WINDOW + 1, steps[-1] + 1)
-        if steps[-1] < steps[0] + START + WINDOW - 1 or not sign.passes(now, limit):
+        if steps[-1] < first + START + WINDOW - 1 or not sign.passes(now, limit):
             continue
         well, value = steps.pop(), now
-        while well >= steps[0] + START and sign.passes(value, (start + limit) / 2):
+        while well >= first + START and sign.passes(value, (start + limit) / 2):
             well = steps.pop()
             value = mean_of(history, sign.name, well - WINDOW + 1, well + 1)
         return Collapse(sign, history[-1]["step"], now, start, well)
