@@ -42,6 +42,7 @@ RUNS = {
         "train.lr_scheduler_type=constant_with_warmup",
         "train.warmup_steps=2",
         "train.sampling_temperature=0.7",
+        "train.divergence=forward_kl",
     ],
     # What the watch is for: the mass outside the top k left out of the loss. The run is to stop by itself.
     "rmsd-drop": [THRICE, "train.tail=drop"],

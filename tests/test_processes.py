@@ -194,6 +194,7 @@ def test_each_process_has_a_vllm_engine_of_its_own(tmp_path, launcher, engine_sc
         assert rank["trained on its own"] and len(rank["gaps"]) == 3 and max(rank["gaps"]) < 1e-3
 
 
+@pytest.mark.long
 def test_processes_share_a_vllm_server_and_the_first_sends_the_adapter(tmp_path, recipe):
     """Each asks for its own rows, and none before the adapter is there: together what one process asks."""
     path = recipe(tiny.model())

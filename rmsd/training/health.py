@@ -59,7 +59,7 @@ SIGNS = (
     Sign("repetition", lambda start: start + 0.3, "answers repeat themselves"),
     Sign("clipped_share", lambda start: start + 0.6, "answers no longer end"),
     Sign("divergence", lambda start: 3.0 * start + 0.5, "the student leaves its teacher instead of nearing it"),
-    Sign("anchor_divergence", lambda start: start + 0.5, "the model drifts where it should stay as it was"),
+    Sign("anchor_divergence", lambda start: start + 1.0, "the model drifts where it should stay as it was"),
     Sign("loss", lambda start: -0.01, "the loss rewards leaving the teacher", falls=True),
 )
 
