@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-# What takes minutes each: vLLM's engines, the machine code of the GPU kernels, a real model.
+# What takes minutes: torch.compile, vLLM's engines, the machine code of the GPU kernels, a real model.
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -rs -m long -n auto --maxprocesses 2
 

@@ -96,6 +96,7 @@ def linear(student, teacher, ids, mask, backend):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("function", [scores, candidates, divergence, linear], ids=lambda f: f.__name__)
 def test_compiled_equals_eager_at_every_shape(backend, device, function):
     torch._dynamo.reset()
@@ -116,6 +117,7 @@ def test_compiled_equals_eager_at_every_shape(backend, device, function):
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1, "the second shape compiled anew"
 
 
+@pytest.mark.long
 def test_tiles_of_the_vocabulary_compile(monkeypatch):
     monkeypatch.setattr(projection, "_TILE_COLUMNS", 16)  # of 30
     monkeypatch.setitem(projection.WORKSPACE_MB, "cpu", 4 * 2 * 16 * 8 / 2**20)

@@ -228,7 +228,8 @@ def test_a_recipe_trains_on_a_file_of_rollouts(tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {tmp_path}/tiny\nrollouts: {tmp_path}/rollouts.jsonl\njudge: {{kind: magnitude}}\n"
-        f"output_dir: {tmp_path}/run\ntrain: {{max_steps: 2, use_cpu: true, save_strategy: no, learning_rate: 1e-2}}\n"
+        f"output_dir: {tmp_path}/run\ntrain: {{max_steps: 2, use_cpu: true, save_strategy: no, learning_rate: 1e-2,"
+        " min_gap: 0}\n"
     )
     assert "report" in train(load_recipe(recipe))
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 2

@@ -250,7 +250,8 @@ def test_a_run_that_fails_while_its_progress_bar_is_drawn_ends_in_a_line_of_its_
     (tmp_path / "recipe.yaml").write_text(
         f"model: {tmp_path}/tiny\ndata: {tmp_path}/rows.jsonl\noutput_dir: {tmp_path}/run\n"
         f"judge: {{kind: magnitude, cache: {tmp_path}/cache, replay: true}}\n"
-        "train: {max_steps: 4, save_steps: 1, use_cpu: true, max_completion_length: 4, learning_rate: 1e-2}\n"
+        "train: {max_steps: 4, save_steps: 1, use_cpu: true, max_completion_length: 4, learning_rate: 1e-2,"
+        " min_gap: 0}\n"
     )
     result = subprocess.run(
         [sys.executable, "-m", "rmsd", "train", tmp_path / "recipe.yaml"], capture_output=True, text=True

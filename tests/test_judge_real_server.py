@@ -135,7 +135,8 @@ data: {tmp_path / "rows.jsonl"}
 output_dir: {tmp_path / "run"}
 judge: {{kind: llm, model: smollm2, base_url: "{url}", api_key_env: JUDGE_KEY, max_retries: 0, timeout: 300,
   cache: {tmp_path}/judge}}
-train: {{max_steps: 2, per_device_train_batch_size: 2, max_completion_length: 12, num_candidates: 4, save_steps: 1}}
+train: {{max_steps: 2, per_device_train_batch_size: 2, max_completion_length: 12, num_candidates: 4, save_steps: 1,
+  min_gap: 0}}
 """
     )
     train(load_recipe(recipe))

@@ -158,7 +158,10 @@ def test_the_command_line_prints_the_plan(recipe):
         (["data=none.jsonl"], "data file none.jsonl does not exist"),
         (["train.max_completion_length=2000"], "row 0: the prompt and an answer"),
         (["train.teacher=adapter_off"], "needs a lora section"),
-        (["lora.r=4", "train.fsdp=true", "train.continuation_steps=[1]"], "fsdp cannot keep a second adapter"),
+        (
+            ["lora.r=4", "train.fsdp=true", "train.continuation_steps=[1]"],
+            "ZeRO-3 cannot keep a second adapter",
+        ),
         (["architecture.model_type=qwen3", "architecture.hidden_size=33"], "architecture.hidden_size is 33; the"),
         (["architecture.hidden_size=32"], "architecture needs model_type"),
         (["model=some/model"], "cannot be planned: "),
