@@ -15,6 +15,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 
@@ -23,27 +24,29 @@ from rmsd.answers.rollout import eos_ids_of, generate, pad_id_of
 from rmsd.models.loading import load_model
 from rmsd.run import human_eval
 from rmsd.run.recipe import load_recipe
+from rmsd.tasks import pinapple
 from rmsd.training.config import LORA_LEARNING_RATE
 from rmsd.training.health import SIGNS, START, WINDOW, find_collapse, mean_of
 from rmsd.training.record import read_lines
 
 RECIPE, TASK = "recipes/qwen_coder_pinapple.yaml", "benchmarks/hinted.py"
 THRICE = f"train.learning_rate={3 * LORA_LEARNING_RATE:g}"
+# The one phrasing of the hint that this model obeys, as `rmsd preflight` finds; anchors in place of other hints.
+OBEYED = [
+    "task=benchmarks/obeyed.py",
+    THRICE,
+    "train.lr_scheduler_type=constant_with_warmup",
+    "train.warmup_steps=2",
+    "train.sampling_temperature=0.7",
+]
 RUNS = {
     "rmsd": [],
     "opsd": ["method=opsd"],
     "rmsd-3x": [THRICE],
     "opsd-3x": ["method=opsd", THRICE],
     "rmsd-guided": ["train.guided_rollouts=0.25"],
-    # The one phrasing of the hint that this model obeys, as `rmsd preflight` finds; anchors in place of other hints.
-    "rmsd-obeyed": [
-        "task=benchmarks/obeyed.py",
-        THRICE,
-        "train.lr_scheduler_type=constant_with_warmup",
-        "train.warmup_steps=2",
-        "train.sampling_temperature=0.7",
-        "train.divergence=forward_kl",
-    ],
+    "rmsd-obeyed": [*OBEYED, "train.divergence=forward_kl"],
+    "rmsd-obeyed-reverse": OBEYED,
     # What the watch is for: the mass outside the top k left out of the loss. The run is to stop by itself.
     "rmsd-drop": [THRICE, "train.tail=drop"],
 }
@@ -62,13 +65,15 @@ KEPT = (  # of a log entry
     "grad_norm",
     "learning_rate",
 )
+COUNTED = ("told", "told_with_word", "anchors", "anchors_with_word")
 DOCS = Path("docs/real")
 KEPT_RUNS = Path("tests/data/health")
 
 
 def train(run: Path, overrides: list[str]) -> str | None:
     """The line that it ended in, where it did not end well."""
-    command = [sys.executable, "-m", "rmsd", "train", RECIPE, f"task={TASK}", f"output_dir={run}", "resume=true"]
+    task = [] if any(override.startswith("task=") for override in overrides) else [f"task={TASK}"]
+    command = [sys.executable, "-m", "rmsd", "train", RECIPE, *task, f"output_dir={run}", "resume=true"]
     with (run.parent / f"{run.name}.log").open("w") as output:
         done = subprocess.run([*command, *overrides], stdout=output, stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
@@ -113,8 +118,33 @@ def checked(run: Path, name: str, count: int) -> dict:
 def marks(run: Path, name: str, seed: int, ended: str | None, after: dict) -> dict:
     lines = read_lines(run / "metrics.jsonl")
     steps = [{key: _rounded(line[key]) for key in KEPT if key in line} for line in lines if line["kind"] == "train"]
+    for step, counts in written(run).items():
+        steps[step - 1] |= counts
     evaluations = [{k: _rounded(v) for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == "eval"]
     return dict(run=name, seed=seed, overrides=RUNS[name], ended=ended, evaluations=evaluations, steps=steps, **after)
+
+
+def written(run: Path) -> dict[int, dict[str, int]]:
+    """By step, of the student's rollouts: how many had a hint and how many of those write the word, and of anchors."""
+    counts: dict[int, Counter[str]] = {}
+    for rollout in read_lines(run / "rollouts.jsonl"):
+        kind = "told" if rollout["privileged_context"].strip() else "anchors"
+        writes = pinapple.exists("".join(rollout["tokens"]))
+        counts.setdefault(rollout["step"], Counter()).update({kind: 1, f"{kind}_with_word": int(writes)})
+    return {step: dict(of_step) for step, of_step in counts.items()}
+
+
+def word_table(found: list[dict]) -> str:
+    """Markdown: of the runs that are told a phrasing that is obeyed, how many rollouts of five steps write the word."""
+    rows = [("run", "seed", "steps", "rows with a hint", "anchors", "kept tokens a step"), ["---"] * 6]
+    for one in (one for one in found if RUNS[one["run"]][: len(OBEYED)] == OBEYED):
+        for first in range(0, len(one["steps"]), 5):
+            steps = one["steps"][first : first + 5]
+            total = {kind: sum(step.get(kind, 0) for step in steps) for kind in (*COUNTED, "kept_tokens")}
+            shares = [f"{total[f'{kind}_with_word']} of {total[kind]}" for kind in ("told", "anchors")]
+            span = f"{steps[0]['step']} to {steps[-1]['step']}"
+            rows.append([one["run"], str(one["seed"]), span, *shares, f"{total['kept_tokens'] / len(steps):.1f}"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _rounded(value: float) -> float:
@@ -173,15 +203,17 @@ def write(found: list[dict], base: dict) -> None:
 
 
 def rewrite() -> None:
-    """docs/real.md's table, from what docs/real/ holds."""
+    """docs/real.md's tables, from what docs/real/ holds."""
     page = DOCS.with_suffix(".md")
     base = json.loads((DOCS / "base.json").read_text(encoding="utf-8")) if (DOCS / "base.json").exists() else {}
     found = [json.loads(path.read_text(encoding="utf-8")) for path in DOCS.glob("*.json") if path.stem != "base"]
     found.sort(key=lambda one: (list(RUNS).index(one["run"]), one["seed"]))
     text = page.read_text(encoding="utf-8")
-    begin, end = "<!-- table -->\n", "<!-- /table -->"
-    head, _, rest = text.partition(begin)
-    page.write_text(head + begin + table(found, base) + "\n" + end + rest.partition(end)[2], encoding="utf-8")
+    for name, made in (("table", table(found, base)), ("word", word_table(found))):
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        head, _, rest = text.partition(begin)
+        text = head + begin + made + "\n" + end + rest.partition(end)[2]
+    page.write_text(text, encoding="utf-8")
 
 
 def replayed(path: Path) -> list[str]:

@@ -83,14 +83,18 @@ def test_greedy_answers_are_generate_s_and_follow_the_weights(tied):
     assert not torch.equal(engine(PROMPTS, **options()).completion_ids, before)
 
 
+def change_adapter(model, seed):
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+
+
 def test_a_lora_is_merged_on_the_way():
     model = get_peft_model(student(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     engine = built(model)
     before = engine(PROMPTS, **options()).completion_ids
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=1.0)
+    change_adapter(model, seed=0)
     engine.sync(model)
     assert_same_answers(engine, model)
     assert not torch.equal(engine(PROMPTS, **options()).completion_ids, before)
@@ -106,10 +110,7 @@ def test_a_plain_lora_is_sent_alone_where_it_is_not_merged(monkeypatch):
     assert_same_answers(engine, model)
     before = engine(PROMPTS, **options()).completion_ids
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=1.0)
+        change_adapter(model, seed)
         engine.sync(model)
         assert_same_answers(engine, model)
         assert not torch.equal(engine(PROMPTS, **options()).completion_ids, before)

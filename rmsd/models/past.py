@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from .parts import causal_lm, no_head
+from .transfer import to_device
 
 # What a forward of its own costs, in tokens: it reads every weight once more and, where it trains, adds up a
 # gradient of every weight. From the ratio of arithmetic to memory bandwidth: tens on a CPU, hundreds on a GPU.
@@ -51,7 +52,7 @@ class Past:
     @torch.no_grad()
     def read(self, model, ids: list[int]) -> None:
         """Reads the beginning of one sequence, where nothing has been read yet."""
-        self.ids = torch.tensor([ids], dtype=torch.int64, device=self.ids.device)
+        self.ids = to_device(torch.tensor([ids], dtype=torch.int64), self.ids.device)
         self.mask, self.lengths = torch.ones_like(self.ids), [len(ids)]
         if ids:
             with no_head(model):

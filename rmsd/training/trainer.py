@@ -109,7 +109,8 @@ class RMSDTrainer(Trainer):
                 check_sharded_teacher(self.teacher.has_adapter, args, self.teacher.has_snapshot)
             read_model(self)
         self.loss = LinearRMSDLoss(**args.loss_options).to(args.device)
-        self.forward_kl = LinearRMSDLoss(**{**args.loss_options, "divergence": "forward_kl"}).to(args.device)
+        if args.forward_kl_above is not None:
+            self.forward_kl = LinearRMSDLoss(**{**args.loss_options, "divergence": "forward_kl"}).to(args.device)
         batch = args.per_device_train_batch_size * args.world_size
         if args.dataloader_drop_last and len(train_dataset) < batch:
             raise ValueError(f"dataloader_drop_last leaves nothing of {len(train_dataset)} rows in batches of {batch}")
