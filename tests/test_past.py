@@ -126,7 +126,9 @@ def test_what_is_trained_on_or_cannot_be_kept_is_read_whole():
     model.train()
     model.gradient_checkpointing_enable()
     with torch.no_grad():
-        read = completion_hidden(model, READ, IDS, MASK, EOS)  # gradient checkpointing drops a cache
+        del shapes[:]
+        read = completion_hidden(model, READ, IDS, MASK, EOS)
+        assert (1, len(SHARED)) not in shapes, "under gradient checkpointing some versions drop a cache"
         torch.testing.assert_close(read[MASK], completion_hidden(model.eval(), READ, IDS, MASK, EOS)[MASK])
         windows = tiny.model("mistral", sliding_window=8)
         assert completion_hidden(windows, READ, IDS, MASK, EOS)[MASK].isfinite().all()

@@ -83,7 +83,8 @@ def completion_hidden(
 
 
 def _beginnings(model, prompt_ids: list[list[int]], device: torch.device) -> list[tuple[list[int], int]]:
-    """`by_beginning`, where the model can keep what it has read; in training it may not."""
+    """`by_beginning`, where the model can keep what it has read. In training mode transformers may drop a cache: with
+    gradient checkpointing its versions differ."""
     can_keep = not torch.is_grad_enabled() and not model.training and Past.empty(model, device) is not None
     return by_beginning(prompt_ids, device) if can_keep else [(list(range(len(prompt_ids))), 0)]
 
