@@ -49,7 +49,7 @@ def stub(*turns, hidden=None):
     """An engine that writes given texts: `turns[t][i]` in turn t for the i-th of the rollouts it is asked for."""
     asked = []
 
-    def write(prompt_ids, max_new_tokens, pad_id, eos_ids, seed):
+    def write(prompt_ids, max_new_tokens, pad_id, eos_ids, seed, **sampling):
         texts = turns[min(len(asked), len(turns) - 1)]
         asked.append((prompt_ids, max_new_tokens, seed))
         answers = [TOKENIZER(text)["input_ids"] + [EOS] for text in texts[: len(prompt_ids)]]

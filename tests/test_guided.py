@@ -3,6 +3,8 @@
 import pytest
 import tiny
 import torch
+from test_environments import CHAT
+from test_episodes import Counter, add_two, call, stub, texts
 from tiny import trainer
 
 from rmsd import RMSDConfig
@@ -79,15 +81,25 @@ def test_what_they_do_not_go_with_is_refused(tmp_path, options, message):
         RMSDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
 
 
-def test_an_environment_is_not_guided(tmp_path):
-    with pytest.raises(ValueError, match="guided_rollouts and an environment do not go together"):
-        trainer(tmp_path, guided_rollouts=0.5, called=dict(tools=[_tool]))
+def test_in_an_episode_the_teachers_calls_are_acted_on_and_what_tools_say_is_nobodys(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", CHAT)
+    made = trainer(tmp_path, **{**LONG, "max_completion_length": 80}, called=dict(environment_factory=Counter))
+    made.teacher.write = write = stub([call("add", n=3)] * 3, ["Done."] * 3)
+    rows = [dict(row) for row in tiny.ROWS]
+    batch = batch_of(made)
+    assert batch.guided == [0, 2, 3]
+    assert [episode.reward == 1.0 for episode in batch.episodes] == [True, False, True, True]
+    told = [made.prompts.teacher(rows[i]) for i in batch.guided]
+    first, second = (prompt_ids for prompt_ids, *_ in write.asked)
+    assert first == told and all(ids[: len(begun)] == begun for ids, begun in zip(second, told, strict=True))
+    assert batch.rollouts.prompt_ids == [made.prompts.student(row) for row in rows]
+    said = [(True, call("add", n=3) + "<|end|>"), (False, "<|tool|>now 3<|end|><|assistant|>"), (True, "Done.<|end|>")]
+    assert [texts(batch.rollouts, i) for i in batch.guided] == [said] * 3
+    # What the environment says at its end is told to the teacher that reads, as after an episode of the student's.
+    assert all("it came to 3" in str(batch.teacher_prompts[i]) for i in batch.guided)
 
 
-def _tool(word: str) -> str:
-    """Says a word.
-
-    Args:
-        word: what to say.
-    """
-    return word
+def test_a_guided_episode_needs_what_it_is_told_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny.tokenizer(), "chat_template", CHAT)
+    with pytest.raises(ValueError, match="guided_rollouts needs a privileged context that is there before"):
+        trainer(tmp_path, guided_rollouts=0.5, called=dict(tools=[add_two], context_after=lambda row, said: "x"))

@@ -1,7 +1,8 @@
 """Write: the answers of a micro-batch."""
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -34,25 +35,34 @@ def write(
     """Fills in `rollouts`: the rows' own completions or, where they bring none, what the engine writes with `sampling`
     for options; as `episodes`, with calls between its turns, where there is something to call. A share
     `guided_rollouts` of the told rows is answered by the teacher in its place, and `guided` names them."""
-    options = dict(pad_id=pad_id, max_new_tokens=max_new_tokens, eos_ids=eos_ids, seed=seed)
+    options = dict(pad_id=pad_id, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+
+    def write_with(engine: Callable, prompt_ids: list[list[int]], rows: list[int]) -> Rollouts:
+        ids, seeds = [prompt_ids[i] for i in rows], [seed[i] for i in rows]
+        if episodes is None:
+            return engine(ids, seed=seeds, **options)
+        return episodes.play(engine, [batch.episodes[i] for i in rows], ids, seed=seeds, device=device, **options)
+
     if batch.rows[0].get("completion") is not None:
         batch.rollouts = rollouts_of(batch.rows, batch.prompt_ids, prompts.tokenizer, pad_id, device)
-    elif episodes is None:
-        batch.guided = guided_rows(batch.rows, guided_rollouts, seed) if guided_rollouts else None
-        if batch.guided:
-            _write_by_both(batch, engine, teacher, **options, **sampling)
-        else:
-            batch.rollouts = engine(batch.prompt_ids, **options, **sampling)
-    else:
+        return batch
+    if episodes is not None:
         batch.episodes = episodes.environments.start(batch.rows)
-        batch.prompt_ids = [prompts.student(episode.row) for episode in batch.episodes]
-        with engine.turns():
-            batch.rollouts = episodes.play(
-                partial(engine, **sampling), batch.episodes, batch.prompt_ids, device=device, **options
-            )
-        # What the teacher is told may have been made of what happened.
-        batch.rows = [episode.row for episode in batch.episodes]
-        batch.tell(prompts)
+        batch.rows = [episode.row for episode in batch.episodes]  # an environment may have added to a row's prompt
+        batch.prompt_ids = list(map(prompts.student, batch.rows))
+    batch.guided = guided_rows(batch.rows, guided_rollouts, seed) if guided_rollouts else None
+    guided = batch.guided or []
+    own = [i for i in range(len(batch.rows)) if i not in guided]
+    written = []
+    if own:
+        with engine.turns() if episodes else contextlib.nullcontext():
+            written.append((own, write_with(partial(engine, **sampling), batch.prompt_ids, own)))
+    if guided:
+        told = list(map(prompts.teacher, batch.rows))
+        written.append((guided, write_with(partial(teacher.write, **sampling), told, guided)))
+    batch.rollouts = written[0][1] if not guided else _together(written, batch.prompt_ids, pad_id)
+    if episodes is not None:
+        batch.tell(prompts)  # anew: what the teacher is told may have been made of what happened
     return batch
 
 
@@ -63,20 +73,15 @@ def guided_rows(rows: Sequence[dict], share: float, seeds: Sequence[int]) -> lis
     return [i for i, row in enumerate(rows) if chosen[i] and told_text(row).strip()]
 
 
-def _write_by_both(batch: MicroBatch, engine: Engine, teacher: Teacher, *, seed, pad_id: int, **options) -> None:
-    """Hidden states that were recorded as the student wrote are dropped: its forward reads all answers."""
-    guided = batch.guided
-    own = [i for i in range(len(batch.rows)) if i not in guided]
-    told = [batch.teacher_prompt_ids[i] for i in guided]
-    written = [(guided, teacher.write(told, seed=[seed[i] for i in guided], pad_id=pad_id, **options))]
-    if own:
-        prompts = [batch.prompt_ids[i] for i in own]
-        written.append((own, engine(prompts, seed=[seed[i] for i in own], pad_id=pad_id, **options)))
+def _together(written: list[tuple[list[int], Rollouts]], prompt_ids: list[list[int]], pad_id: int) -> Rollouts:
+    """Answers of several writers, each with the rows that are its own, as answers to the student's prompts. Hidden
+    states that were recorded as the student wrote are dropped: its forward reads all answers."""
     width = max(rollouts.completion_ids.shape[1] for _, rollouts in written)
-    like = written[0][1].completion_ids
-    ids = like.new_full((len(batch.rows), width), pad_id)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
+    ids = written[0][1].completion_ids.new_full((len(prompt_ids), width), pad_id)
+    mask, present = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
     for rows, rollouts in written:
-        for i, answer, present in zip(rows, rollouts.completion_ids, rollouts.completion_mask, strict=True):
-            ids[i, : len(answer)], mask[i, : len(answer)] = answer, present
-    batch.rollouts = Rollouts(batch.prompt_ids, ids, mask)
+        length = rollouts.completion_ids.shape[1]
+        ids[rows, :length] = rollouts.completion_ids
+        mask[rows, :length] = rollouts.completion_mask
+        present[rows, :length] = rollouts.attention_mask
+    return Rollouts(prompt_ids, ids, mask, attention_mask=present)

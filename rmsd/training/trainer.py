@@ -126,10 +126,8 @@ class RMSDTrainer(Trainer):
         config = self.model.config.get_text_config()
         context = context_of(config, args)
         self.episodes = None
-        if args.guided_rollouts and (tools or environment_factory):
-            raise ValueError(
-                "guided_rollouts and an environment do not go together: the student's own calls are acted on"
-            )
+        if args.guided_rollouts and context_after is not None:
+            raise ValueError("guided_rollouts needs a privileged context that is there before the rollout, not after it")
         if tools or environment_factory:
             environments = Environments(tools, environment_factory, args.tool_limits, context_after)
             self.episodes = Episodes(processing_class, environments, max_turns=args.max_turns)
