@@ -127,7 +127,7 @@ class RMSDTrainer(Trainer):
         context = context_of(config, args)
         self.episodes = None
         if args.guided_rollouts and context_after is not None:
-            raise ValueError("guided_rollouts needs a privileged context that is there before the rollout, not after it")
+            raise ValueError("guided_rollouts needs a privileged context that is there before the rollout")
         if tools or environment_factory:
             environments = Environments(tools, environment_factory, args.tool_limits, context_after)
             self.episodes = Episodes(processing_class, environments, max_turns=args.max_turns)
