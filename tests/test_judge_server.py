@@ -1,12 +1,12 @@
 """LLMJudge's requests, against a server on loopback that answers what it is told to, faults among it."""
 
 import dataclasses
-import http.server
 import json
 import threading
 import time
 
 import pytest
+from judge_endpoint import Server, completion, keep
 
 from rmsd.judge import CachedJudge, Candidate, LLMJudge, Question
 
@@ -17,56 +17,6 @@ def question(answer="a b c"):
     tokens = tuple(answer.split())
     candidates = tuple(Candidate(i, tokens[i], "zor", tokens[i], "zor", -3.0) for i in (2, 0, 1))
     return Question("Which tool?", "It is called zorblat.", tokens, candidates, max_kept=2)
-
-
-def completion(text):
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    return (
-        200,
-        {},
-        {
-            "id": "1",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "m",
-            "choices": [choice],
-            "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-        },
-    )
-
-
-def keep(*numbers):
-    return completion(json.dumps({"verdicts": [{"candidate": n, "reason": "", "relevant": "yes"} for n in numbers]}))
-
-
-class Server:
-    """Answers the n-th request with the n-th of `script` (the last for all later ones); records what was asked."""
-
-    def __init__(self):
-        self.script, self.requests, self.lock = [keep()], [], threading.Lock()
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append((body, {name.lower(): value for name, value in self.headers.items()}))
-                    answer = outer.script[min(len(outer.requests), len(outer.script)) - 1]
-                status, headers, content = answer(body) if callable(answer) else answer
-                data = json.dumps(content).encode() if not isinstance(content, bytes) else content
-                self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(headers.get("Length", len(data))))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
 
 @pytest.fixture
@@ -80,9 +30,9 @@ def server():
 @pytest.fixture
 def judge(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    return lambda **options: LLMJudge(
-        "m", base_url=server.url, api_key_env="JUDGE_KEY", **{"max_retries": 2, "timeout": 5, **options}
-    )
+    # Lists as the candidates stand: which place is which is for tests/test_judge_asking.py.
+    fixed = {"max_retries": 2, "timeout": 5, "shuffle": False}
+    return lambda **options: LLMJudge("m", base_url=server.url, api_key_env="JUDGE_KEY", **{**fixed, **options})
 
 
 def test_one_structured_request_a_rollout(server, judge):

@@ -1,6 +1,5 @@
 """A judge behind any OpenAI-compatible endpoint."""
 
-import itertools
 import json
 import logging
 import os
@@ -10,22 +9,20 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
-import jinja2
-
 from ..words import first_line
+from .asking import Asking
 from .base import Question
 from .limits import Limits
 from .magnitude import MagnitudeJudge
-from .verdicts import PlaceWatch, answer_schema, found_relevant, parse
+from .verdicts import PlaceWatch, answer_schema, by_answer, found_relevant, parse
 
 log = logging.getLogger("rmsd")
 
-TEMPLATE = Path(__file__).with_name("prompt.jinja")
 ON_ERROR = ("raise", "magnitude", "skip")
 
 
 class LLMJudge:
-    """Asks a chat model which candidates bear on the wanted behaviour, one request a rollout.
+    """Asks a chat model which candidates bear on the wanted behaviour, a request for each rollout or for several.
 
     Args:
         model: the model's name at the endpoint.
@@ -33,10 +30,13 @@ class LLMJudge:
         max_concurrency: requests under way at once.
         timeout, max_retries: seconds a request may take, and retries after 408, 409, 429, 5xx and broken connections;
             the client waits as long as a Retry-After asks, up to two minutes.
-        max_tokens, temperature: None leaves one out of the request, which some models refuse it in.
+        max_tokens, temperature: None leaves one out of the request, which some models refuse it in. `max_tokens` is
+            for each question of a request.
         on_error: what a request that fails for good means: "raise", "magnitude" (the largest gaps are kept) or "skip"
             (nothing of this rollout is).
-        template: a jinja2 file in place of the built-in prompt.
+        template, shuffle: as rmsd.judge.asking.Asking takes them.
+        batch: questions in one request. One that the answer passes over is asked again by itself, and so is each of a
+            request that is refused or whose answer cannot be read.
         requests_per_minute, tokens_per_minute: requests wait for these.
         budget_tokens: read and written by the model in the whole run; the request after that fails for good, whatever
             `on_error` says.
@@ -62,6 +62,8 @@ class LLMJudge:
         temperature: float | None = 0.0,
         on_error: str = "raise",
         template: str | Path | None = None,
+        shuffle: bool = True,
+        batch: int = 1,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
         budget_tokens: int | None = None,
@@ -76,6 +78,7 @@ class LLMJudge:
         self.max_tokens, self.temperature = max_tokens, temperature
         self.stats: Counter[str] = Counter()
         self._openai, self._api_key_env = openai, api_key_env
+        self._refusals = (openai.BadRequestError, openai.UnprocessableEntityError)  # of what a request holds
         self._client = openai.OpenAI(
             # Local servers want no key, but the client wants a string.
             api_key=os.environ.get(api_key_env) or "none",
@@ -84,13 +87,7 @@ class LLMJudge:
             max_retries=max_retries,
         )
         self._pool = ThreadPoolExecutor(max_concurrency, thread_name_prefix="judge")
-        # Plain text, so no escaping; undefined names in a user's template are errors.
-        environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-        environment.filters["tojson"] = partial(
-            json.dumps, ensure_ascii=False
-        )  # jinja2's is for HTML: writes > as \u003e
-        self._template_text = Path(template or TEMPLATE).read_text(encoding="utf-8")
-        self._template = environment.from_string(self._template_text)
+        self._asking, self._batch = Asking(template, batch=batch, shuffle=shuffle), batch
         self._structured = True
         self._limits = Limits(requests_per_minute, tokens_per_minute, budget_tokens)
         self._places = PlaceWatch()
@@ -98,7 +95,8 @@ class LLMJudge:
     @property
     def fingerprint(self) -> str:
         """All that determines an answer besides the question."""
-        return json.dumps([self.model, self.temperature, self.max_tokens, self._template_text])
+        asked = [self._asking.text, self._asking.shuffle, self._batch]
+        return json.dumps([self.model, self.temperature, self.max_tokens, *asked])
 
     @property
     def tokens(self) -> int:
@@ -111,13 +109,17 @@ class LLMJudge:
     def ask_each(self, questions: Sequence[Question], answered: Callable[[int, list[int]], None]) -> list[list[int]]:
         """As a call, and `answered(i, kept)` is told the model's own answer to question i as it arrives, by the thread
         that asked. What `on_error` puts in an answer's place is none."""
-        asked = [self._pool.submit(self._ask, question, partial(answered, i)) for i, question in enumerate(questions)]
+        starts = range(0, len(questions), self._batch)
+        asked = [
+            self._pool.submit(self._ask, questions[start : start + self._batch], partial(_told, answered, start))
+            for start in starts
+        ]
         done, waiting = wait(asked, return_when=FIRST_EXCEPTION)
         for future in waiting:  # one has failed: the rest, which may hang, is not waited for
             future.cancel()
         for future in done:
             future.result()
-        return [future.result() for future in asked]
+        return [kept for future in asked for kept in future.result()]
 
     def check(self) -> None:
         """Raises ConnectionError, in one line, when nothing answers at the endpoint, or a web page does, or it refuses
@@ -138,55 +140,57 @@ class LLMJudge:
             message = f"{self._client.base_url} answers, but is no OpenAI endpoint: does judge.base_url end in /v1?"
             raise ConnectionError(message) from error
 
-    def prompt(self, question: Question) -> str:
-        """The request's text."""
-        around = 8  # tokens on either side
-        candidates = [
-            {
-                **vars(candidate),
-                "before": "".join(question.tokens[max(0, candidate.position - around) : candidate.position]),
-                "after": "".join(question.tokens[candidate.position + 1 : candidate.position + 1 + around]),
-            }
-            for candidate in question.candidates
-        ]
-        return self._template.render(
-            prompt=question.prompt,
-            privileged_context=question.privileged_context,
-            teacher_prompt=question.teacher_prompt,
-            answer=_marked(question),
-            has_tools=bool(question.unwritten),
-            candidates=candidates,
-            max_kept=question.max_kept,
-        )
+    def prompt(self, *questions: Question) -> str:
+        """The text of a request about these."""
+        return self._asking.render(questions)
 
-    def _ask(self, question: Question, answered: Callable[[list[int]], None]) -> list[int]:
+    def _ask(self, questions: Sequence[Question], answered: Callable[[int, list[int]], None]) -> list[list[int]]:
         self._limits.before()
         self.stats["requests"] += 1
+        found: list[list[int] | None]
         try:
-            kept = self._kept(question, self._complete(self.prompt(question), len(question.candidates)))
-        except (self._openai.OpenAIError, ValueError) as error:
-            self.stats["failures"] += 1
-            if self.on_error == "raise":
-                reason = first_line(error)
-                raise ConnectionError(f"judge {self.model!r} at {self._client.base_url} failed: {reason}") from error
-            log.warning("judge failed (%s); on_error=%s", type(error).__name__, self.on_error)
-            return MagnitudeJudge()([question])[0] if self.on_error == "magnitude" else []
-        answered(kept)
-        return kept
+            found = self._found(questions, self._complete(questions))
+        except (ValueError, *self._refusals) as error:
+            if len(questions) == 1:
+                return [self._failed(questions[0], error)]
+            found = [None for _ in questions]
+        except self._openai.OpenAIError as error:
+            return [self._failed(question, error) for question in questions]
+        places = {i: numbers for i, numbers in enumerate(found) if numbers is not None}
+        kept = {i: self._kept(questions[i], numbers) for i, numbers in places.items()}
+        for i, answer in kept.items():
+            answered(i, answer)
+        for i in range(len(questions)):  # after what is there has been told: one that fails loses no other
+            if i not in kept:
+                (kept[i],) = self._ask(questions[i : i + 1], partial(_told, answered, i))
+        return [kept[i] for i in range(len(questions))]
 
-    def _complete(self, prompt: str, num_candidates: int) -> str:
-        options = dict(max_tokens=self.max_tokens, temperature=self.temperature)
+    def _failed(self, question: Question, error: Exception) -> list[int]:
+        """What `on_error` says of a question whose request has failed for good."""
+        self.stats["failures"] += 1
+        if self.on_error == "raise":
+            reason = first_line(error)
+            raise ConnectionError(f"judge {self.model!r} at {self._client.base_url} failed: {reason}") from error
+        log.warning("judge failed (%s); on_error=%s", type(error).__name__, self.on_error)
+        return MagnitudeJudge()([question])[0] if self.on_error == "magnitude" else []
+
+    def _complete(self, questions: Sequence[Question]) -> str:
+        max_tokens = self.max_tokens and self.max_tokens * len(questions)
+        options = dict(max_tokens=max_tokens, temperature=self.temperature)
         request = dict(
             model=self.model,
-            messages=[{"role": "user", "content": prompt}],
+            messages=[{"role": "user", "content": self.prompt(*questions)}],
             **{name: value for name, value in options.items() if value is not None},
         )
         if self._structured:
-            schema = {"name": "verdicts", "schema": answer_schema(num_candidates), "strict": True}
-            response_format = {"type": "json_schema", "json_schema": schema}
+            schema = answer_schema([len(question.candidates) for question in questions])
+            response_format = {
+                "type": "json_schema",
+                "json_schema": {"name": "verdicts", "schema": schema, "strict": True},
+            }
             try:
                 return self._counted(self._client.chat.completions.create(**request, response_format=response_format))
-            except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
+            except self._refusals:
                 pass  # for want of structured output, if it answers without
         completion = self._client.chat.completions.create(**request)
         self._structured = False
@@ -211,12 +215,32 @@ class LLMJudge:
             raise ValueError("the judge's answer is no text")
         return text
 
-    def _kept(self, question: Question, text: str) -> list[int]:
-        """Positions from the answer; what names no candidate is dropped and counted."""
-        numbers, dropped = found_relevant(parse(text), len(question.candidates))
+    def _found(self, questions: Sequence[Question], text: str) -> list[list[int] | None]:
+        """By question the places of the list that are relevant; None for one of several that has no verdict. Entries
+        that name no candidate are dropped and counted."""
+        if len(questions) == 1:
+            lists, dropped = [parse(text)], 0
+        else:
+            lists, dropped = by_answer(parse(text), len(questions))
+        found: list[list[int] | None] = []
+        for question, entries in zip(questions, lists, strict=True):
+            numbers, strangers = found_relevant(entries, len(question.candidates))
+            dropped += strangers
+            passed_over = len(questions) > 1 and len(entries) == strangers
+            found.append(None if passed_over else numbers)
         self.stats.update(dropped=dropped)
+        return found
+
+    def _kept(self, question: Question, numbers: list[int]) -> list[int]:
+        """Positions in the order of the candidates, from places of the list as it was shown."""
         self._places.add(numbers, len(question.candidates))
-        return [question.candidates[number - 1].position for number in numbers][: question.max_kept]
+        order = self._asking.order(question)
+        chosen = sorted(order[number - 1] for number in numbers)
+        return [question.candidates[i].position for i in chosen][: question.max_kept]
+
+
+def _told(answered: Callable[[int, list[int]], None], start: int, i: int, kept: list[int]) -> None:
+    answered(start + i, kept)
 
 
 def llm_of(judge: object) -> LLMJudge | None:
@@ -224,11 +248,3 @@ def llm_of(judge: object) -> LLMJudge | None:
     while judge is not None and not isinstance(judge, LLMJudge):
         judge = getattr(judge, "then", None) or getattr(judge, "judge", None)
     return judge
-
-
-def _marked(question: Question) -> str:
-    """The answer with what tools said in it between <tool> and </tool>."""
-    read = set(question.unwritten)
-    runs = itertools.groupby(range(len(question.tokens)), key=lambda i: i in read)
-    texts = ((is_read, "".join(question.tokens[i] for i in run)) for is_read, run in runs)
-    return "".join(f"<tool>{text}</tool>" if is_read else text for is_read, text in texts)

@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 from collections import Counter
+from collections.abc import Sequence
 
 log = logging.getLogger("rmsd")
 
@@ -15,10 +16,11 @@ SAME = 0.75  # of them
 REASON = "^[A-Za-z0-9 ,.'-]{0,80}$"
 
 
-def answer_schema(num_candidates: int) -> dict:
-    """What a server with structured output is held to. The bound matters: a small model lists candidates without end,
-    and an answer that `max_tokens` cuts off is none. Numbers are not bounded: one that names no candidate is better
-    dropped and counted than forced onto another. The reason comes before the verdict, which then follows from it."""
+def answer_schema(num_candidates: Sequence[int]) -> dict:
+    """What a server with structured output is held to, for questions with so many candidates each. The bound matters: a
+    small model lists candidates without end, and an answer that `max_tokens` cuts off is none. Numbers are not bounded:
+    one that names no candidate is better dropped and counted than forced onto another. The reason comes before the
+    verdict, which then follows from it."""
     entry = {
         "type": "object",
         "properties": {
@@ -29,9 +31,12 @@ def answer_schema(num_candidates: int) -> dict:
         "required": ["candidate", "reason", "relevant"],
         "additionalProperties": False,
     }
+    if len(num_candidates) > 1:
+        entry["properties"] = {"answer": {"type": "integer"}, **entry["properties"]}
+        entry["required"] = list(entry["properties"])
     return {
         "type": "object",
-        "properties": {"verdicts": {"type": "array", "items": entry, "maxItems": num_candidates}},
+        "properties": {"verdicts": {"type": "array", "items": entry, "maxItems": sum(num_candidates)}},
         "required": ["verdicts"],
         "additionalProperties": False,
     }
@@ -54,6 +59,19 @@ def parse(text: str) -> list:
             return answer["verdicts"]
         start = text.find("{", start + 1)
     raise ValueError('the judge\'s answer holds no {"verdicts": [...]}')
+
+
+def by_answer(entries: list, num_answers: int) -> tuple[list[list], int]:
+    """(the entries of each answer, by the number under "answer"; entries that name none)."""
+    lists: list[list] = [[] for _ in range(num_answers)]
+    dropped = 0
+    for entry in entries:
+        number = entry.get("answer") if isinstance(entry, dict) else None
+        if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= num_answers:
+            lists[number - 1].append(entry)
+        else:
+            dropped += 1
+    return lists, dropped
 
 
 def found_relevant(entries: list, num_candidates: int) -> tuple[list[int], int]:

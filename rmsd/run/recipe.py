@@ -50,12 +50,14 @@ class JudgeSection(_Section):
     max_concurrency: int = _key(8, "llm: requests under way at once.", ge=1)
     timeout: float = _key(60.0, "llm: seconds a request may take.", gt=0)
     max_retries: int = _key(3, "llm: after a request that failed for a time.", ge=0)
-    max_tokens: int | None = _key(1024, "llm: of an answer; null for a model that takes none.", ge=1)
+    max_tokens: int | None = _key(1024, "llm: written about an answer; null for a model that takes none.", ge=1)
     temperature: float | None = _key(0.0, "llm: null for a model that takes none.", ge=0)
     on_error: Literal["raise", "magnitude", "skip"] = _key(
         "raise", "llm: raise, magnitude or skip, where a request fails for good."
     )
     template: UserPath | None = _key(None, "llm: a jinja2 file in place of the built-in prompt.")
+    shuffle: bool = _key(True, "llm: list candidates in an order that says nothing of the gap.")
+    batch: int = _key(1, "llm: answers in one request.", ge=1)
     requests_per_minute: int | None = _key(None, "llm: at most; requests wait.", ge=1)
     tokens_per_minute: int | None = _key(None, "llm: read and written, at most; requests wait.", ge=1)
     budget_tokens: int | None = _key(None, "llm: read and written in the run; then it stops, to be resumed.", ge=1)
