@@ -5,7 +5,7 @@ became of it: what it learned, what it kept, and its signs of health.
     python -m benchmarks.real --seeds 0 1 2 --only rmsd rmsd-3x
     python -m benchmarks.real --replay             # runs nothing; the limits of health beside runs that are kept
 
-Every run is `rmsd train recipes/qwen_coder_pinapple.yaml`, with every row hinted in all but one. A run that is there is
+Every run is `rmsd train recipes/qwen_coder_pinapple.yaml` with the changes that RUNS lists. A run that is there is
 read, and one that was interrupted is continued. On one AVX2 core a step takes about a minute.
 """
 
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -24,7 +25,7 @@ from rmsd.answers.rollout import eos_ids_of, generate, pad_id_of
 from rmsd.models.loading import load_model
 from rmsd.run import human_eval
 from rmsd.run.recipe import load_recipe
-from rmsd.tasks import pinapple
+from rmsd.tasks import house_tool, pinapple
 from rmsd.training.config import LORA_LEARNING_RATE
 from rmsd.training.health import SIGNS, START, WINDOW, find_collapse, mean_of
 from rmsd.training.record import read_lines
@@ -39,6 +40,19 @@ OBEYED = [
     "train.warmup_steps=2",
     "train.sampling_temperature=0.7",
 ]
+# A task that this model obeys when it is told, with the demo's settings: what is taught is a word nobody has seen.
+TOOL = [
+    "task=house_tool",
+    THRICE,
+    "train.max_steps=20",
+    "train.lr_scheduler_type=constant_with_warmup",
+    "train.warmup_steps=2",
+    "train.divergence=jsd",
+    "train.vocab_topk=null",
+    "train.threshold=0.1",
+    "train.sampling_temperature=0.5",
+    "train.max_completion_length=24",
+]
 RUNS = {
     "rmsd": [],
     "opsd": ["method=opsd"],
@@ -47,6 +61,9 @@ RUNS = {
     "rmsd-guided": ["train.guided_rollouts=0.25"],
     "rmsd-obeyed": [*OBEYED, "train.divergence=forward_kl"],
     "rmsd-obeyed-reverse": OBEYED,
+    "tool-opsd": [*TOOL, "method=opsd"],
+    "tool-rmsd": TOOL,
+    "tool-rmsd-context": [*TOOL, "judge.kind=context"],
     # What the watch is for: the mass outside the top k left out of the loss. The run is to stop by itself.
     "rmsd-drop": [THRICE, "train.tail=drop"],
 }
@@ -118,26 +135,33 @@ def checked(run: Path, name: str, count: int) -> dict:
 def marks(run: Path, name: str, seed: int, ended: str | None, after: dict) -> dict:
     lines = read_lines(run / "metrics.jsonl")
     steps = [{key: _rounded(line[key]) for key in KEPT if key in line} for line in lines if line["kind"] == "train"]
-    for step, counts in written(run).items():
+    task = house_tool.TASK if is_tool(name) else pinapple.TASK
+    for step, counts in written(run, task.leaks).items():
         steps[step - 1] |= counts
     evaluations = [{k: _rounded(v) for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == "eval"]
     return dict(run=name, seed=seed, overrides=RUNS[name], ended=ended, evaluations=evaluations, steps=steps, **after)
 
 
-def written(run: Path) -> dict[int, dict[str, int]]:
+def is_tool(name: str) -> bool:
+    return RUNS[name][: len(TOOL)] == TOOL
+
+
+def written(run: Path, has_word: Callable[[str], bool]) -> dict[int, dict[str, int]]:
     """By step, of the student's rollouts: how many had a hint and how many of those write the word, and of anchors."""
     counts: dict[int, Counter[str]] = {}
     for rollout in read_lines(run / "rollouts.jsonl"):
         kind = "told" if rollout["privileged_context"].strip() else "anchors"
-        writes = pinapple.exists("".join(rollout["tokens"]))
+        writes = has_word("".join(rollout["tokens"]))
         counts.setdefault(rollout["step"], Counter()).update({kind: 1, f"{kind}_with_word": int(writes)})
     return {step: dict(of_step) for step, of_step in counts.items()}
 
 
 def word_table(found: list[dict]) -> str:
-    """Markdown: of the runs that are told a phrasing that is obeyed, how many rollouts of five steps write the word."""
+    """Markdown: of the runs that are told what is obeyed, how many rollouts of five steps write the word."""
     rows = [("run", "seed", "steps", "rows with a hint", "anchors", "kept tokens a step"), ["---"] * 6]
-    for one in (one for one in found if RUNS[one["run"]][: len(OBEYED)] == OBEYED):
+    for one in found:
+        if not is_tool(one["run"]) and RUNS[one["run"]][: len(OBEYED)] != OBEYED:
+            continue
         for first in range(0, len(one["steps"]), 5):
             steps = one["steps"][first : first + 5]
             total = {kind: sum(step.get(kind, 0) for step in steps) for kind in (*COUNTED, "kept_tokens")}

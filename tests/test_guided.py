@@ -1,5 +1,7 @@
 """Guided rollouts: a share of the answers is the told teacher's, and is marked."""
 
+import contextlib
+
 import pytest
 import tiny
 import torch
@@ -9,6 +11,7 @@ from tiny import trainer
 
 from rmsd import RMSDConfig
 from rmsd.answers.rollout import generate
+from rmsd.step import writing
 from rmsd.step.writing import guided_rows
 from rmsd.training.record import RunRecord, read_lines
 
@@ -84,7 +87,9 @@ def test_what_they_do_not_go_with_is_refused(tmp_path, options, message):
 def test_in_an_episode_the_teachers_calls_are_acted_on_and_what_tools_say_is_nobodys(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny.tokenizer(), "chat_template", CHAT)
     made = trainer(tmp_path, **{**LONG, "max_completion_length": 80}, called=dict(environment_factory=Counter))
-    made.teacher.write = write = stub([call("add", n=3)] * 3, ["Done."] * 3)
+    write = stub([call("add", n=3)] * 3, ["Done."] * 3)
+    write.turns, write.sync = contextlib.nullcontext, lambda model: None
+    monkeypatch.setattr(writing, "TransformersEngine", lambda autocast: write)
     rows = [dict(row) for row in tiny.ROWS]
     batch = batch_of(made)
     assert batch.guided == [0, 2, 3]

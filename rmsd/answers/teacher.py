@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +13,7 @@ from ..models.heads import OutputHead, frozen_copy
 from ..models.hidden import completion_hidden, row_lengths
 from ..models.sharding import whole
 from ..models.transfer import to_device
-from .rollout import Rollouts, generate
+from .rollout import Rollouts
 
 KINDS = ("initial", "live", "ema", "adapter_off")
 FILE = "teacher.safetensors"  # in a checkpoint, where the teacher is no longer the initial weights
@@ -59,7 +58,7 @@ class Teacher:
                 f"teacher='adapter_off' needs all trained weights in the adapter, and {beside_adapter(model)} is "
                 "beside it: 'initial' keeps a copy"
             )
-        self.kind, self.student, self._autocast, self._head_dtype = kind, model, autocast, head_dtype
+        self.kind, self.student, self.autocast, self._head_dtype = kind, model, autocast, head_dtype
         self.changed = False  # from the initial weights
         self.has_snapshot = False  # an adapter of its own
         self._averages: dict[str, Tensor] = {}  # fp32, of the weights below that
@@ -93,7 +92,7 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, teacher_prompt_ids: list[list[int]], rollouts: Rollouts, pad_id: int) -> Tensor:
         """(B, L, H): the teacher's hidden states for the student's answers."""
-        with self.active() as model, self._autocast():  # not in `active`, where an engine takes merged weights
+        with self.active() as model, self.autocast():  # not in `active`, where an engine takes merged weights
             return completion_hidden(
                 model,
                 teacher_prompt_ids,
@@ -102,11 +101,6 @@ class Teacher:
                 pad_id,
                 lengths=row_lengths(rollouts.on_host.attention_mask),
             )
-
-    def write(self, teacher_prompt_ids: list[list[int]], **options: Any) -> Rollouts:
-        """Answers of the teacher's own to its prompts; `options` are those of `generate`."""
-        with self.active() as model, self._autocast():
-            return generate(model, teacher_prompt_ids, **options)
 
     @torch.no_grad()
     def kept_hidden(self, teacher_prompt_ids: list[list[int]], rollouts: Rollouts, pad_id: int, keep: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
 """Write: the answers of a micro-batch."""
 
-import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from ..answers.completions import rollouts_of
-from ..answers.engines import Engine
+from ..answers.engines import Engine, TransformersEngine
 from ..answers.episodes import Episodes
 from ..answers.prompts import Prompts
 from ..answers.rollout import Rollouts
@@ -37,11 +36,13 @@ def write(
     `guided_rollouts` of the told rows is answered by the teacher in its place, and `guided` names them."""
     options = dict(pad_id=pad_id, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
 
-    def write_with(engine: Callable, prompt_ids: list[list[int]], rows: list[int]) -> Rollouts:
+    def written_by(writer: Engine, prompt_ids: list[list[int]], rows: list[int]) -> Rollouts:
         ids, seeds = [prompt_ids[i] for i in rows], [seed[i] for i in rows]
         if episodes is None:
-            return engine(ids, seed=seeds, **options)
-        return episodes.play(engine, [batch.episodes[i] for i in rows], ids, seed=seeds, device=device, **options)
+            return writer(ids, seed=seeds, **options, **sampling)
+        played = [batch.episodes[i] for i in rows]
+        with writer.turns():
+            return episodes.play(partial(writer, **sampling), played, ids, seed=seeds, device=device, **options)
 
     if batch.rows[0].get("completion") is not None:
         batch.rollouts = rollouts_of(batch.rows, batch.prompt_ids, prompts.tokenizer, pad_id, device)
@@ -55,11 +56,12 @@ def write(
     own = [i for i in range(len(batch.rows)) if i not in guided]
     written = []
     if own:
-        with engine.turns() if episodes else contextlib.nullcontext():
-            written.append((own, write_with(partial(engine, **sampling), batch.prompt_ids, own)))
+        written.append((own, written_by(engine, batch.prompt_ids, own)))
     if guided:
-        told = list(map(prompts.teacher, batch.rows))
-        written.append((guided, write_with(partial(teacher.write, **sampling), told, guided)))
+        with teacher.active() as model:
+            told = TransformersEngine(teacher.autocast)
+            told.sync(model)
+            written.append((guided, written_by(told, list(map(prompts.teacher, batch.rows)), guided)))
     batch.rollouts = written[0][1] if not guided else _together(written, batch.prompt_ids, pad_id)
     if episodes is not None:
         batch.tell(prompts)  # anew: what the teacher is told may have been made of what happened

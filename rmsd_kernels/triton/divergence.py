@@ -341,7 +341,7 @@ def divergence(
     num_groups = options.vocab_size // (tile["UNROLL"] * tile["LANES"] * tile["VEC"]) * tile["LANES"]
     # A softcap may round two logits into a tie, and a group of a row that is not aligned is 16 loads far apart.
     has_groups = options.vocab_topk is not None and options.softcap is None and tile["ALIGNED"]
-    capacity = has_groups * min(num_groups, 2 * triton.cdiv(options.vocab_topk or 0, tile["LANES"]) * tile["LANES"])
+    capacity = has_groups * min(num_groups, 2 * -(-(options.vocab_topk or 0) // tile["LANES"]) * tile["LANES"])
     if len(result):
         num_parts = parts_of(len(result), options.vocab_size, tile)
         arguments = dict(

@@ -244,7 +244,7 @@ def divergence_backward(
     if stats.shape[0] and grad_logits.numel():
         tile = dict(tile_options(student_logits, teacher_logits, grad_logits), CHUNK_TILES=CHUNK_TILES)
         logits_a_program = tile["CHUNK_TILES"] * tile["UNROLL"] * tile["LANES"] * tile["VEC"]
-        num_chunks = triton.cdiv(options.vocab_size, logits_a_program)
+        num_chunks = -(-options.vocab_size // logits_a_program)
         launch(
             divergence_backward_kernel,
             stats.shape[0] * num_chunks,

@@ -24,7 +24,7 @@ _TERMS = tl.constexpr(8)  # where those of the second visit begin
 
 def parts_of(num_rows: int, size: int, tile: dict) -> int:
     """How many programs a row gets; 1 where it is not split."""
-    parts = triton.cdiv(size, tile["UNROLL"] * tile["LANES"] * tile["VEC"])
+    parts = -(-size // (tile["UNROLL"] * tile["LANES"] * tile["VEC"]))
     return parts if num_rows <= FEW_ROWS and parts <= MAX_PARTS.value else 1
 
 
