@@ -94,6 +94,26 @@ def test_every_answer_is_the_schema_s_and_names_candidates(judge):
     assert asked.stats["tokens_read"] > 0 and asked.stats["tokens_written"] > 0
 
 
+def test_verdicts_of_a_batch_name_answers(judge):
+    """What this model passes over is asked about again alone, so that it costs a request and no answer."""
+    asked = judge(batch=2)
+    answers = asked([question(), question("What is the deploy tool?", max_kept=3)])
+    assert len(answers) == 2 and all(set(answer) <= {0, 2, 4} for answer in answers)
+    verdicts = json.loads(judge.texts[0])["verdicts"]
+    assert verdicts and all(set(entry) == {"answer", "candidate", "reason", "relevant"} for entry in verdicts)
+    passed_over = {1, 2} - {entry["answer"] for entry in verdicts if entry["candidate"] in (1, 2, 3)}
+    assert asked.stats["requests"] == 1 + len(passed_over) and asked.stats["failures"] == 0
+
+
+def test_each_candidate_by_itself_is_judged_by_log_probabilities(judge):
+    asked = judge(ask="each")
+    (answer,) = asked([question(max_kept=3)])
+    assert set(answer) <= {0, 2, 4} and not judge.texts, "no text is read"
+    assert asked.stats["requests"] == asked.stats["tokens_written"] == 6 and asked.stats["failures"] == 0
+    assert judge(ask="each", log_odds=-100.0)([question(max_kept=3)]) == [[4, 0, 2]]
+    assert judge(ask="each", log_odds=100.0)([question(max_kept=3)]) == [[]]
+
+
 def test_an_answer_in_prose_is_what_on_error_says(judge, tmp_path):
     template = tmp_path / "prose.jinja"
     template.write_text("Write one short sentence about the sea.")

@@ -71,7 +71,8 @@ def test_judges_are_measured_on_questions_that_are_kept(recipe, tmp_path):
     questions = tmp_path / "questions.jsonl"
     said = judge(load_recipe(recipe), questions, prompts=2)
     assert "labelled by the task's grader, written to" in said
-    again = judge(load_recipe(recipe), questions)
+    recipe.write_text(recipe.read_text().replace(str(tmp_path / "base"), str(tmp_path / "none")))
+    again = judge(load_recipe(recipe), questions)  # which takes no model
     lines = {line.split()[0]: line for line in again.splitlines() if line.strip()}
     assert {"magnitude", "context", "contrast"} <= lines.keys()
     assert said.splitlines()[0].split(" (")[0] == again.splitlines()[0].split(" (")[0]

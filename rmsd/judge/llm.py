@@ -12,6 +12,7 @@ from pathlib import Path
 from ..words import first_line
 from .asking import Asking
 from .base import Question
+from .each import EXAMPLES, NEUTRAL, SYSTEM, TOP, log_odds, messages
 from .limits import Limits
 from .magnitude import MagnitudeJudge
 from .verdicts import PlaceWatch, answer_schema, by_answer, found_relevant, parse
@@ -19,10 +20,12 @@ from .verdicts import PlaceWatch, answer_schema, by_answer, found_relevant, pars
 log = logging.getLogger("rmsd")
 
 ON_ERROR = ("raise", "magnitude", "skip")
+ASK = ("list", "each")
+ONE_TOKEN = {"logprobs": True, "top_logprobs": TOP}
 
 
 class LLMJudge:
-    """Asks a chat model which candidates bear on the wanted behaviour, a request for each rollout or for several.
+    """Asks a chat model which candidates bear on the wanted behaviour.
 
     Args:
         model: the model's name at the endpoint.
@@ -34,6 +37,10 @@ class LLMJudge:
             for each question of a request.
         on_error: what a request that fails for good means: "raise", "magnitude" (the largest gaps are kept) or "skip"
             (nothing of this rollout is).
+        ask: "list" shows a rollout's candidates in one request, and reads a verdict on each. "each" asks about one
+            candidate at a time, by two requests of one token: how much likelier is yes than no under the instruction,
+            and under none? It needs a server that gives log-probabilities.
+        log_odds: "each" keeps a candidate where the difference of the two is larger, in nats.
         template, shuffle: as rmsd.judge.asking.Asking takes them.
         batch: questions in one request. One that the answer passes over is asked again by itself, and so is each of a
             request that is refused or whose answer cannot be read.
@@ -61,6 +68,8 @@ class LLMJudge:
         max_tokens: int | None = 1024,
         temperature: float | None = 0.0,
         on_error: str = "raise",
+        ask: str = "list",
+        log_odds: float = 0.0,
         template: str | Path | None = None,
         shuffle: bool = True,
         batch: int = 1,
@@ -74,7 +83,11 @@ class LLMJudge:
             raise ImportError("LLMJudge needs the openai client: pip install 'rmsd-kernels[judge]'") from error
         if on_error not in ON_ERROR:
             raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, not {on_error!r}")
-        self.model, self.on_error = model, on_error
+        if ask not in ASK:
+            raise ValueError(f"ask must be one of {', '.join(ASK)}, not {ask!r}")
+        if ask == "each" and (template or batch > 1):
+            raise ValueError("judge.ask=each takes no judge.template, and no judge.batch: it asks about one candidate")
+        self.model, self.on_error, self.ask, self.log_odds = model, on_error, ask, log_odds
         self.max_tokens, self.temperature = max_tokens, temperature
         self.stats: Counter[str] = Counter()
         self._openai, self._api_key_env = openai, api_key_env
@@ -87,7 +100,7 @@ class LLMJudge:
             max_retries=max_retries,
         )
         self._pool = ThreadPoolExecutor(max_concurrency, thread_name_prefix="judge")
-        self._asking, self._batch = Asking(template, batch=batch, shuffle=shuffle), batch
+        self._asking, self._batch = Asking(template, batch=batch, shuffle=shuffle and ask == "list"), batch
         self._structured = True
         self._limits = Limits(requests_per_minute, tokens_per_minute, budget_tokens)
         self._places = PlaceWatch()
@@ -96,6 +109,8 @@ class LLMJudge:
     def fingerprint(self) -> str:
         """All that determines an answer besides the question."""
         asked = [self._asking.text, self._asking.shuffle, self._batch]
+        if self.ask == "each":
+            asked = [SYSTEM, EXAMPLES, NEUTRAL, self.log_odds]
         return json.dumps([self.model, self.temperature, self.max_tokens, *asked])
 
     @property
@@ -141,15 +156,24 @@ class LLMJudge:
             raise ConnectionError(message) from error
 
     def prompt(self, *questions: Question) -> str:
-        """The text of a request about these."""
+        """The text of a request about these, or of the first candidate's where each is asked about by itself."""
+        if self.ask == "each":
+            (question,) = questions
+            chat = messages(question, question.candidates[0], question.privileged_context)
+            return "\n".join(message["content"] for message in chat)
         return self._asking.render(questions)
 
+    def requests(self, num_candidates: int) -> int:
+        """For one rollout, retries apart."""
+        return 2 * num_candidates if self.ask == "each" else 1
+
     def _ask(self, questions: Sequence[Question], answered: Callable[[int, list[int]], None]) -> list[list[int]]:
-        self._limits.before()
-        self.stats["requests"] += 1
         found: list[list[int] | None]
         try:
-            found = self._found(questions, self._complete(questions))
+            if self.ask == "each":
+                found = [self._leaning(questions[0])]
+            else:
+                found = self._found(questions, self._complete(questions))
         except (ValueError, *self._refusals) as error:
             if len(questions) == 1:
                 return [self._failed(questions[0], error)]
@@ -174,34 +198,45 @@ class LLMJudge:
         log.warning("judge failed (%s); on_error=%s", type(error).__name__, self.on_error)
         return MagnitudeJudge()([question])[0] if self.on_error == "magnitude" else []
 
+    def _leaning(self, question: Question) -> list[int]:
+        """Places of the list at which the model leans towards yes by more than it does when nothing is asked for."""
+        places = []
+        for place, candidate in enumerate(question.candidates, 1):
+            told, untold = (
+                log_odds(self._create(messages(question, candidate, instruction), 1, **ONE_TOKEN))
+                for instruction in (question.privileged_context, NEUTRAL)
+            )
+            if told - untold > self.log_odds:
+                places.append(place)
+        return places
+
     def _complete(self, questions: Sequence[Question]) -> str:
+        chat = [{"role": "user", "content": self.prompt(*questions)}]
         max_tokens = self.max_tokens and self.max_tokens * len(questions)
-        options = dict(max_tokens=max_tokens, temperature=self.temperature)
-        request = dict(
-            model=self.model,
-            messages=[{"role": "user", "content": self.prompt(*questions)}],
-            **{name: value for name, value in options.items() if value is not None},
-        )
         if self._structured:
             schema = answer_schema([len(question.candidates) for question in questions])
-            response_format = {
-                "type": "json_schema",
-                "json_schema": {"name": "verdicts", "schema": schema, "strict": True},
-            }
+            verdicts = {"name": "verdicts", "schema": schema, "strict": True}
+            structured = {"response_format": {"type": "json_schema", "json_schema": verdicts}}
             try:
-                return self._counted(self._client.chat.completions.create(**request, response_format=response_format))
+                return self._text(self._create(chat, max_tokens, **structured))
             except self._refusals:
                 pass  # for want of structured output, if it answers without
-        completion = self._client.chat.completions.create(**request)
+        completion = self._create(chat, max_tokens)
         self._structured = False
-        return self._counted(completion)
+        return self._text(completion)
 
-    def _counted(self, completion) -> str:
+    def _create(self, chat: list[dict], max_tokens: int | None, **more):
+        """A completion, once the limits allow it; counted."""
+        self._limits.before()
+        self.stats["requests"] += 1
+        options = {"max_tokens": max_tokens, "temperature": self.temperature}
+        given = {name: value for name, value in options.items() if value is not None}
+        completion = self._client.chat.completions.create(model=self.model, messages=chat, **given, **more)
         usage = getattr(completion, "usage", None)
         read, written = (getattr(usage, f"{what}_tokens", None) or 0 for what in ("prompt", "completion"))
         self.stats.update(tokens_read=read, tokens_written=written)
         self._limits.after(read + written)
-        return self._text(completion)
+        return completion
 
     @staticmethod
     def _text(completion) -> str:
@@ -233,7 +268,8 @@ class LLMJudge:
 
     def _kept(self, question: Question, numbers: list[int]) -> list[int]:
         """Positions in the order of the candidates, from places of the list as it was shown."""
-        self._places.add(numbers, len(question.candidates))
+        if self.ask == "list":
+            self._places.add(numbers, len(question.candidates))
         order = self._asking.order(question)
         chosen = sorted(order[number - 1] for number in numbers)
         return [question.candidates[i].position for i in chosen][: question.max_kept]

@@ -135,8 +135,10 @@ class Plan:
         return self.args.method == "rmsd" and self.llm is not None
 
     def requests(self, rollouts: int) -> int:
-        """To the judge, for that many rollouts, at most: retries apart."""
-        return judged_at_most(rollouts, len(self.rows), self.told) if self.asks else 0
+        """To the judge, for that many rollouts, at most: retries apart, and as if none shared a request."""
+        if not self.asks:
+            return 0
+        return judged_at_most(rollouts, len(self.rows), self.told) * self.llm.requests(self.args.num_candidates)
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
@@ -227,17 +229,16 @@ class Plan:
         if not self.asks:
             yield "judge", f"{section.kind}: no requests" if self.args.method == "rmsd" else "not asked by opsd"
             return
-        most, written = self.requests(self.rollouts), self.llm.max_tokens
+        most = self.requests(self.rollouts)
+        written = 1 if self.llm.ask == "each" else self.llm.max_tokens
         read = self._tokens_judged()
         yield (
             "judge",
             f"{section.model} at {section.base_url or 'the default endpoint'}, key from {section.api_key_env}",
         )
         yield "requests", f"{self.requests(self.step_size)} a step at most, and {most:,} in the run; retries on top"
-        yield (
-            "",
-            f"~ {self.rollouts * self.told / len(self.rows):,.0f} in the run as rows are drawn; less what is cached",
-        )
+        drawn = self.rollouts * self.told / len(self.rows) * self.llm.requests(self.args.num_candidates)
+        yield "", f"~ {drawn:,.0f} in the run as rows are drawn; less what is cached"
         limit, in_all = "as many written as the model likes", ""
         if written is not None:  # some models take no limit
             limit, in_all = f"{written} written at most", f", {written * most / 1e6:,.1f} million written at most"

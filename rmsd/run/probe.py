@@ -32,9 +32,24 @@ class Probe:
         self.told = [row for row in self.rows if is_told(row)]
         if not self.told:
             raise ValueError("all rows are anchors: no row has a privileged context")
-        self.model, self.tokenizer = load(recipe, self.args.device)
-        self.eos_ids = eos_ids_of(self.model, self.tokenizer)
         self.notes: list[str] = []
+
+    @cached_property
+    def _loaded(self):
+        return load(self.recipe, self.args.device)
+
+    @cached_property
+    def model(self):
+        """Loaded when it is first asked: labelled questions of a file need none."""
+        return self._loaded[0]
+
+    @cached_property
+    def tokenizer(self):
+        return self._loaded[1]
+
+    @cached_property
+    def eos_ids(self):
+        return eos_ids_of(self.model, self.tokenizer)
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy, of `evaluate.max_new_tokens` at most."""

@@ -55,6 +55,10 @@ class JudgeSection(_Section):
     on_error: Literal["raise", "magnitude", "skip"] = _key(
         "raise", "llm: raise, magnitude or skip, where a request fails for good."
     )
+    ask: Literal["list", "each"] = _key(
+        "list", "llm: all candidates in one request, or each by itself, by how likely yes is and no."
+    )
+    log_odds: float = _key(0.0, "llm, each: nats by which the instruction must make yes likelier.")
     template: UserPath | None = _key(None, "llm: a jinja2 file in place of the built-in prompt.")
     shuffle: bool = _key(True, "llm: list candidates in an order that says nothing of the gap.")
     batch: int = _key(1, "llm: answers in one request.", ge=1)
