@@ -53,25 +53,25 @@ def leans(lean):
     return answer
 
 
-def test_it_keeps_what_is_likelier_under_the_instruction_than_under_none(server, judge):
-    """A yes to everything, or to this edit whatever is asked for, is no verdict."""
-    likes = {"Teacher writes: zor...": {CONTEXT: 0.9, NEUTRAL: 0.6}, "Our...": {CONTEXT: 0.95, NEUTRAL: 0.96}}
+def test_it_keeps_a_yes_that_the_instruction_makes_likelier(server, judge):
+    """A yes to this edit whatever is asked for is no verdict."""
+    likes = {"Teacher writes: zor...": {CONTEXT: 0.9, NEUTRAL: 0.7}, "Our...": {CONTEXT: 0.95, NEUTRAL: 0.96}}
 
     def lean(edit, instruction):
-        return next((by[instruction] for shown, by in likes.items() if shown in edit), 0.8)
+        return next((by[instruction] for shown, by in likes.items() if shown in edit), 0.55)
 
     server.script = [leans(lean)]
     asked = judge()
     assert asked([question()]) == [[2]]
-    assert len(server.requests) == asked.stats["requests"] == asked.requests(3) == 6
+    # The third candidate is no yes, at 0.2 nats: it is not asked about again.
+    assert len(server.requests) == asked.stats["requests"] == 5 < asked.requests(3) == 6
     body, _ = server.requests[0]
     assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
-    assert judge(log_odds=-0.1)([question()]) == [[2, 1]], "a lower bar keeps what hangs on no instruction"
     assert judge(log_odds=5.0)([question()]) == [[]]
 
 
 def test_all_but_the_last_message_s_end_is_the_same_in_every_request(server, judge):
-    server.script = [leans(lambda edit, instruction: 0.5)]
+    server.script = [leans(lambda edit, instruction: 0.9)]
     judge()([question()])
     chats = [body["messages"] for body, _ in server.requests]
     assert all(chat[:-1] == chats[0][:-1] and len(chat) > 5 for chat in chats)
@@ -81,9 +81,9 @@ def test_all_but_the_last_message_s_end_is_the_same_in_every_request(server, jud
 
 def test_a_word_that_is_not_listed_is_at_most_as_likely_as_the_last_that_is(server, judge):
     server.script = [said(Yes=0.9, maybe=0.01), said(no=0.5, Yes=0.4)]
-    assert judge(log_odds=math.log(90 * 5 / 4) - 0.01)([question()]) == [[2]]
+    assert judge(log_odds=math.log(90) - 0.01)([question()]) == [[2]]
     server.requests = []
-    assert judge(log_odds=math.log(90 * 5 / 4) + 0.01)([question()]) == [[]]
+    assert judge(log_odds=math.log(90) + 0.01)([question()]) == [[]]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_an_answer_that_says_neither_is_what_on_error_says(server, judge, tmp_pa
 
 
 def test_limits_and_the_budget_count_every_request(server, judge):
-    server.script = [leans(lambda edit, instruction: 0.5)]
+    server.script = [leans(lambda edit, instruction: 0.9)]
     asked = judge(budget_tokens=25, max_concurrency=1)
     with pytest.raises(ConnectionError, match=r"judge\.budget_tokens=25"):
         asked([question()])

@@ -1,9 +1,9 @@
 """One candidate a request, answered by one token: how much likelier a model says yes than no, by its log-probabilities.
 
 A small model that is asked about a list says yes to nearly all of it. What it says of one edit is a lean this way or
-that, which hangs on the edit as much as on the instruction; so it is asked again under an instruction that asks for
-nothing, and the difference counts (Zhao et al., "Calibrate before use", arXiv 2102.09690, take away a model's bias by
-an input without content). It does not know either which words a token may begin, so it is shown words.
+that, which hangs on the edit as much as on the instruction. So a yes is asked again under an instruction that asks for
+nothing, and must be the stronger for the real one (Zhao et al., "Calibrate before use", arXiv 2102.09690, take away a
+model's bias by an input without content). Nor does it know which words a token may begin, so it is shown words.
 """
 
 import re

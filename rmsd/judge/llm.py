@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..words import first_line
 from .asking import Asking
-from .base import Question
+from .base import Candidate, Question
 from .each import EXAMPLES, NEUTRAL, SYSTEM, TOP, log_odds, messages
 from .limits import Limits
 from .magnitude import MagnitudeJudge
@@ -38,9 +38,9 @@ class LLMJudge:
         on_error: what a request that fails for good means: "raise", "magnitude" (the largest gaps are kept) or "skip"
             (nothing of this rollout is).
         ask: "list" shows a rollout's candidates in one request, and reads a verdict on each. "each" asks about one
-            candidate at a time, by two requests of one token: how much likelier is yes than no under the instruction,
-            and under none? It needs a server that gives log-probabilities.
-        log_odds: "each" keeps a candidate where the difference of the two is larger, in nats.
+            candidate at a time for one token, yes or no, and where that is yes once more with an instruction that asks
+            for nothing, which must make yes less likely. It needs a server that gives log-probabilities.
+        log_odds: "each" takes an answer for yes where log P(yes) - log P(no) is larger.
         template, shuffle: as rmsd.judge.asking.Asking takes them.
         batch: questions in one request. One that the answer passes over is asked again by itself, and so is each of a
             request that is refused or whose answer cannot be read.
@@ -69,7 +69,7 @@ class LLMJudge:
         temperature: float | None = 0.0,
         on_error: str = "raise",
         ask: str = "list",
-        log_odds: float = 0.0,
+        log_odds: float = 0.5,
         template: str | Path | None = None,
         shuffle: bool = True,
         batch: int = 1,
@@ -164,7 +164,7 @@ class LLMJudge:
         return self._asking.render(questions)
 
     def requests(self, num_candidates: int) -> int:
-        """For one rollout, retries apart."""
+        """For one rollout at most, retries apart."""
         return 2 * num_candidates if self.ask == "each" else 1
 
     def _ask(self, questions: Sequence[Question], answered: Callable[[int, list[int]], None]) -> list[list[int]]:
@@ -199,16 +199,16 @@ class LLMJudge:
         return MagnitudeJudge()([question])[0] if self.on_error == "magnitude" else []
 
     def _leaning(self, question: Question) -> list[int]:
-        """Places of the list at which the model leans towards yes by more than it does when nothing is asked for."""
+        """Places of the list at which the model says yes, and more so than it does when nothing is asked for."""
         places = []
         for place, candidate in enumerate(question.candidates, 1):
-            told, untold = (
-                log_odds(self._create(messages(question, candidate, instruction), 1, **ONE_TOKEN))
-                for instruction in (question.privileged_context, NEUTRAL)
-            )
-            if told - untold > self.log_odds:
+            told = self._log_odds(question, candidate, question.privileged_context)
+            if told > self.log_odds and told > self._log_odds(question, candidate, NEUTRAL):
                 places.append(place)
         return places
+
+    def _log_odds(self, question: Question, candidate: Candidate, instruction: str) -> float:
+        return log_odds(self._create(messages(question, candidate, instruction), 1, **ONE_TOKEN))
 
     def _complete(self, questions: Sequence[Question]) -> str:
         chat = [{"role": "user", "content": self.prompt(*questions)}]

@@ -58,7 +58,7 @@ class JudgeSection(_Section):
     ask: Literal["list", "each"] = _key(
         "list", "llm: all candidates in one request, or each by itself, by how likely yes is and no."
     )
-    log_odds: float = _key(0.0, "llm, each: nats by which the instruction must make yes likelier.")
+    log_odds: float = _key(0.5, "llm, each: a yes is by more than this likelier than no, in nats.")
     template: UserPath | None = _key(None, "llm: a jinja2 file in place of the built-in prompt.")
     shuffle: bool = _key(True, "llm: list candidates in an order that says nothing of the gap.")
     batch: int = _key(1, "llm: answers in one request.", ge=1)
