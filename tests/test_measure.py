@@ -1,11 +1,13 @@
 """Judges on labelled questions: what the numbers say of good, bad and blind ones, and where labels come from."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from rmsd.judge import Candidate, ContextJudge, MagnitudeJudge, Question
+from rmsd.judge import Candidate, ContextJudge, ContrastJudge, MagnitudeJudge, Question
 from rmsd.judge.measure import Labelled, agreement, load, measure, save
 from rmsd.run.judging import labelled_by_grader, word_at
 from rmsd.tasks import pinapple
@@ -111,3 +113,45 @@ def test_labels_follow_from_the_word_that_the_told_teacher_would_make():
     assert asked[1] == ["Please write pinapple.\n\nWhich fruit?", "The fruit is pin"]
     with pytest.raises(ValueError, match="no grader to label questions by"):
         labelled_by_grader(SimpleNamespace(task=None), 8)
+
+
+# ---- the labelled answers of a real model --------------------------------------------------------------------------
+
+ANSWERS = Path(__file__).parents[1] / "benchmarks" / "judged_pinapple.jsonl"
+
+
+def follows(question, candidate):
+    """The rule of the labels: the edit begins or goes on with "pinapple", or takes "pineapple" away."""
+    if candidate.promoted == candidate.token:
+        return False
+    before = "".join(question.tokens[: candidate.position])
+    alone, wanted, written = (
+        re.search("[a-z]*$", head.casefold()).group() + re.search("[a-z]*", token.casefold().strip()).group()
+        for head, token in (
+            ("", candidate.promoted),
+            ("" if candidate.promoted[:1] == " " else before, candidate.promoted),
+            ("" if candidate.token[:1] == " " else before, candidate.token),
+        )
+    )
+    begins = any(len(word) >= 3 and "pinapple".startswith(word) for word in (alone, wanted))
+    is_word = re.search("[a-z]", candidate.token.casefold())
+    takes_away = candidate.gap < 0 and is_word and len(written) >= 3 and "pineapple".startswith(written)
+    return begins or (takes_away and not (len(wanted) >= 3 and "pineapple".startswith(wanted)))
+
+
+def test_the_labels_are_the_rule_s_and_the_page_s_figures_are_theirs():
+    labelled = load(ANSWERS)
+    assert (len(labelled), sum(len(x.question.candidates) for x in labelled)) == (16, 166)
+    for one in labelled:
+        assert one.relevant == {c.position for c in one.question.candidates if follows(one.question, c)}
+    rows = pinapple.TASK.train
+    page = (ANSWERS.parents[1] / "docs" / "usage.md").read_text(encoding="utf-8")
+    for name, judge in (
+        ("magnitude", MagnitudeJudge()),
+        ("context", ContextJudge(row["prompt"] for row in rows)),
+        ("contrast", ContrastJudge(rows)),
+        ("contrast, `judge.contrast_floor=4`", ContrastJudge(rows, floor=4.0)),
+    ):
+        marks = measure(judge, labelled)
+        figures = f"| {name} | {marks.kept} | {marks.precision:.2f} | {marks.recall:.2f} |"
+        assert figures in page, f"docs/usage.md should say {figures}"
