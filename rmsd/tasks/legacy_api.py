@@ -129,6 +129,7 @@ def requests(seed: int, count: int, wordings: slice) -> list[dict]:
 
 
 _ANCHORS = [
+    # Questions of all kinds, and questions with a request's words that ask for no call.
     "What is the capital of Norway?",
     "Name a fish that lives in the sea.",
     "Write a Python function that returns the larger of two numbers.",
@@ -137,6 +138,22 @@ _ANCHORS = [
     "How many seconds are in a minute?",
     "What does a ticket to a museum let you do?",
     "Which bird cannot fly?",
+    "How many days are in a week?",
+    "What is 12 times 3?",
+    "Who needs a passport?",
+    "What is a reservation?",
+    "Why do shops number their orders?",
+    "How do I close a window in Linux?",
+    "What makes a room feel larger?",
+    "Write a Python function that reverses a string.",
+    "Name a fruit that is yellow.",
+    "What is the largest planet?",
+    "Which metal is liquid at room temperature?",
+    "What should I check before I lend somebody money?",
+    "How many cents are in a dollar?",
+    "What color is the sky at noon?",
+    "Which language is spoken in Brazil?",
+    "What do you call a young dog?",
 ]
 _UNRELATED = [
     "What is the capital of Italy?",
