@@ -1,7 +1,7 @@
 """What a run's episodes came to, by five steps: whose they were, what showed the task's behaviour, what was solved.
 
     python -m benchmarks.episodes runs/legacy_api                                      # of a run's folder
-    python -m benchmarks.episodes runs/legacy_api --write docs/real/legacy_api-1.json  # and keep the counts
+    python -m benchmarks.episodes runs/legacy_api --write docs/episodes/legacy_api-1.json  # and keep the counts
 
 Counted are the rollouts that a run records, the first `recorded_rollouts` of a step. `--page` makes the table between
 the marks of docs/real.md of counts that were kept.
