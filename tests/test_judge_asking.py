@@ -1,5 +1,6 @@
 """What an LLM judge is shown: in which order, how many questions at once, and what stands first."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -88,7 +89,10 @@ def test_several_that_are_kept_come_largest_first_and_max_kept_at_most(server, j
 def test_the_same_question_is_asked_in_the_same_words_and_another_in_its_own_order(judge):
     text = judge().prompt(question())
     assert judge().prompt(question()) == text
-    orders = {tuple(n[-2:] for _, n in EDIT.findall(judge().prompt(question("a", max_kept=k)))) for k in range(1, 6)}
+    asked = question()
+    other_nats = [dataclasses.replace(c, gap=c.gap - 1e-6) for c in reversed(asked.candidates)]
+    assert judge().prompt(dataclasses.replace(asked, candidates=tuple(other_nats))) == text, "rounding changes no order"
+    orders = {tuple(edit[-2:] for _, edit in EDIT.findall(judge().prompt(question(name)))) for name in "abcde"}
     assert len(orders) > 1, "its content draws the order"
     assert judge().fingerprint != judge(shuffle=False).fingerprint, "an answer kept for one list is not of the other"
 

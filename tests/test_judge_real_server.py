@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from rmsd.judge import Candidate, LLMJudge, Question
+from rmsd.judge.asking import Asking
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import train
 
@@ -123,12 +124,14 @@ def test_an_answer_in_prose_is_what_on_error_says(judge, tmp_path):
 
 
 def test_numbers_that_name_no_candidate_are_dropped_and_counted(judge, tmp_path):
-    """The model copies what it is shown: 99 names nothing, 1 is the first candidate, at position 4."""
+    """The model copies what it is shown: 99 names nothing, 1 is the candidate that is listed first."""
     template = tmp_path / "copy.jinja"
     shown = {"verdicts": [{"candidate": n, "reason": "a", "relevant": "yes"} for n in (99, 1)]}
     template.write_text(f"Answer with JSON: {json.dumps(shown)}")
     asked = judge(template=template)
-    assert asked([question()]) == [[4]]
+    candidates = question().candidates
+    first = candidates[Asking(template).order(question())[0]]
+    assert asked([question()]) == [[first.position]]
     assert asked.stats["dropped"] == 1 and json.loads(judge.texts[0]) == shown
 
 

@@ -3,9 +3,7 @@
 import hashlib
 import itertools
 import json
-import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -44,13 +42,19 @@ class Asking:
         self._template = environment.from_string(self.text)
 
     def order(self, question: Question) -> list[int]:
-        """Indices into the question's candidates, as they are listed. The same question has the same order in every
-        process, so that an answer that was kept is the answer to what would be asked."""
-        order = list(range(len(question.candidates)))
-        if self.shuffle:
-            content = hashlib.sha256(json.dumps(asdict(question), sort_keys=True).encode()).digest()
-            random.Random(content).shuffle(order)
-        return order
+        """Indices into the question's candidates, as they are listed: by a hash of what is asked about each. Nats are
+        not in it, whose last bits change with how a batch was laid out, nor is the candidates' order, which hangs on
+        them. So a question has the same order in every process and every run."""
+        order = range(len(question.candidates))
+        if not self.shuffle:
+            return list(order)
+        asked = json.dumps([question.prompt, question.privileged_context, question.tokens])
+
+        def place(i: int) -> bytes:
+            candidate = question.candidates[i]
+            return hashlib.sha256(f"{asked} {candidate.position} {candidate.promoted}".encode()).digest()
+
+        return sorted(order, key=place)
 
     def render(self, questions: Sequence[Question]) -> str:
         shown = [self._shown(question) for question in questions]
