@@ -1,6 +1,6 @@
 """What a run's episodes came to, by five steps: whose they were, what showed the task's behaviour, what was solved.
 
-    python -m benchmarks.episodes runs/legacy_api                                      # of a run's folder
+    python -m benchmarks.episodes runs/legacy_api                                         # of a run's folder
     python -m benchmarks.episodes runs/legacy_api --write docs/episodes/legacy_api-1.json  # and keep the counts
 
 Counted are the rollouts that a run records, the first `recorded_rollouts` of a step. `--page` makes the table between
@@ -15,6 +15,8 @@ from pathlib import Path
 from rmsd.run.recipe import load_recipe
 from rmsd.tasks import load_task
 from rmsd.training.record import read_lines
+
+from .pages import fill
 
 SPAN = 5  # steps a row
 PAGE = Path("docs/real.md")
@@ -40,7 +42,7 @@ def counted(run: Path) -> dict:
         method=recipe.method,
         seed=recipe.seed,
         evaluations=evaluations,
-        steps=[*map(dict, steps.values())],
+        steps=[dict(step=step, **steps[step]) for step in sorted(steps)],
     )
 
 
@@ -53,14 +55,15 @@ def _written(rollout: dict) -> str:
 def table(found: list[dict]) -> str:
     rows = [HEADS, ["---"] * len(HEADS)]
     for one in found:
-        for first in range(0, len(one["steps"]), SPAN):
-            steps = one["steps"][first : first + SPAN]
-            total: Counter[str] = sum((Counter(step) for step in steps), Counter())
+        last = one["steps"][-1]["step"]
+        for first in range(1, last + 1, SPAN):
+            end = min(first + SPAN - 1, last)
+            total: Counter[str] = sum((Counter(s) for s in one["steps"] if first <= s["step"] <= end), Counter())
             cells = [
                 f"{total[f'{kind}_{what}']} of {total[kind]}"
                 for kind, what in (("own", "shown"), ("own", "solved"), ("guided", "solved"), ("anchors", "shown"))
             ]
-            rows.append([str(one["seed"]), f"{first + 1} to {first + len(steps)}", *cells])
+            rows.append([str(one["seed"]), f"{first} to {end}", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -79,9 +82,7 @@ def main() -> None:
     if options.run and options.write:
         options.write.write_text(json.dumps(found[0], indent=1) + "\n", encoding="utf-8")
     if options.page:
-        begin, end = "<!-- episodes -->\n", "<!-- /episodes -->"
-        head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-        PAGE.write_text(head + begin + table(found) + "\n" + end + rest.partition(end)[2], encoding="utf-8")
+        fill(PAGE, {"episodes": table(found)})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from rmsd.training.config import LORA_LEARNING_RATE
 from rmsd.training.health import SIGNS, START, WINDOW, find_collapse, mean_of
 from rmsd.training.record import read_lines
 
+from .pages import fill
+
 RECIPE, TASK = "recipes/qwen_coder_pinapple.yaml", "benchmarks/hinted.py"
 THRICE = f"train.learning_rate={3 * LORA_LEARNING_RATE:g}"
 # The one phrasing of the hint that this model obeys, as `rmsd preflight` finds; anchors in place of other hints.
@@ -228,16 +230,10 @@ def write(found: list[dict], base: dict) -> None:
 
 def rewrite() -> None:
     """docs/real.md's tables, from what docs/real/ holds."""
-    page = DOCS.with_suffix(".md")
     base = json.loads((DOCS / "base.json").read_text(encoding="utf-8")) if (DOCS / "base.json").exists() else {}
     found = [json.loads(path.read_text(encoding="utf-8")) for path in DOCS.glob("*.json") if path.stem != "base"]
     found.sort(key=lambda one: (list(RUNS).index(one["run"]), one["seed"]))
-    text = page.read_text(encoding="utf-8")
-    for name, made in (("table", table(found, base)), ("word", word_table(found))):
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        head, _, rest = text.partition(begin)
-        text = head + begin + made + "\n" + end + rest.partition(end)[2]
-    page.write_text(text, encoding="utf-8")
+    fill(DOCS.with_suffix(".md"), {"table": table(found, base), "word": word_table(found)})
 
 
 def replayed(path: Path) -> list[str]:

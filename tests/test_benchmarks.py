@@ -2,12 +2,13 @@
 
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import device_of
 
-from benchmarks import common, real
+from benchmarks import common, episodes, real
 from benchmarks.results import table
 from rmsd_kernels import linear_token_divergence, linear_token_scores, token_divergence
 
@@ -169,3 +170,31 @@ def test_the_launches_that_a_gpu_times_are_the_kernels(kernels):
     (grad,) = torch.autograd.grad(divergence.sum(), leaf)
     torch.testing.assert_close(results["backward"], grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(results["scores+candidates"][0], results["scores"])
+
+
+def test_episodes_are_counted_by_whose_they_are_and_what_the_model_itself_wrote(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: m\ntask: legacy_api\nseed: 4\noutput_dir: out\n")
+    refused = ["call rent", "Error: no otter", "sorry"]  # the tool's word shows nothing of the student's
+    lines = [
+        dict(step=1, privileged_context="x", tokens=["call otter"], episode={"solved": 1}, guided=True),
+        dict(step=1, privileged_context="x", tokens=refused, unwritten=[1], episode={"solved": 0}),
+        dict(step=6, privileged_context="x", tokens=["otter"], episode={"solved": 1}),
+        dict(step=6, privileged_context="", tokens=["maple"], episode={}),
+    ]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(kind="eval", step=0, solved_greedy=0.0)) + "\n")
+    found = episodes.counted(tmp_path)
+    assert found["evaluations"] == [dict(step=0, solved_greedy=0.0)]
+    assert episodes.table([found]).splitlines()[2:] == [
+        "| 4 | 1 to 5 | 0 of 1 | 0 of 1 | 1 of 1 | 0 of 0 |",
+        "| 4 | 6 to 6 | 1 of 1 | 1 of 1 | 0 of 0 | 1 of 1 |",
+    ]
+
+
+def test_the_pages_tables_are_those_of_the_runs_that_are_kept():
+    page = episodes.PAGE.read_text(encoding="utf-8")
+    kept = [json.loads(path.read_text()) for path in sorted(Path("docs/episodes").glob("*.json"))]
+    assert kept and episodes.table(kept) in page
+    runs = [json.loads(path.read_text()) for path in real.DOCS.glob("*.json") if path.stem != "base"]
+    for one in runs:
+        assert real.table([one], {}).splitlines()[-1] in page

@@ -1,6 +1,5 @@
 """docs/learning_tables.md's tables and figures, from the runs' marks. What they show is said in docs/learning.md."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
@@ -258,17 +257,6 @@ def bars(results: list[dict], file: str, metrics: tuple[str, ...]) -> str:
         axis.set_yticks(range(len(by_label(results))), [name_of(label) for label in by_label(results)], fontsize=7)
     axes[0].invert_yaxis()
     return _save(figure, file)
-
-
-def write(sections: dict[str, str]) -> None:
-    """Puts each text between its markers of the page, `<!-- name -->` and `<!-- /name -->`."""
-    page = PAGE.read_text(encoding="utf-8")
-    for name, text in sections.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if begin not in page or end not in page:
-            raise ValueError(f"{PAGE} has no place for {name!r}: write {begin} and {end} where it belongs")
-        page = re.sub(f"{begin}.*{end}", lambda _, t=text, b=begin, e=end: f"{b}\n{t}\n{e}", page, flags=re.DOTALL)
-    PAGE.write_text(page, encoding="utf-8")
 
 
 def _spread(losses: list[float | None]) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..pages import fill
 from . import base, corpus, lesson, methods, muon, report
 from .ablations import ABLATED, GROUPS
 from .ablations import LEARNING_RATE as ABLATION_RATE
@@ -162,9 +163,9 @@ def main() -> None:
         return
     teachers = sorted((marks for marks, _ in each(told, seeds, options.processes)), key=lambda marks: marks["seed"])
     if ablated:
-        report.write(report.ablated(run_all(ablations(seeds, options.ablations), options.processes)))
+        fill(report.PAGE, report.ablated(run_all(ablations(seeds, options.ablations), options.processes)))
     else:
-        report.write(report.compared(teachers, run_all(compared(seeds), options.processes), EARLY))
+        fill(report.PAGE, report.compared(teachers, run_all(compared(seeds), options.processes), EARLY))
     print(f"the suite took {(time.monotonic() - started) / 60:.0f} minutes")
 
 

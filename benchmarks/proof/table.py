@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from statistics import mean
 
+from ..pages import fill
 from .methods import METHODS, RATE_SEED, STEPS, ordered
 from .run import DOCS, TARGET
 
@@ -67,7 +68,4 @@ def table(folder: Path = DOCS) -> str:
 
 
 def rewrite() -> None:
-    page = DOCS.with_suffix(".md")
-    begin, end = "<!-- table -->\n", "<!-- /table -->"
-    head, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    page.write_text(head + begin + table() + "\n" + end + rest.partition(end)[2], encoding="utf-8")
+    fill(DOCS.with_suffix(".md"), {"table": table()})
