@@ -55,7 +55,7 @@ def environment():
 @pytest.fixture
 def server():
     """A judge's server on loopback that keeps the second candidate and the first."""
-    from test_judge_server import Server, keep
+    from judge_endpoint import Server, keep
 
     made = Server()
     made.script = [keep(2, 1)]

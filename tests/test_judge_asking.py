@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from judge_endpoint import Server, completion
+from judge_endpoint import completion
 
 from rmsd.judge import CachedJudge, Candidate, LLMJudge, Question
 
@@ -22,14 +22,6 @@ def question(name="a", count=6, max_kept=6):
     candidates = tuple(Candidate(i, tokens[i], wish, tokens[i], wish, i - 9.0) for i, wish in wishes.items())
     prompt = f"Which tool is it, {name}?"
     return Question(prompt, CONTEXT, tokens, candidates, max_kept, f"{CONTEXT}\n\n{prompt}")
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from judge_endpoint import Server, completion
+from judge_endpoint import completion
 
 from rmsd.judge import CachedJudge, Candidate, LLMJudge, Question
 from rmsd.judge.each import NEUTRAL
@@ -16,14 +16,6 @@ def question(max_kept=5):
     wishes = {2: " zor", 0: "Our", 1: "'s"}
     candidates = tuple(Candidate(at, TOKENS[at], wish, TOKENS[at], wish, -4.0) for at, wish in wishes.items())
     return Question("Which tool?", CONTEXT, TOKENS, candidates, max_kept)
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from judge_endpoint import Server, completion, keep
+from judge_endpoint import completion, keep
 
 from rmsd.judge import CachedJudge, Candidate, LLMJudge, Question
 
@@ -17,14 +17,6 @@ def question(answer="a b c"):
     tokens = tuple(answer.split())
     candidates = tuple(Candidate(i, tokens[i], "zor", tokens[i], "zor", -3.0) for i in (2, 0, 1))
     return Question("Which tool?", "It is called zorblat.", tokens, candidates, max_kept=2)
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
 
 
 @pytest.fixture
