@@ -1,6 +1,6 @@
 """Guided rollouts: a share of the answers is the told teacher's, and is marked."""
 
-import contextlib
+from unittest import mock
 
 import pytest
 import tiny
@@ -88,7 +88,7 @@ def test_in_an_episode_the_teachers_calls_are_acted_on_and_what_tools_say_is_nob
     monkeypatch.setattr(tiny.tokenizer(), "chat_template", CHAT)
     made = trainer(tmp_path, **{**LONG, "max_completion_length": 80}, called=dict(environment_factory=Counter))
     write = stub([call("add", n=3)] * 3, ["Done."] * 3)
-    write.turns, write.sync = contextlib.nullcontext, lambda model: None
+    write.turns, write.sync = mock.MagicMock(), lambda model: None
     monkeypatch.setattr(writing, "TransformersEngine", lambda autocast: write)
     rows = [dict(row) for row in tiny.ROWS]
     batch = batch_of(made)
@@ -100,6 +100,7 @@ def test_in_an_episode_the_teachers_calls_are_acted_on_and_what_tools_say_is_nob
     assert batch.rollouts.prompt_ids == [made.prompts.student(row) for row in rows]
     said = [(True, call("add", n=3) + "<|end|>"), (False, "<|tool|>now 3<|end|><|assistant|>"), (True, "Done.<|end|>")]
     assert [texts(batch.rollouts, i) for i in batch.guided] == [said] * 3
+    write.turns.return_value.__enter__.assert_called_once_with()  # so that what it has read is kept between turns
     # What the environment says at its end is told to the teacher that reads, as after an episode of the student's.
     assert all("it came to 3" in str(batch.teacher_prompts[i]) for i in batch.guided)
 
