@@ -69,7 +69,7 @@ def test_every_number_that_the_readme_claims_is_in_the_page_it_names():
     rows = [line.strip("| ").split(" | ") for line in README.splitlines() if re.search(r"\| \[\w+\]\(docs/", line)]
     assert len(rows) >= 3
     for what, measured, where in rows:
-        page = pages.page(re.search(r"\((docs/\w+\.md)\)", where)[1])
+        page = pages.page(re.search(r"\((docs/\w+\.md)[#)]", where)[1])
         for number in re.findall(r"\d[\d,]*\.?\d*", re.sub(r"SmolLM\d", "", what) + " " + measured):
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d]|\.\d)", page), f"{number} is not in {where}"
 
