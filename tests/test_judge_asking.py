@@ -10,6 +10,7 @@ import pytest
 from judge_endpoint import completion
 
 from rmsd.judge import CachedJudge, Candidate, LLMJudge, Question
+from rmsd.judge.measure import Labelled, measure
 
 CONTEXT = "The tool is called zorblat."
 EDIT = re.compile(r'^(\d+)\. "(.*)"$', re.MULTILINE)
@@ -87,6 +88,20 @@ def test_the_same_question_is_asked_in_the_same_words_and_another_in_its_own_ord
     orders = {tuple(edit[-2:] for _, edit in EDIT.findall(judge().prompt(question(name)))) for name in "abcde"}
     assert len(orders) > 1, "its content draws the order"
     assert judge().fingerprint != judge(shuffle=False).fingerprint, "an answer kept for one list is not of the other"
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_measured_judge_reads_every_list_the_other_way_round_as_well(server, judge, tmp_path, shuffle):
+    """What it is shown is reversed, not only what it is given: its own order draws lists from their content."""
+    labelled = [Labelled(question(name), frozenset({0})) for name in "abcdefgh"]
+    for script, same in ((first, 0.0), (reads, 1.0)):
+        server.script, server.requests = [script], []
+        asked = judge(shuffle=shuffle, max_concurrency=1)
+        # Behind a cache, which must not take the second reading for the first.
+        assert measure(CachedJudge(asked, tmp_path / script.__name__), labelled, asked).same_reversed == same
+        lists = [[edit for _, edit in EDIT.findall(asked_of(body))] for body, _ in server.requests]
+        assert lists[8:] == [edits[::-1] for edits in lists[:8]]
+    assert asked.prompt(question()) == judge(shuffle=shuffle).prompt(question()), "only while it is measured"
 
 
 # ---- several in one request ------------------------------------------------------------------------------------------

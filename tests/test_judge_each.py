@@ -7,6 +7,8 @@ from judge_endpoint import completion
 
 from rmsd.judge import CachedJudge, Candidate, LLMJudge, Question
 from rmsd.judge.each import NEUTRAL
+from rmsd.judge.measure import Labelled, measure
+from rmsd.run.judging import _marks_table
 
 CONTEXT = "The tool is called zorblat."
 TOKENS = ("It", " is", " Docker", ".")
@@ -60,6 +62,15 @@ def test_it_keeps_a_yes_that_the_instruction_makes_likelier(server, judge):
     body, _ = server.requests[0]
     assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
     assert judge(log_odds=5.0)([question()]) == [[]]
+
+
+def test_there_is_no_list_to_reverse(server, judge):
+    server.script = [leans(lambda edit, instruction: 0.9 if instruction == CONTEXT else 0.1)]
+    marks = measure(asked := judge(), [Labelled(question(), frozenset({2}))], asked)
+    assert (marks.kept, marks.same_reversed) == (3, None)
+    assert len(server.requests) == 6, "it is not asked a second time"
+    header, row = _marks_table({"llm": marks}, []).splitlines()
+    assert row[header.index("reversed")] == "-"
 
 
 def test_all_but_the_last_message_s_end_is_the_same_in_every_request(server, judge):

@@ -27,12 +27,15 @@ class Asking:
         shuffle: lists candidates in an order drawn from the question's content, and not by the size of the gap: a judge
             that likes the first of a list would keep the largest gaps.
 
+    `backwards` shows every list the other way round, as long as it is set.
+
     Raises:
         ValueError: `batch` is more than one, and the template does not show `questions`.
     """
 
     def __init__(self, template: str | Path | None = None, *, batch: int = 1, shuffle: bool = True):
         self.text, self.shuffle = Path(template or TEMPLATE).read_text(encoding="utf-8"), shuffle
+        self.backwards = False
         # Plain text, so no escaping; undefined names in a user's template are errors.
         environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
         # jinja2's own is for HTML, and writes > as \u003e.
@@ -45,16 +48,17 @@ class Asking:
         """Indices into the question's candidates, as they are listed: by a hash of what is asked about each. Nats are
         not in it, whose last bits change with how a batch was laid out, nor is the candidates' order, which hangs on
         them. So a question has the same order in every process and every run."""
-        order = range(len(question.candidates))
-        if not self.shuffle:
-            return list(order)
+        order = self._shuffled(question) if self.shuffle else list(range(len(question.candidates)))
+        return order[::-1] if self.backwards else order
+
+    def _shuffled(self, question: Question) -> list[int]:
         asked = json.dumps([question.prompt, question.privileged_context, question.tokens])
 
         def place(i: int) -> bytes:
             candidate = question.candidates[i]
             return hashlib.sha256(f"{asked} {candidate.position} {candidate.promoted}".encode()).digest()
 
-        return sorted(order, key=place)
+        return sorted(range(len(question.candidates)), key=place)
 
     def render(self, questions: Sequence[Question]) -> str:
         shown = [self._shown(question) for question in questions]

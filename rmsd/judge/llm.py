@@ -1,10 +1,11 @@
 """A judge behind any OpenAI-compatible endpoint."""
 
+import contextlib
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -109,6 +110,8 @@ class LLMJudge:
     def fingerprint(self) -> str:
         """All that determines an answer besides the question."""
         asked = [self._asking.text, self._asking.shuffle, self._batch]
+        if self._asking.backwards:
+            asked.append("backwards")
         if self.ask == "each":
             asked = [SYSTEM, EXAMPLES, NEUTRAL, self.log_odds]
         return json.dumps([self.model, self.temperature, self.max_tokens, *asked])
@@ -135,6 +138,16 @@ class LLMJudge:
         for future in done:
             future.result()
         return [kept for future in asked for kept in future.result()]
+
+    @contextlib.contextmanager
+    def lists_backwards(self) -> Iterator[None]:
+        """Within it every list of candidates is shown the other way round, whatever `shuffle` says. Reversing a
+        question's own candidates would not do: under `shuffle` its content alone draws the order."""
+        self._asking.backwards = True
+        try:
+            yield
+        finally:
+            self._asking.backwards = False
 
     def check(self) -> None:
         """Raises ConnectionError, in one line, when nothing answers at the endpoint, or a web page does, or it refuses

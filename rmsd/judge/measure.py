@@ -1,5 +1,6 @@
 """How good is a judge? Labelled questions, and what a judge's answers to them come to."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -25,7 +26,9 @@ class Marks:
     precision: float | None  # of what is kept, what is relevant
     recall: float | None  # of what is relevant, what is kept
     agreement: float  # candidates on which judge and labels say the same
-    same_reversed: float | None  # of what is kept of a list or of the list reversed, what is kept of both
+    # Of what is kept of a list or of the list reversed, what is kept of both; None too where nothing is listed: by an
+    # LLM judge that is asked about each candidate by itself.
+    same_reversed: float | None
     seconds: float  # a question
     tokens: float | None  # a question, read and written
     kept_of: tuple[frozenset[int], ...]  # by question
@@ -78,16 +81,14 @@ def _labelled(line: dict) -> Labelled:
 
 def measure(judge: Judge, labelled: Sequence[Labelled], llm: LLMJudge | None = None) -> Marks:
     """Asks twice, the second time with each list of candidates reversed: what a judge keeps should not hang on places.
-    No question bounds how many may be kept, so that a short answer is no fault. `llm` is what counts tokens, if any."""
+    No question bounds how many may be kept, so that a short answer is no fault. `llm` is the one that `judge` is or
+    asks, if any: it counts tokens, and reverses the lists as it shows them."""
     questions = [replace(one.question, max_kept=max(1, len(one.question.candidates))) for one in labelled]
     before, started = llm.tokens if llm else 0, time.monotonic()
     kept = [frozenset(answer) for answer in judge(questions)]
     seconds = (time.monotonic() - started) / len(questions)
     tokens = (llm.tokens - before) / len(questions) if llm else None
-    reversed_lists = [replace(question, candidates=question.candidates[::-1]) for question in questions]
-    again = [frozenset(answer) for answer in judge(reversed_lists)]
-    both = sum(len(a & b) for a, b in zip(kept, again, strict=True))
-    either = sum(len(a | b) for a, b in zip(kept, again, strict=True))
+    same_reversed = None if llm and llm.ask == "each" else _shared(kept, _asked_reversed(judge, questions, llm))
     right = sum(len(answer & one.relevant) for answer, one in zip(kept, labelled, strict=True))
     candidates = sum(len(question.candidates) for question in questions)
     number, wanted = sum(map(len, kept)), sum(len(one.relevant) for one in labelled)
@@ -96,11 +97,24 @@ def measure(judge: Judge, labelled: Sequence[Labelled], llm: LLMJudge | None = N
         precision=right / number if number else None,
         recall=right / wanted if wanted else None,
         agreement=(candidates - (number - right) - (wanted - right)) / max(candidates, 1),
-        same_reversed=both / either if either else None,
+        same_reversed=same_reversed,
         seconds=seconds,
         tokens=tokens,
         kept_of=tuple(kept),
     )
+
+
+def _asked_reversed(judge: Judge, questions: list[Question], llm: LLMJudge | None) -> list[frozenset[int]]:
+    if llm is None:
+        questions = [replace(question, candidates=question.candidates[::-1]) for question in questions]
+    with llm.lists_backwards() if llm else contextlib.nullcontext():
+        return [frozenset(answer) for answer in judge(questions)]
+
+
+def _shared(kept: list[frozenset[int]], again: list[frozenset[int]]) -> float | None:
+    both = sum(len(a & b) for a, b in zip(kept, again, strict=True))
+    either = sum(len(a | b) for a, b in zip(kept, again, strict=True))
+    return both / either if either else None
 
 
 def agreement(a: Marks, b: Marks, labelled: Sequence[Labelled]) -> float:
