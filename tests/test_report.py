@@ -65,6 +65,26 @@ def test_table_shows_first_and_last_evaluation(tmp_path):
     assert "<h1>house_tool</h1>" in page.html and "the context judge" in page.html
 
 
+def test_what_episodes_come_to_is_explained_as_what_it_is(tmp_path):
+    """Turns are no share of prompts, and of a tool's errors fewer are better."""
+    run = make_run(tmp_path / "run")
+    names = ("solved", "turns", "tokens", "tool_errors", "target")
+    write_lines(run / "metrics.jsonl", evals(0.5, 0.5, **{f"{name}_greedy": 0.5 for name in names}, turns_sampled=0.5))
+    page = page_of(run)
+    rows = dict(re.findall(r'<tr data-metric="(\w+)">(.*?)</tr>', page.html, re.DOTALL))
+    said = {name: re.search("<small>(.*?)</small>", row)[1] for name, row in rows.items()}
+    assert said["turns_greedy"].startswith("the model") and said["tokens_greedy"].startswith("tokens the model wrote")
+    assert said["solved_greedy"].startswith("share of held-out requests") and said["solved_greedy"].endswith(
+        "higher is better"
+    )
+    assert said["tool_errors_greedy"].startswith("share of the tool calls") and said["tool_errors_greedy"].endswith(
+        "lower is better"
+    )
+    assert said["turns_sampled"].startswith("sampled") and "wanted behaviour" in said["target_greedy"]
+    are_shares = {name for name, row in rows.items() if "from-to" in row}
+    assert are_shares == {"solved_greedy", "tool_errors_greedy", "target_greedy"}
+
+
 def test_rollouts_reach_the_page_whole(tmp_path):
     page = page_of(make_run(tmp_path / "run", steps=4, per_step=2))
     assert len(page.data["rollouts"]) == 8

@@ -18,6 +18,7 @@ import yaml
 from markupsafe import Markup
 
 from . import charts
+from .explain import TRAIN, TRAIN_FIRST, explanation, is_share, title
 from .rollouts import as_data, fitting, shorten
 from .runs import Run, Series, Spread, configuration, differing, group, judge_name, read_run
 
@@ -26,29 +27,6 @@ __all__ = ["write_report"]
 MAX_BYTES = 2_900_000  # of the page
 MAX_CHARTS = 24
 SCRIPTS = ("page.js", "curves.js", "tokens.js")
-
-EXPLAIN = {
-    "greedy": "share of held-out target prompts whose greedy answer {does}; higher is better",
-    "sampled": "the same for sampled answers, several a prompt: how reliable the habit is; higher is better",
-    "specificity": "share of unrelated prompts whose answer stays free of the behaviour; 1 is best",
-    "drift": "KL divergence from the base model on unrelated prompts, in nats a token; 0 is unmoved",
-    "score": "target x specificity x exp(-drift): what is learned, less what is forgotten for it; higher is better",
-}
-GRADERS = {"target": "shows the wanted behaviour", "target_only": "shows it and nothing of the old habit"}
-TRAIN_FIRST = ("loss", "divergence", "kept_tokens", "grad_norm", "learning_rate", "rollout_tokens")
-TRAIN_EXPLAIN = {
-    "loss": "divergence from the teacher, mean over kept tokens",
-    "divergence": "mean over all tokens of the answers, nats",
-    "kept_tokens": "tokens trained on in a step",
-    "candidates": "tokens with the largest gaps in a step",
-    "tail_mass": "probability outside the student's top k, which the loss overlooks; mean over candidates",
-    "rollout_tokens": "tokens the student wrote in a step",
-    "grad_norm": "length of the gradient before clipping",
-    "learning_rate": "the optimiser's step size",
-    "nonfinite_rows": "tokens left out for a divergence that is not finite",
-    "skipped_steps": "optimiser steps left out so far for a gradient that is not finite",
-    "empty_rollouts": "answers of a step without a token",
-}
 
 
 def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -86,7 +64,7 @@ def _page(runs: list[Run]) -> str:
         "table": _metrics_of(series),
         "eval_charts": evals,
         "train_charts": train,
-        "explain": TRAIN_EXPLAIN,
+        "explain": TRAIN,
         "recipes": [(str(run.path), shorten(yaml.safe_dump(run.recipe, sort_keys=False))) for run in runs],
         "differences": _differences(series),
         "rollout_total": sum(len(run.rollouts) for run in runs),
@@ -110,7 +88,7 @@ def _render(context: dict, data: dict, shown: int) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": charts.figure, "named": _title}
+    environment.filters |= {"figure": charts.figure, "named": title}
     style = _asset("style.css")
     script = '"use strict";\n(() => {\n' + "\n".join(map(_asset, SCRIPTS)) + "})();\n"
     return environment.get_template("page.html").render(
@@ -184,12 +162,12 @@ def _metrics_of(series: list[Series]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
-                "title": _title(name),
+                "title": title(name),
                 "peak": peak,
-                "explanation": _explanation(name),
+                "explanation": explanation(name),
                 "before": Spread.of(before),
                 "after": list(zip(own_before, after, ranges, strict=True)),
-                "is_share": _is_share(name) and all(0 <= value <= 1 for value in values),
+                "is_share": is_share(name) and all(0 <= value <= 1 for value in values),
             }
         )
     return rows
@@ -220,21 +198,6 @@ def _look(index: int) -> str:
     return f"s{index % 6} d{(index + index // 6) % 6}"
 
 
-def _is_share(name: str) -> bool:
-    return name == "specificity" or name.endswith(("_greedy", "_sampled"))
-
-
-def _title(name: str) -> str:
-    grader, _, how = name.rpartition("_")
-    return f"{grader.replace('_', ' ')}, {how}" if how in ("greedy", "sampled") and grader else name.replace("_", " ")
-
-
-def _explanation(name: str) -> str:
-    grader, _, how = name.rpartition("_")
-    does = GRADERS.get(grader, f"passes the grader “{grader.replace('_', ' ')}”")
-    return EXPLAIN.get(how if grader else name, "").format(does=does)
-
-
 def _charts(series: list[Series]) -> tuple[list[charts.Chart], list[charts.Chart]]:
     made: dict[str, list[charts.Chart]] = {}
     for kind in ("evals", "train"):
@@ -242,7 +205,7 @@ def _charts(series: list[Series]) -> tuple[list[charts.Chart], list[charts.Chart
             name for one in series for run in one.runs for line in getattr(run, kind) for name in line
         )
         names = sorted(names, key=lambda name: TRAIN_FIRST.index(name) if name in TRAIN_FIRST else len(TRAIN_FIRST))
-        drawn = [charts.chart(series, kind, name, _is_share(name)) for name in names if name not in _NOT_DRAWN]
+        drawn = [charts.chart(series, kind, name, is_share(name)) for name in names if name not in _NOT_DRAWN]
         made[kind] = [chart for chart in drawn if chart][:MAX_CHARTS]
     return made["evals"], made["train"]
 
@@ -264,7 +227,7 @@ def _chart_data(chart: charts.Chart, series: list[Series]) -> dict[str, Any]:
         else None
         for line, one in zip(chart.lines, series, strict=True)
     ]
-    return {"name": _title(chart.name), "x": chart.x_span, "y": chart.y_span, "lines": values}
+    return {"name": title(chart.name), "x": chart.x_span, "y": chart.y_span, "lines": values}
 
 
 def _run_labels(series: list[Series], runs: list[Run]) -> list[str]:
