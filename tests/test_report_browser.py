@@ -313,6 +313,16 @@ def test_the_legend_lists_only_what_occurs(reader, page):
     assert not reader.one("#key-unwritten").is_displayed() and not reader.one("#key-unknown").is_displayed()
 
 
+def test_an_answer_that_the_told_teacher_wrote_says_so(tmp_path, reader):
+    guided, own = {**rollout(1, 0, "rmsd", 3), "guided": True}, rollout(1, 1, "rmsd", 3)
+    reader.open(write_report([make_run(tmp_path / "run", rollouts=[guided, own])]))
+    assert reader.one("#written-by").text == "Written by the told teacher"
+    listed = reader.texts("#rollout option")
+    assert [text.endswith(" (written by the told teacher)") for text in listed] == [True, False]
+    reader.one("#next").click()
+    assert reader.one("#written-by").text == "The student wrote"
+
+
 def test_an_empty_answer(tmp_path, reader):
     empty = {name: [] for name in ("tokens", "student_logprob", "teacher_logprob", "divergence", "candidates", "kept")}
     page = write_report([make_run(tmp_path / "run", rollouts=[{**rollout(1, 0, "rmsd", 3), **empty, "preferred": {}}])])

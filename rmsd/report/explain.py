@@ -31,6 +31,7 @@ TRAIN = {
     "nonfinite_rows": "tokens left out for a divergence that is not finite",
     "skipped_steps": "optimiser steps left out so far for a gradient that is not finite",
     "empty_rollouts": "answers of a step without a token",
+    "guided_rollouts": "answers of a step that the told teacher wrote in the student's place",
 }
 
 

@@ -45,6 +45,7 @@ def as_data(chosen: list[tuple[int, dict]]) -> dict[str, Any]:
                 "candidates": rollout["candidates"],
                 "kept": rollout["kept"],
                 "unwritten": rollout.get("unwritten", []),
+                "guided": rollout.get("guided") is True,
                 # Of candidates, by position; none where nothing was read under a contrast context.
                 "contrast": {at: _round(nats) for at, nats in rollout["contrast"].items()}
                 if "contrast" in rollout

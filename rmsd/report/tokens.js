@@ -56,7 +56,8 @@ function showStep() {
   $("step").setAttribute("aria-valuetext", `step ${step}`);
   const wanted = Math.max(0, Math.min($("rollout").selectedIndex, now.length - 1));
   const context = (rollout) => (data.texts[rollout.context].trim() ? "" : " (no context)");
-  options($("rollout"), now.map((r) => data.texts[r.prompt].replace(/\s+/g, " ").slice(0, 90) + context(r)));
+  const guided = (rollout) => (rollout.guided ? " (written by the told teacher)" : "");
+  options($("rollout"), now.map((r) => data.texts[r.prompt].replace(/\s+/g, " ").slice(0, 90) + context(r) + guided(r)));
   $("rollout").selectedIndex = wanted;
   showRollout();
 }
@@ -71,6 +72,7 @@ function showRollout() {
   const context = data.texts[shown.context];
   $("context").textContent = context.trim() ? context : "Nothing: an anchor row, where the teacher holds the model in place.";
   $("context").classList.toggle("faint", !context.trim());
+  $("written-by").textContent = shown.guided ? "Written by the told teacher" : "The student wrote";
   $("counts").replaceChildren(...[
     [shown.length, "tokens"],
     ...(shown.unwritten.size ? [[shown.unwritten.size, "not the student\u2019s"]] : []),
