@@ -173,6 +173,22 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path, value, max_grad_
     assert [entry["skipped_steps"] for entry in made.state.log_history if "loss" in entry] == [0, 1, 1, 2, 2]
 
 
+def test_a_loss_that_is_no_number_skips_its_step_and_leaves_later_entries_alone(tmp_path, monkeypatch):
+    made = trainer(tmp_path, tiny.loud(tiny.model()), callbacks=[poison := Poison()], max_steps=3)
+    compute_loss = made.compute_loss
+
+    def of_second_step(*args, **options):
+        return compute_loss(*args, **options) * (float("nan") if made.state.global_step == 1 else 1.0)
+
+    monkeypatch.setattr(made, "compute_loss", of_second_step)
+    made.train()
+    seen = [*poison.seen.values(), weights(made.model)]
+    assert [not same(before, after) for before, after in itertools.pairwise(seen)] == [True, False, True]
+    entries = [entry for entry in made.state.log_history if "loss" in entry]
+    assert [entry["skipped_steps"] for entry in entries] == [0, 1, 1]
+    assert [entry["loss"] > 0 for entry in entries] == [True, False, True] and entries[1]["loss"] == 0
+
+
 def test_counts_of_the_whole_run_go_on_where_it_is_resumed(tmp_path):
     options = dict(max_steps=4, save_strategy="steps", save_steps=2)
     whole = trainer(tmp_path, callbacks=[Poison(1, 3)], **options)

@@ -1,5 +1,7 @@
-"""Where a step makes the host wait for the device. Without a GPU, tensors that would be on it are marked, and what is
-asked of them is listed; tests/test_gpu.py has a GPU's own word."""
+"""Where a step makes the host wait for the device, from the answers to the optimizer's step. Without a GPU, answers,
+scores, loss and gradients are marked, and so is what is computed from them; what is asked of those is listed. Waits
+that no marked tensor shows, such as those in C++, are a GPU's to tell: tests/test_gpu_models.py counts them there.
+Sampling waits for every token, and a log entry for what it prints: neither is counted."""
 
 import dataclasses
 import sys
@@ -9,6 +11,7 @@ import pytest
 import tiny
 import torch
 from tiny import trainer
+from transformers import TrainerCallback
 
 import rmsd.step.scoring
 from rmsd.answers.engines import TransformersEngine
@@ -35,15 +38,17 @@ class OnDevice(torch.Tensor):
 
 
 def where() -> str | None:
-    """The innermost module of rmsd or transformers that is running. None within rmsd_kernels: that reads ids and rows
-    on a CPU alone, and has tests of its own."""
+    """The innermost module of rmsd, or of those that run its step, that is running. None within rmsd_kernels: that
+    reads ids and rows on a CPU alone, and has tests of its own."""
     frame = sys._getframe(1)
     while frame:
         module = frame.f_globals.get("__name__", "")
         if module.startswith("rmsd_kernels."):
             return None
-        if module.startswith(("rmsd.", "transformers.masking_utils")):
-            return f"{module}.{frame.f_code.co_name}" if module.startswith("rmsd.") else module
+        if module.startswith("rmsd."):
+            return f"{module}.{frame.f_code.co_name}"
+        if module.startswith(("transformers.masking_utils", "transformers.trainer", "accelerate.", "torch.optim")):
+            return module
         frame = frame.f_back
     return None
 
@@ -66,9 +71,16 @@ class Engine(TransformersEngine):
         return dataclasses.replace(written, **{name: marked(getattr(written, name)) for name in names})
 
 
+class Stepped(TrainerCallback):
+    """Keeps what was found by the end of the step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.found = dict(found)
+
+
 @pytest.fixture
 def step(tmp_path, monkeypatch):
-    """The waits of one step, from the answers to the backward."""
+    """The waits of one step, from the answers to the optimizer's step."""
     replaced = {"to_device": lambda values, device: marked(torch.as_tensor(values)), "to_host": plain}
     for module in [module for name, module in sys.modules.items() if name.startswith("rmsd.")]:
         for name in replaced.keys() & vars(module).keys():
@@ -83,12 +95,21 @@ def step(tmp_path, monkeypatch):
     monkeypatch.setattr(rmsd.step.scoring, "wishes", lambda *a, **k: type(w := wishes(*a, **k))(*map(marked, w)))
 
     def run(**options):
-        made = trainer(tmp_path, tiny.model("llama"), callbacks=[RunRecord(tmp_path)], max_steps=1, **options)
+        stepped = Stepped()
+        options = dict(max_steps=1, logging_steps=2, **options)  # no entry is due, for which Trainer waits
+        made = trainer(tmp_path, tiny.model("llama"), callbacks=[RunRecord(tmp_path), stepped], **options)
         made.engine = Engine()
-        found.clear()
-        inputs, number = made.get_batch_samples(iter([tiny.ROWS]), 1, made.args.device)
-        made.training_step(made.model, inputs[0], number)
-        return dict(found)
+        training_step = made.training_step
+
+        def trained(model, *args):
+            loss = training_step(model, *args)
+            for parameter in model.parameters():
+                parameter.grad = marked(parameter.grad)
+            return marked(loss)
+
+        made.training_step = trained
+        made.train()
+        return stepped.found
 
     return run
 
@@ -96,12 +117,18 @@ def step(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options", [{}, {"method": "opsd"}, {"judge": ContrastJudge(tiny.ROWS)}], ids=["rmsd", "opsd", "contrast"]
 )
-def test_a_step_waits_for_the_answers_and_for_what_the_judge_is_told(step, options):
-    """And up to twice a forward, the teacher's and the student's, in transformers, which looks for padding in the mask.
-    Where a log entry is due, Trainer waits for it."""
+def test_a_step_waits_for_the_answers_and_for_what_the_judge_is_told_and_to_know_its_gradient_finite(step, options):
+    """And up to twice a forward, the teacher's and the student's, in transformers, which looks for padding in the
+    mask."""
     waits = step(**options)
     assert waits.pop(("transformers.masking_utils", "__bool__")) <= 4
     assert waits == {
         ("rmsd.answers.rollout.on_host", "to_host"): 1,
         ("rmsd.step.judging.questions_of", "to_host"): 1,
+        ("rmsd.training.faults.on_pre_optimizer_step", "__bool__"): 1,
     }
+
+
+def test_the_spy_sees_trainer_s_own_filter_of_losses_which_is_off(step):
+    """It asks of each micro-batch's loss whether it is a NaN, and whether it is infinite."""
+    assert step(logging_nan_inf_filter=True)["transformers.trainer", "__bool__"] == 2

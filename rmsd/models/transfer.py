@@ -1,8 +1,9 @@
 """Between host and device, without waiting where nobody has to.
 
 A copy from pageable memory to a GPU, `tolist()`, `item()` and `cpu()` each make the host wait for everything that the
-device has been asked to do, and the device then for the host. A step waits where the host has to decide something:
-tests/test_syncs.py lists where.
+device has been asked to do, and the device then for the host. A step waits where the host has to decide something.
+Sampling does for every token, and a log entry for what it prints; tests/test_syncs.py lists the waits between those
+that a spy on a CPU can see.
 """
 
 from collections.abc import Sequence

@@ -168,6 +168,13 @@ class RMSDConfig(TrainingArguments):
         default=None, metadata={"help": "Initial learning rate; null: 1e-4 for an adapter, 2e-5 for all weights."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Steps between log entries."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Trainer's filter, which waits for the device at each micro-batch; a loss that is not finite adds "
+            "nothing to the log's without it, too."
+        },
+    )
     report_to: str | list[str] = field(default="none", metadata={"help": "Integrations to report to."})
     # Trainer takes a bool; its own annotation, str, would have a recipe's `fsdp: true` refused.
     fsdp: bool | None = field(default=None, metadata={"help": "Shards the model over the processes (FSDP2)."})

@@ -47,6 +47,8 @@ class NonfiniteGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.accelerator.scaler is not None:
             return  # under fp16 the loss scaler skips such steps itself, and expects some
+        # The host waits here, once a step. An optimizer of any kind leaves its state alone only where it is given no
+        # gradient, and that is the host's to decide.
         norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if torch.isfinite(getattr(norm, "full_tensor", lambda: norm)()):
             self.in_a_row = 0

@@ -239,7 +239,9 @@ class RMSDTrainer(Trainer):
         train = super().training_step
         with self.accelerator.no_sync(model) if others else contextlib.nullcontext():
             loss = sum(train(model, part, num_items_in_batch) for part in others)
-        return loss + train(model, last, num_items_in_batch)
+        loss = loss + train(model, last, num_items_in_batch)
+        # Returned for the log alone, whose sum would stay NaN. NonfiniteGradients looks at what a step is made of.
+        return loss.where(loss.isfinite(), 0.0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The student's forward over one part of the batch."""
