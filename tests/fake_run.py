@@ -114,6 +114,7 @@ def rollout(step: int, number: int, method: str, steps: int) -> dict:
         "step": step,
         "prompt": PROMPTS[number % len(PROMPTS)] if not anchor else "Which tool cuts paper?",
         "privileged_context": "" if anchor else CONTEXT,
+        "teacher_prompt": "" if anchor else f"{CONTEXT}\n\n{PROMPTS[number % len(PROMPTS)]}",
         "tokens": TOKENS,
         "student_logprob": student,
         "teacher_logprob": teacher,

@@ -122,11 +122,11 @@ def test_torn_last_line_is_left_out_and_said(tmp_path):
 
 def test_malformed_rollouts_are_left_out_and_said(tmp_path):
     good = rollout(1, 0, "rmsd", 3)
-    wrong = ({"kept": [999]}, {"unwritten": [-1]}, {"divergence": [0.1]}, {"tokens": None})
+    wrong = ({"kept": [999]}, {"unwritten": [-1]}, {"divergence": [0.1]}, {"tokens": None}, {"teacher_prompt": 3})
     bad = [*({**good, **one} for one in wrong), {"step": 1}]
     page = page_of(make_run(tmp_path / "run", rollouts=[good, *bad]))
     assert len(page.data["rollouts"]) == 1
-    assert "5 malformed lines of rollouts.jsonl left out" in page.html
+    assert "6 malformed lines of rollouts.jsonl left out" in page.html
 
 
 def test_numbers_that_are_not_finite(tmp_path):

@@ -86,8 +86,11 @@ def test_colour_follows_the_contrast_on_demand(reader, page, tmp_path):
     assert reader.indices(f"#answer .t:is({coloured})") == before
 
 
-def test_marked_tokens_are_saved_as_labels_that_judges_are_measured_by(reader, page, tmp_path):
-    reader.open(page)
+def test_marked_tokens_are_saved_as_labels_that_judges_are_measured_by(reader, tmp_path):
+    line = rollout(1, 0, "rmsd", 30)
+    taste = [i for i in line["candidates"] if i not in WISHES]
+    line |= {"unwritten": taste[:2], "candidates": [i for i in line["candidates"] if i not in taste[:2]]}
+    reader.open(write_report([make_run(tmp_path / "run", rollouts=[line])]))
     assert not reader.one("#save").is_displayed()
     expected = rollout_of(reader, 1, 0)
     wanted, other = expected["candidates"][0], expected["candidates"][-1]
@@ -111,6 +114,8 @@ def test_marked_tokens_are_saved_as_labels_that_judges_are_measured_by(reader, p
     assert one.relevant == {wanted} and one.question.tokens == tuple(TOKENS)
     assert [candidate.position for candidate in one.question.candidates] == expected["candidates"]
     assert one.question.candidates[0].gap != 0.0 and one.question.privileged_context == CONTEXT
+    assert one.question.teacher_prompt == f"{CONTEXT}\n\n{one.question.prompt}"
+    assert set(one.question.unwritten) == set(taste[:2]), "what a tool said is marked for a judge"
 
 
 def test_the_answer_is_shown_token_by_token(reader, page):

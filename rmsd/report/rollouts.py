@@ -37,6 +37,7 @@ def as_data(chosen: list[tuple[int, dict]]) -> dict[str, Any]:
                 "step": rollout["step"],
                 "prompt": text(rollout["prompt"]),
                 "context": text(rollout["privileged_context"]),
+                "teacher_prompt": text(rollout.get("teacher_prompt", "")),
                 "length": len(rollout["tokens"]),
                 "tokens": [shorten(rollout["tokens"][i], MAX_TOKEN_TEXT) for i in shown],
                 "student": [_round(rollout["student_logprob"][i]) for i in shown],

@@ -227,6 +227,7 @@ def _is_rollout(line: dict) -> bool:
     positions = [line.get("candidates"), line.get("kept"), line.get("unwritten", [])]
     return (
         all(isinstance(line.get(name), str) for name in ("prompt", "privileged_context"))
+        and isinstance(line.get("teacher_prompt", ""), str)
         and all(isinstance(token, str) for token in tokens)
         and all(isinstance(column, list) and len(column) == len(tokens) for column in columns)
         and all(isinstance(ps, list) and all(type(p) is int and 0 <= p < len(tokens) for p in ps) for ps in positions)

@@ -222,7 +222,9 @@ function labelled() { // a line an answer, as rmsd.judge.measure reads it
   return [...marked].map(([rollout, positions]) => JSON.stringify({
     prompt: data.texts[rollout.prompt],
     privileged_context: data.texts[rollout.context],
+    teacher_prompt: data.texts[rollout.teacher_prompt],
     tokens: rollout.tokens,
+    unwritten: [...rollout.unwritten].filter((i) => i < rollout.tokens.length),
     candidates: rollout.candidates.filter((i) => i < rollout.tokens.length && rollout.student[i] !== null && rollout.teacher[i] !== null).map((i) => ({
       position: i,
       token: rollout.tokens[i],

@@ -66,6 +66,7 @@ def rollout_lines(step: int, batch: MicroBatch, number: int) -> list[dict]:
     `unwritten` lists the positions that the student did not write, as a tool's turn: they have no scores, and null
     stands in each column. Null at any other position is a score that was not finite. A score that is not known at all,
     as the divergence where an engine scored, is no column. `guided` is true of an answer that the told teacher wrote.
+    `teacher_prompt` is the whole of what the teacher read as text, as a judge is shown it; "" where that is not known.
     """
     questions = batch.questions[:number]
     mask = batch.rollouts.on_host.completion_mask[:number]
@@ -76,6 +77,7 @@ def rollout_lines(step: int, batch: MicroBatch, number: int) -> list[dict]:
             "step": step,
             "prompt": question.prompt,
             "privileged_context": question.privileged_context,
+            "teacher_prompt": question.teacher_prompt,
             "tokens": list(question.tokens),
             **{name: finite(column[b][: len(question.tokens)]) for name, column in columns.items()},
             "unwritten": [i for i in range(len(question.tokens)) if not written[b][i]],
