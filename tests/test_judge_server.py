@@ -208,9 +208,15 @@ def test_a_budget_s_end_stops_the_run_in_one_line_whatever_on_error_says(server,
     server.script = [keep(1)]
     asked = judge(budget_tokens=20, max_concurrency=1, on_error="skip")
     assert asked([question(), question()]) == [[2], [2]]
-    with pytest.raises(ConnectionError, match=r"judge\.budget_tokens=20: set more, and resume=true goes on"):
+    with pytest.raises(ConnectionError, match=r"since this process started: resume=true goes on .* with a new budget"):
         asked([question()])
     assert len(server.requests) == 2
+    # As a resumed run does, and each other process: a judge of its own, with a budget of its own.
+    resumed = judge(budget_tokens=20, max_concurrency=1, on_error="skip")
+    assert resumed([question(), question()]) == [[2], [2]]
+    with pytest.raises(ConnectionError, match=r"has used 20 tokens of judge\.budget_tokens=20"):
+        resumed([question()])
+    assert len(server.requests) == 4
 
 
 def test_what_a_model_refuses_can_be_left_out(server, judge):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 
 class Limits:
-    """Requests and tokens in any minute, and tokens in all; None for no limit. Used by many threads at once.
+    """Requests and tokens in any minute, and tokens in all; None for no limit. Used by many threads at once, of one
+    process: each of several has limits of its own, and one that is started again has its budget anew.
 
     `before()` waits until a request may be made; `after(tokens)` tells what it took.
 
@@ -33,8 +34,8 @@ class Limits:
             with self._lock:
                 if self._budget is not None and self.spent >= self._budget:
                     raise ConnectionError(
-                        f"the judge has used {self.spent:,} tokens of judge.budget_tokens={self._budget:,}: set more, "
-                        "and resume=true goes on from the last checkpoint"
+                        f"the judge has used {self.spent:,} tokens of judge.budget_tokens={self._budget:,} since this "
+                        "process started: resume=true goes on from the last checkpoint with a new budget of as many"
                     )
                 wait = self._wait()
                 if wait <= 0:

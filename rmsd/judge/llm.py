@@ -45,9 +45,9 @@ class LLMJudge:
         template, shuffle: as rmsd.judge.asking.Asking takes them.
         batch: questions in one request. One that the answer passes over is asked again by itself, and so is each of a
             request that is refused or whose answer cannot be read.
-        requests_per_minute, tokens_per_minute: requests wait for these.
-        budget_tokens: read and written by the model in the whole run; the request after that fails for good, whatever
-            `on_error` says.
+        requests_per_minute, tokens_per_minute: requests of this process wait for these.
+        budget_tokens: read and written by the model for this judge, not counting what it was asked before a resume or
+            by other processes; the request after that fails for good, whatever `on_error` says.
 
     What it finds relevant is kept in the order of the candidates, the largest of the criterion first. `stats` counts
     requests, failures, the server's own numbers of tokens read and written, and verdicts dropped for naming no

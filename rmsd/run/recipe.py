@@ -62,9 +62,11 @@ class JudgeSection(_Section):
     template: UserPath | None = _key(None, "llm: a jinja2 file in place of the built-in prompt.")
     shuffle: bool = _key(True, "llm: list candidates in an order that says nothing of the gap.")
     batch: int = _key(1, "llm: answers in one request.", ge=1)
-    requests_per_minute: int | None = _key(None, "llm: at most; requests wait.", ge=1)
-    tokens_per_minute: int | None = _key(None, "llm: read and written, at most; requests wait.", ge=1)
-    budget_tokens: int | None = _key(None, "llm: read and written in the run; then it stops, to be resumed.", ge=1)
+    requests_per_minute: int | None = _key(None, "llm: of each process, at most; requests wait.", ge=1)
+    tokens_per_minute: int | None = _key(None, "llm: of each process, read and written, at most.", ge=1)
+    budget_tokens: int | None = _key(
+        None, "llm: of each process, read and written; then it stops. A resume has as many anew.", ge=1
+    )
     cache: UserPath | None = _key(None, "A folder in which answers are kept.")
     replay: bool = _key(False, "Answer from the cache alone.")
 
