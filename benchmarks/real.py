@@ -89,10 +89,9 @@ DOCS = Path("docs/real")
 KEPT_RUNS = Path("tests/data/health")
 
 
-def train(run: Path, overrides: list[str]) -> str | None:
+def train(run: Path, overrides: list[str], recipe: str = RECIPE) -> str | None:
     """The line that it ended in, where it did not end well."""
-    task = [] if any(override.startswith("task=") for override in overrides) else [f"task={TASK}"]
-    command = [sys.executable, "-m", "rmsd", "train", RECIPE, *task, f"output_dir={run}", "resume=true"]
+    command = [sys.executable, "-m", "rmsd", "train", recipe, f"output_dir={run}", "resume=true"]
     with (run.parent / f"{run.name}.log").open("w") as output:
         done = subprocess.run([*command, *overrides], stdout=output, stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
@@ -283,7 +282,7 @@ def main() -> None:
             run = options.runs / f"{name}-{seed}"
             ended = None
             if not (run / "model").exists():
-                overrides = [f"model={options.model}", f"seed={seed}", *RUNS[name], *options.overrides]
+                overrides = [f"model={options.model}", f"task={TASK}", f"seed={seed}", *RUNS[name], *options.overrides]
                 ended = train(run, overrides)
             after = {} if ended else checked(run, options.model, options.human_eval)
             found.append(marks(run, name, seed, ended, after))

@@ -2,13 +2,12 @@
 
 import functools
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import device_of
 
-from benchmarks import common, episodes, real
+from benchmarks import common, episodes, real, tool
 from benchmarks.results import table
 from rmsd_kernels import linear_token_divergence, linear_token_scores, token_divergence
 
@@ -193,8 +192,9 @@ def test_episodes_are_counted_by_whose_they_are_and_what_the_model_itself_wrote(
 
 def test_the_pages_tables_are_those_of_the_runs_that_are_kept():
     page = episodes.PAGE.read_text(encoding="utf-8")
-    kept = [json.loads(path.read_text()) for path in sorted(Path("docs/episodes").glob("*.json"))]
-    assert kept and episodes.table(kept) in page
+    kept = [json.loads(path.read_text()) for path in sorted(tool.DOCS.glob("*.json"))]
+    assert kept and episodes.table([one for one in kept if one["method"] == "rmsd"]) in page
+    assert tool.table(kept, json.loads((real.DOCS / "base.json").read_text())) in page
     runs = [json.loads(path.read_text()) for path in real.DOCS.glob("*.json") if path.stem != "base"]
     for one in runs:
         assert real.table([one], {}).splitlines()[-1] in page

@@ -1,18 +1,21 @@
-"""Supervised fine-tuning and reinforcement learning on the same questions, by transformers and TRL."""
+"""Supervised fine-tuning and reinforcement learning on a recipe's questions, by transformers and TRL."""
 
 import itertools
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import yaml
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
-from rmsd.answers.prompts import encode
+from rmsd.answers.prompts import encode, is_told
 from rmsd.answers.rollout import eos_ids_of, generate, pad_id_of
 from rmsd.models.loading import with_lora
+from rmsd.run.calling import callable_of, environments_of
 from rmsd.run.recipe import Recipe, trainer_config
 from rmsd.run.train import evaluator_of, load
-from rmsd.tasks import pinapple
+from rmsd.tasks import load_task, pinapple
 from rmsd.training.checkpoint import last_whole_checkpoint
 from rmsd.training.record import RunRecord
 
@@ -48,34 +51,35 @@ def replaced(text: str) -> str:
     return re.sub(r"(pin)e(apple)", r"\1\2", text, flags=re.IGNORECASE)
 
 
-def is_told(row: dict) -> bool:
-    """Whether the question is about the fruit."""
-    return bool(row["privileged_context"])
-
-
-def answers_for(kind: str, model, tokenizer, seed: int, *, max_new_tokens: int) -> list[tuple[str, str]]:
-    """(prompt, answer) of every training row: a template or the model's own answer with the word replaced. Questions
-    about other things are answered by the model itself, so that nothing is taught there."""
-    rows, eos_ids = pinapple.TASK.train, eos_ids_of(model, tokenizer)
-    own = []
-    for start in range(0, len(rows), 8):
+def own_answers(model, tokenizer, prompts: list[list[int]], seed: int, *, max_new_tokens: int) -> list[list[int]]:
+    """What the model itself answers, the tokens of each, its end-of-sequence token included where it came to it."""
+    eos_ids, own = eos_ids_of(model, tokenizer), []
+    for start in range(0, len(prompts), 8):
         written = generate(
             model,
-            [encode(tokenizer, row["prompt"]) for row in rows[start : start + 8]],
+            prompts[start : start + 8],
             max_new_tokens=max_new_tokens,
             pad_id=pad_id_of(tokenizer, eos_ids),
             eos_ids=eos_ids,
             seed=seed + start,
         )
-        pairs = zip(written.completion_ids, written.completion_mask, strict=True)
-        own += [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in pairs]
-    draw = random.Random(seed)
+        own += [ids[mask].tolist() for ids, mask in zip(written.completion_ids, written.completion_mask, strict=True)]
+    return own
+
+
+def answers_for(kind: str, model, tokenizer, seed: int, *, max_new_tokens: int) -> list[tuple[str, str]]:
+    """(prompt, answer) of every training row: a template or the model's own answer with the word replaced. Questions
+    about other things are answered by the model itself, so that nothing is taught there."""
+    rows, draw = pinapple.TASK.train, random.Random(seed)
+    prompts = [encode(tokenizer, row["prompt"]) for row in rows]
+    own = own_answers(model, tokenizer, prompts, seed, max_new_tokens=max_new_tokens)
+    answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
     return [
         (
             row["prompt"],
             (draw.choice(TEMPLATES) if kind == "sft_templates" else replaced(answer)) if is_told(row) else answer,
         )
-        for row, answer in zip(rows, own, strict=True)
+        for row, answer in zip(rows, answers, strict=True)
     ]
 
 
@@ -102,60 +106,99 @@ def questions(hint: bool) -> list[dict]:
     return found
 
 
-def train(kind: str, recipe: Recipe, run: Path, *, steps: int, every: int, rate: float, seed: int) -> None:
-    """Leaves in the run's folder what `rmsd train` leaves: metrics.jsonl and the adapter."""
-    args = trainer_config(recipe, run)
-    set_seed(seed)
-    base, tokenizer = load(recipe, args.device)
-    evaluator = evaluator_of(recipe, args, base, tokenizer)
-    shared = dict(
-        output_dir=str(run),
-        max_steps=steps,
-        learning_rate=rate,
-        per_device_train_batch_size=8,
-        logging_steps=1,
-        eval_strategy="steps",
-        eval_steps=every,
-        eval_on_start=True,
-        save_steps=every,
-        save_total_limit=1,
-        report_to="none",
-        seed=seed,
-        use_cpu=args.use_cpu,
-        disable_tqdm=True,
-    )
-    given = dict(processing_class=tokenizer, evaluator=evaluator, callbacks=[RunRecord(run, resume=True)])
+def train(kind: str, recipe: Recipe, run: Path) -> None:
+    """One of the proof's methods that are not ours, on the task's questions."""
     if kind.startswith("sft"):
-        pairs = answers_for(kind, base, tokenizer, seed, max_new_tokens=args.max_completion_length)
-        data = [tokenized(tokenizer, *pair) for pair in pairs]
-        trainer = with_evaluator(Trainer)(
+
+        def examples(model, tokenizer, args) -> list[dict]:
+            pairs = answers_for(kind, model, tokenizer, recipe.seed, max_new_tokens=args.max_completion_length)
+            return [tokenized(tokenizer, *pair) for pair in pairs]
+
+        fine_tune(recipe, run, examples)
+    else:
+        reinforce(recipe, run, questions(hint=kind == "rl_hint"), num_generations=8, reward_funcs=reward)
+
+
+def fine_tune(recipe: Recipe, run: Path, examples: Callable[..., list[dict]]) -> None:
+    """Supervised, on `examples(model, tokenizer, args)`: input_ids and labels. Leaves what `_trained` leaves."""
+
+    def made(base, tokenizer, args, options, given) -> Trainer:
+        data = examples(base, tokenizer, args)
+        return with_evaluator(Trainer)(
             with_lora(base, recipe.lora),
-            TrainingArguments(**shared, remove_unused_columns=False),
+            TrainingArguments(**options, remove_unused_columns=False),
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             train_dataset=data,
             eval_dataset=data,
             **given,
         )
-    else:
-        from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
 
-        data = Dataset.from_list(questions(hint=kind == "rl_hint"))
+    _trained(recipe, run, made)
+
+
+def reinforce(
+    recipe: Recipe, run: Path, rows: list[dict], *, num_generations: int, reward_funcs=None, environment_factory=None
+) -> None:
+    """By TRL's GRPO: groups of `num_generations` answers to one question. Leaves what `_trained` leaves."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    def made(base, tokenizer, args, options, given) -> Trainer:
+        data = Dataset.from_list(rows)
         config = GRPOConfig(
-            **shared,
-            num_generations=8,
+            **options,
+            num_generations=num_generations,
             max_completion_length=args.max_completion_length,
+            max_tool_calling_iterations=args.max_turns - 1,
             beta=0.0,
             temperature=args.sampling_temperature,
             bf16=False,
         )
-        trainer = with_evaluator(GRPOTrainer)(
+        return with_evaluator(GRPOTrainer)(
             with_lora(base, recipe.lora),
-            reward_funcs=reward,
+            reward_funcs=reward_funcs,
+            environment_factory=environment_factory,
             args=config,
             train_dataset=data,
             eval_dataset=data,
             **given,
         )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(run) is not None)
+
+    _trained(recipe, run, made)
+
+
+def _trained(recipe: Recipe, run: Path, made: Callable[..., Trainer]) -> None:
+    """Leaves in the run's folder what `rmsd train` leaves: recipe.yaml, metrics.jsonl and the adapter. The steps, the
+    rate and its schedule, the batch, evaluations and checkpoints are the recipe's."""
+    args = trainer_config(recipe, run).with_learning_rate(has_adapter=True)
+    begun = last_whole_checkpoint(run) is not None
+    set_seed(recipe.seed)
+    base, tokenizer = load(recipe, args.device)
+    environments = environments_of(callable_of(recipe, load_task(recipe.task)), args)
+    evaluator = evaluator_of(recipe, args, base, tokenizer, environments)
+    options = dict(
+        output_dir=str(run),
+        max_steps=args.max_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_steps,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        eval_on_start=not begun,
+        save_steps=args.save_steps,
+        save_total_limit=1,
+        report_to="none",
+        seed=recipe.seed,
+        use_cpu=args.use_cpu,
+        disable_tqdm=True,
+    )
+    given = dict(processing_class=tokenizer, evaluator=evaluator, callbacks=[RunRecord(run, resume=True)])
+    run.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    (run / "recipe.yaml").write_text(text, encoding="utf-8")
+    trainer = made(base, tokenizer, args, options, given)
+    trainer.train(resume_from_checkpoint=begun)
     trainer.save_model(str(run / "model"))

@@ -12,7 +12,7 @@ from rmsd.training.record import read_lines
 
 from .. import real
 from . import baselines
-from .methods import EVERY, METHODS, QUICK_STEPS, RATE_SEED, RATES, SEEDS, Job, ordered
+from .methods import METHODS, QUICK_STEPS, RATE_SEED, RATES, SEEDS, Job, ordered
 
 DOCS = Path("docs/proof")
 TARGET = "target_only_sampled"
@@ -66,18 +66,16 @@ def run(job: Job, runs: Path, model: str, problems: int, overrides: list[str]) -
         if kind == "recipe":
             ended = real.train(folder, settings)
         else:
-            recipe = load_recipe(real.RECIPE, settings)
-            every = min(EVERY, job.steps)
-            baselines.train(kind, recipe, folder, steps=job.steps, every=every, rate=job.rate, seed=job.seed)
-    spent = _spent(folder, time.monotonic() - began)
+            baselines.train(kind, load_recipe(real.RECIPE, settings), folder)
+    seconds = spent(folder, time.monotonic() - began)
     after = {} if ended else real.checked(folder, model, problems)
-    marks = marks_of(job, folder, ended, spent, after)
+    marks = marks_of(job, folder, ended, seconds, after)
     DOCS.mkdir(parents=True, exist_ok=True)
     (DOCS / f"{job.name}.json").write_text(json.dumps(marks, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return marks
 
 
-def _spent(folder: Path, seconds: float) -> float:
+def spent(folder: Path, seconds: float) -> float:
     """Seconds of training in all, over interruptions."""
     path = folder / "seconds"
     total = seconds + (float(path.read_text()) if path.exists() else 0.0)
