@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from fake_run import CONTEXT, TOKENS, make_run, rollout, write_lines
 
-from rmsd.report import write_report
+from rmsd.report import MAX_CHARTS, write_report
 from rmsd.report.charts import HEIGHT, WIDTH, chart, figure, nice_ticks
 from rmsd.report.runs import group, read_run
 
@@ -83,6 +83,19 @@ def test_what_episodes_come_to_is_explained_as_what_it_is(tmp_path):
     assert said["turns_sampled"].startswith("sampled") and "wanted behaviour" in said["target_greedy"]
     are_shares = {name for name, row in rows.items() if "from-to" in row}
     assert are_shares == {"solved_greedy", "tool_errors_greedy", "target_greedy"}
+
+
+def test_what_a_judge_costs_is_on_the_page_however_much_else_is_logged(tmp_path):
+    run = make_run(tmp_path / "run")
+    others = {f"seconds_of_part_{i}": 1.0 for i in range(2 * MAX_CHARTS)}
+    asked = {"judge_requests": 8, "judge_tokens": 5120}
+    lines = [{"kind": "train", "step": step, "loss": 0.5, **others, **asked} for step in (1, 2)]
+    write_lines(run / "metrics.jsonl", lines)
+    page = page_of(run)
+    drawn = {chart["name"]: chart["lines"][0]["text"][0][0] for chart in page.data["charts"]}
+    assert len(drawn) == MAX_CHARTS and drawn["loss"] == "0.500"
+    assert (drawn["judge requests"], drawn["judge tokens"]) == ("8", "5120")
+    assert "requests to the model that judges" in page.html and "tokens that the model that judges read" in page.html
 
 
 def test_rollouts_reach_the_page_whole(tmp_path):

@@ -18,7 +18,17 @@ EPISODES = {
     "tool_errors": "share of the tool calls that were malformed, named no known tool, raised or hung; lower is better",
 }
 EPISODES_DECODED = {"greedy": "", "sampled": "sampled, several episodes a request: "}
-TRAIN_FIRST = ("loss", "divergence", "kept_tokens", "grad_norm", "learning_rate", "rollout_tokens")
+# A page draws only so many curves. What a run costs is among them.
+TRAIN_FIRST = (
+    "loss",
+    "divergence",
+    "kept_tokens",
+    "grad_norm",
+    "learning_rate",
+    "rollout_tokens",
+    "judge_requests",
+    "judge_tokens",
+)
 TRAIN = {
     "loss": "divergence from the teacher, mean over kept tokens",
     "divergence": "mean over all tokens of the answers, nats",
@@ -26,6 +36,14 @@ TRAIN = {
     "candidates": "tokens with the largest gaps in a step",
     "tail_mass": "probability outside the student's top k, which the loss overlooks; mean over candidates",
     "rollout_tokens": "tokens the student wrote in a step",
+    "judge_requests": "requests to the model that judges, by the run's first process, since the last entry",
+    "judge_tokens": "tokens that the model that judges read and wrote for them, as its server counts",
+    "judge_seconds": "seconds that the first process's judge took to answer, since the last entry",
+    "turns": "the model's turns in a step's episodes, together",
+    "calls": "tool calls of a step's episodes",
+    "tool_errors": "tool calls of a step that were malformed, named no known tool, raised or hung; lower is better",
+    "solved": "share of a step's graded episodes that the environment gives its full reward; higher is better",
+    "dropped_rollouts": "episodes of a step that are left out, for their environment died",
     "grad_norm": "length of the gradient before clipping",
     "learning_rate": "the optimiser's step size",
     "nonfinite_rows": "tokens left out for a divergence that is not finite",
