@@ -8,11 +8,22 @@ and not to TRL's number. The top-k divergences are the same quantity, TRL's own 
 
 import argparse
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import DTYPES, Result, assert_parity, command_line, compare, input_sets, logits, report
+from benchmarks.common import (
+    DTYPES,
+    Result,
+    assert_parity,
+    command_line,
+    compare,
+    input_sets,
+    logits,
+    report,
+    written_by_part,
+)
 from rmsd import RMSDLoss
 from rmsd_kernels import reference, token_divergence
 
@@ -72,6 +83,7 @@ def bench_loss(rows: int, vocab: int, dtype_name: str, arguments: argparse.Names
     )
 
 
+@torch.no_grad()
 def bench_topk(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace) -> list[Result]:
     def make(seed: int) -> tuple[Tensor, ...]:
         return logits(rows, vocab, DTYPES[dtype_name], arguments.device, seed)[:2]
@@ -99,17 +111,18 @@ def bench_topk(rows: int, vocab: int, dtype_name: str, arguments: argparse.Names
     return compare(work, (rows, vocab), contestants, inputs, 2 * inputs[0][0].nbytes, arguments.repeats, check)
 
 
-def main() -> None:
-    arguments = command_line(__doc__.splitlines()[0], [])
+def parts(arguments: argparse.Namespace) -> Iterator[list[Result]]:
     losses, topks = arguments.sizes or [(512, 49_152)], arguments.sizes or [(64, 151_936)]
-    results = []
     for dtype_name in arguments.dtype:
         for rows, vocab in losses:
-            results += bench_loss(rows, vocab, dtype_name, arguments)
-        with torch.no_grad():
-            for rows, vocab in topks:
-                results += bench_topk(rows, vocab, dtype_name, arguments)
-    report(results, arguments, "divergence")
+            yield bench_loss(rows, vocab, dtype_name, arguments)
+        for rows, vocab in topks:
+            yield bench_topk(rows, vocab, dtype_name, arguments)
+
+
+def main() -> None:
+    arguments = command_line(__doc__.splitlines()[0], [])
+    report(written_by_part(parts(arguments), arguments, "divergence"), arguments, "divergence")
 
 
 if __name__ == "__main__":

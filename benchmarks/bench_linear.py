@@ -10,11 +10,21 @@ every row, and the kept rows' projections and gradients.
 import argparse
 import functools
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import DTYPES, Result, assert_parity, command_line, compare, input_sets, report
+from benchmarks.common import (
+    DTYPES,
+    Result,
+    assert_parity,
+    command_line,
+    compare,
+    input_sets,
+    report,
+    written_by_part,
+)
 from rmsd_kernels import linear_token_divergence, linear_token_logprobs, linear_token_scores, reference, select_tokens
 
 with warnings.catch_warnings(action="ignore"):  # of triton, which has no driver on a CPU
@@ -67,7 +77,7 @@ def plain(student_hidden, student_weight, teacher_hidden, teacher_weight, sample
     return gradients(reference.token_divergence(*logits, divergence="jsd").mean(), student_hidden, student_weight)
 
 
-def bench(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace) -> list[Result]:
+def bench(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace) -> Iterator[list[Result]]:
     device, backend, hidden_size, dtype = arguments.device, arguments.backend, arguments.hidden, DTYPES[dtype_name]
     inputs = input_sets(lambda seed: heads(rows, hidden_size, vocab, device, seed, dtype), device)
 
@@ -116,7 +126,6 @@ def bench(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace)
     name = f"{NUM_KEPT} of {rows} rows, H {hidden_size}, V {vocab}, {dtype_name}"
     both, teacher_only = {"scores, selection, divergence": ours}, {RECORDED: rmsd_recorded}
     peers = {"Liger chunked JSD": lambda *inputs: liger(*inputs[:5]), "plain JSD": lambda *inputs: plain(*inputs[:5])}
-    results = []
     for work, contestant, sets, projected in (
         ("gradients", both, inputs, 2 * rows),
         ("recorded", teacher_only, recorded, rows),
@@ -126,8 +135,7 @@ def bench(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace)
         # Peers allocate gigabytes, after which whoever comes next takes page faults: the floor has rounds of its own.
         for others in (peers, bare):
             flops = (projected + 4 * NUM_KEPT) * product
-            results += compare(f"{work}, {name}", (rows, vocab), {**contestant, **others}, sets, flops, **shared)
-    return results
+            yield compare(f"{work}, {name}", (rows, vocab), {**contestant, **others}, sets, flops, **shared)
 
 
 def check_gradients(name: str, outcome, inputs: tuple[Tensor, ...], rows: Tensor) -> None:
@@ -178,13 +186,13 @@ def bf16_errors(vocab: int, hidden_size: int) -> dict[str, list[float]]:
 
 def main() -> None:
     arguments = command_line(__doc__.splitlines()[0], [(512, 49_152)], hidden=576, dtypes=("fp32",))
-    results = [
-        result
+    parts = (
+        part
         for rows, vocab in arguments.sizes
         for dtype_name in arguments.dtype
-        for result in bench(rows, vocab, dtype_name, arguments)
-    ]
-    report(results, arguments, "linear")
+        for part in bench(rows, vocab, dtype_name, arguments)
+    )
+    report(written_by_part(parts, arguments, "linear"), arguments, "linear")
     if not arguments.json:
         print("\n| error of the bf16 gradients, 64 rows | by hidden states | by weight |\n|---|---|---|")
         for name, errors in bf16_errors(arguments.sizes[0][1], arguments.hidden).items():

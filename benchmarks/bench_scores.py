@@ -12,7 +12,17 @@ import os
 import torch
 from torch import Tensor
 
-from benchmarks.common import DTYPES, Result, assert_parity, command_line, compare, input_sets, logits, report
+from benchmarks.common import (
+    DTYPES,
+    Result,
+    assert_parity,
+    command_line,
+    compare,
+    input_sets,
+    logits,
+    report,
+    written_by_part,
+)
 from rmsd_kernels import reference, token_scores
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -54,13 +64,10 @@ def bench(rows: int, vocab: int, dtype_name: str, arguments: argparse.Namespace)
 
 def main() -> None:
     arguments = command_line(__doc__.splitlines()[0], [(512, 49_152), (256, 151_936)])
-    results = [
-        result
-        for rows, vocab in arguments.sizes
-        for dtype_name in arguments.dtype
-        for result in bench(rows, vocab, dtype_name, arguments)
-    ]
-    report(results, arguments, "scores")
+    parts = (
+        bench(rows, vocab, dtype_name, arguments) for rows, vocab in arguments.sizes for dtype_name in arguments.dtype
+    )
+    report(written_by_part(parts, arguments, "scores"), arguments, "scores")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -220,17 +220,35 @@ def machine(device: str) -> dict:
     )
 
 
-def report(results: list[Result], arguments: argparse.Namespace, stem: str, **more: object) -> None:
-    """Prints the table or the JSON, which also holds `more`; writes the JSON where asked to."""
+def written_by_part(parts: Iterable[list[Result]], arguments: argparse.Namespace, stem: str) -> list[Result]:
+    """The results of all parts. Where asked to, the JSON is written as each part ends: what a benchmark measured
+    before it was stopped is kept."""
+    results = []
+    for part in parts:
+        results += part
+        write(results, arguments, stem)
+    return results
+
+
+def write(results: list[Result], arguments: argparse.Namespace, stem: str, **more: object) -> str:
+    """The JSON, which also holds `more`; in a file where asked to, whole or as it was before."""
     computer = machine(arguments.device)
     text = json.dumps(dict(machine=computer, **more, results=[dataclasses.asdict(r) for r in results]), indent=1)
     if arguments.write:
         arguments.write.mkdir(parents=True, exist_ok=True)
-        (arguments.write / f"{stem}.json").write_text(text + "\n")
+        unfinished = arguments.write / f"{stem}.json.part"
+        unfinished.write_text(text + "\n")
+        unfinished.replace(arguments.write / f"{stem}.json")
+    return text
+
+
+def report(results: list[Result], arguments: argparse.Namespace, stem: str, **more: object) -> None:
+    """Prints the table or the JSON, which also holds `more`; writes the JSON where asked to."""
+    text = write(results, arguments, stem, **more)
     if arguments.json:
         print(text)
         return
-    print(", ".join(f"{name} {value}" for name, value in computer.items()), "\n")
+    print(", ".join(f"{name} {value}" for name, value in machine(arguments.device).items()), "\n")
     print("| work | contestant | ms | spread | rate | times ours | extra MB | % of the logits |")
     print("|---|---|---|---|---|---|---|---|")
     for result in results:

@@ -4,10 +4,12 @@
 #     benchmarks/gpu_session.sh OUT [STAGES]
 #
 # Each stage has a time limit of its own, and all of them SESSION_SECONDS (480) together. OUT gets session.jsonl, one
-# line for each stage as it ends and one for each figure as it is measured; session.log, what the stages printed; and
+# line for each stage as it ends and one for each kernel's figure as it is measured; divergence.json, linear.json and
+# scores.json, written anew by those benchmarks after each of their parts; session.log, what the stages printed; and
 # triton-cache.tar, what was compiled. What ran is so kept whenever the session is cut off, and a second session begins
 # with the first one's OUT, so with its cache: compiling takes most of a cold one. STAGES is a file of lines
-# "name|seconds|command" in place of those below. A stage that cannot run here is skipped, with a line that says why.
+# "name|seconds|command" in place of those below. A stage that cannot run here, for want of a GPU, a tool or a package,
+# is skipped, with a line that says why.
 set -uo pipefail
 
 out=${1:?usage: benchmarks/gpu_session.sh OUT [STAGES]}
@@ -28,13 +30,14 @@ stages() {
     echo "tests of a GPU|100|needs_gpu $tests 3 tests/test_gpu.py tests/test_gpu_models.py tests/test_split.py"
     echo "kernels|60|needs_gpu $PYTHON -m benchmarks.gpu_measure --repeats 7 --write \$RECORD"
     echo "five rows|20|needs_gpu $PYTHON -m benchmarks.gpu_measure --rows 5 --repeats 25 --write \$RECORD"
-    echo "top-k against torch.topk and TRL|45|needs_gpu $PYTHON -m benchmarks.bench_divergence \
+    echo "top-k against torch.topk and TRL|45|needs_gpu needs_package trl $PYTHON -m benchmarks.bench_divergence \
 --rows 4096 --vocab $vocab --dtype bf16 --repeats 7 --write \$OUT"
-    echo "hidden states against Liger and the bare products|45|needs_gpu $PYTHON -m benchmarks.bench_linear \
+    echo "hidden states against Liger and the bare products|45|needs_gpu needs_package liger_kernel \
+$PYTHON -m benchmarks.bench_linear \
 --rows 2048 --vocab $vocab --hidden 2560 --dtype bf16 --repeats 5 --json --write \$OUT"
     echo "kernel tests|150|needs_gpu $tests 12 -k triton tests/test_divergence.py tests/test_scores.py \
 tests/test_selection.py tests/test_linear.py"
-    echo "scores against TRL and torch.compile|45|needs_gpu $PYTHON -m benchmarks.bench_scores \
+    echo "scores against TRL and torch.compile|45|needs_gpu needs_package trl $PYTHON -m benchmarks.bench_scores \
 --rows 4096 --vocab $vocab --dtype bf16 --repeats 7 --write \$OUT"
     echo "workspace|30|needs_gpu $PYTHON -m benchmarks.gpu_workspace --write \$RECORD"
     echo "clusters and a second stream|45|needs_gpu $PYTHON -m benchmarks.gpu_options --write \$RECORD"
@@ -43,7 +46,7 @@ tests/test_selection.py tests/test_linear.py"
 output_dir=\${TMPDIR:-/tmp}/rmsd-gpu-demo resume=false"
 }
 
-# Both run what follows them, or end with 77, which is a stage that was skipped.
+# These run what follows them, or end with 77, which is a stage that was skipped.
 needs_gpu() {
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "skipped: no GPU"; return 77; }
     "$@"
@@ -52,7 +55,12 @@ needs() {
     command -v "$1" >/dev/null || { echo "skipped: no $1"; return 77; }
     "$@"
 }
-export -f needs_gpu needs
+needs_package() { # by the name that is imported
+    "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1" ||
+        { echo "skipped: no $1 (pip install -e '.[bench]')"; return 77; }
+    "${@:2}"
+}
+export -f needs_gpu needs needs_package
 
 record() { # name, result, exit status, seconds
     printf '{"stage": "%s", "result": "%s", "status": %d, "seconds": %d}\n' "$@" >>"$RECORD"

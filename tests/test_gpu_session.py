@@ -1,17 +1,24 @@
 """benchmarks/gpu_session.sh with stages of the tests' own: what ran is kept, whatever happens to the rest."""
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import tarfile
 import time
+import types
 from pathlib import Path
 
 import pytest
 
+from benchmarks import common
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks/gpu_session.sh"
+PEERS = ("bench_divergence", "bench_linear", "bench_scores")  # what compares with other packages
 
 
 @pytest.fixture
@@ -36,6 +43,13 @@ def started(tmp_path):
 
 def lines(tmp_path) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "out/session.jsonl").read_text().splitlines()]
+
+
+def stages() -> str:
+    """The script's own, each on one line."""
+    text = SCRIPT.read_text().replace("\\\n", "")
+    found = re.findall(r'^ *echo "([^"=]+\|\d+\|[^"]+)"$', text, re.M)
+    return "\n".join(found)
 
 
 def test_one_stage_that_fails_or_hangs_costs_the_others_nothing(started, tmp_path):
@@ -80,10 +94,51 @@ def test_a_second_session_begins_with_what_the_first_compiled(started, tmp_path)
     assert started("finds it|20|grep one $TRITON_CACHE_DIR/kernel").wait() == 0
 
 
+def test_a_stage_whose_package_is_not_installed_is_skipped(started, tmp_path):
+    session = started("absent|20|needs_package no_such_peer echo ran", "there|20|needs_package json echo ran it all")
+    assert session.wait() == 0
+    assert [line["result"] for line in lines(tmp_path)[1:]] == ["skipped", "passed"]
+    _, skipped, _, ran = (tmp_path / "out/session.log").read_text().splitlines()
+    assert skipped.startswith("skipped: no no_such_peer (pip install") and ran == "ran it all"
+
+
+@pytest.mark.parametrize("script", PEERS)
+def test_a_benchmark_asks_for_what_it_is_compared_with(script):
+    packages = re.findall(r"^ *from (trl|liger_kernel)\b", (ROOT / f"benchmarks/{script}.py").read_text(), re.M)
+    (stage,) = re.findall(rf"^.*\|needs_gpu (.*) \$PYTHON -m benchmarks\.{script} ", stages(), re.M)
+    assert stage.split() == ["needs_package", packages[0]] and len({*packages}) == 1
+
+
+@pytest.mark.parametrize("script", PEERS)
+def test_a_benchmark_that_is_cut_off_keeps_what_it_measured(script, tmp_path, monkeypatch):
+    """Nobody is timed, so nobody's package need be here."""
+    losses = dict.fromkeys(
+        ("compute_full_logit_self_distillation_loss", "compute_topk_self_distillation_loss", "LigerFusedLinearJSDLoss"),
+        pytest.fail,
+    )
+    for peer in ("trl.experimental.sdft.loss_utils", "liger_kernel.chunked_loss"):
+        monkeypatch.setitem(sys.modules, peer, types.SimpleNamespace(**losses))
+    spec = importlib.util.spec_from_file_location(script, ROOT / f"benchmarks/{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    left = [common.Result("first", "ours", 1.0, 1.0, "GB/s", 1.0, 0.0, 0.0, 0.0)]
+
+    def compare(*arguments, **options):
+        assert left, "cut off"
+        return [left.pop()]
+
+    monkeypatch.setattr(module, "compare", compare)
+    size = ["--rows", "6", "--vocab", "600", "--device", "cpu", "--dtype", "fp32", "bf16"]
+    monkeypatch.setattr("sys.argv", [script, *size, "--write", str(tmp_path)])
+    with pytest.raises(AssertionError, match="cut off"):
+        module.main()
+    (kept,) = tmp_path.iterdir()
+    assert kept.name == f"{script.removeprefix('bench_')}.json"
+    assert [result["work"] for result in json.loads(kept.read_text())["results"]] == ["first"]
+
+
 def test_every_stage_of_its_own_is_skipped_without_a_gpu(tmp_path):
     """And each begins by asking, so nothing is computed on a CPU and called a GPU's."""
-    text = SCRIPT.read_text()
-    stages = [line for line in text.splitlines() if line.strip().startswith('echo "') and "|" in line.split(";")[0]]
-    stages = [line for line in stages if "skipped" not in line and "====" not in line]
-    assert len(stages) >= 9
-    assert all("|needs_gpu " in line for line in stages)
+    named = [line for line in stages().splitlines() if "|" in line]
+    assert len(named) >= 9
+    assert all("|needs_gpu " in line for line in named)
