@@ -12,6 +12,9 @@ from tiny import same, weights
 
 from rmsd.answers import episodes as module
 from rmsd.answers.calls import Call
+from rmsd.answers.engines import TransformersEngine
+from rmsd.answers.rollout import Recorded, Rollouts
+from rmsd.models.heads import OutputHead
 from rmsd.run.evaluate import Evaluator
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import train
@@ -157,6 +160,38 @@ def test_a_resumed_run_ends_in_the_uninterrupted_runs_weights_and_episodes(tmp_p
         for name in ("whole", "resumed")
     ]
     assert last[0] == last[1] and any(line["episode"]["calls"] for line in last[0])
+
+
+class Recording(TransformersEngine):
+    """An engine that records log-probabilities and no hidden states, as vLLM does; `off` by so many nats."""
+
+    def __init__(self, off=0.0):
+        super().__init__()
+        self.off = off
+
+    def __call__(self, prompt_ids, **options):
+        written = super().__call__(prompt_ids, **options)
+        logprobs = OutputHead.of(self._model)(written.student_hidden).float().log_softmax(-1)
+        own, top = logprobs.gather(-1, written.completion_ids.unsqueeze(-1)).squeeze(-1), logprobs.topk(2)
+        recorded = Recorded(own + self.off, top.indices, top.values)
+        return Rollouts(prompt_ids, written.completion_ids, written.completion_mask, recorded=recorded)
+
+
+def test_an_engine_that_records_is_checked_over_all_turns_of_an_episode(tmp_path):
+    made = trainer(tmp_path)
+    made.engine = Recording()
+    made.train()
+    entries = [entry for entry in made.state.log_history if "loss" in entry]
+    assert [entry["calls"] > 0 for entry in entries] == [True, True]
+    assert all(0 < entry["engine_gap"] < 1e-4 for entry in entries), "a rounding"
+    made = trainer(tmp_path / "off")
+    made.engine = Recording(off=0.6)
+    with pytest.raises(RuntimeError, match=r"differ from the student's by 0\.60 nats"):
+        made.train()
+    made = trainer(tmp_path / "died", rows=[ROWS[2]] * 4, factory=Dying, max_steps=1)
+    made.engine = Recording()
+    made.train()
+    assert "engine_gap" not in made.state.log_history[0], "nothing was written"
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .calls import calls_of
 from .environments import Environments, Episode
-from .rollout import Rollouts
+from .rollout import Recorded, Rollouts
 from .sampling import seed_at, seeds_of
 from .tools import run_turns
 from .turns import TurnSuffix
@@ -19,6 +19,11 @@ log = logging.getLogger("rmsd")
 Write = Callable[..., Rollouts]  # an engine: prompt_ids, max_new_tokens=, seed= -> an answer each
 
 
+# (tokens, ...) each of what the engine records as it writes: hidden states, and the tensors of Recorded. None: it does
+# not.
+_Records = list[Tensor | None]
+
+
 @dataclass
 class _Tokens:
     """A rollout's tokens after its prompt, as they are put together."""
@@ -26,13 +31,16 @@ class _Tokens:
     prompt: list[int]
     ids: list[int] = field(default_factory=list)
     turn: list[int] = field(default_factory=list)  # of each token: which of the model's turns, from 1; 0 for a tool's
-    hidden: list[Tensor] = field(default_factory=list)  # (tokens, H) of each of `ids`, where the engine records it
+    records: list[_Records] = field(default_factory=list)  # of each piece that was added
 
-    def add(self, ids: list[int], turn: int, hidden: Tensor | None) -> None:
+    def add(self, ids: list[int], turn: int, records: _Records) -> None:
         self.ids += ids
         self.turn += [turn] * len(ids)
-        if hidden is not None:
-            self.hidden.append(hidden)
+        self.records.append(records)
+
+    def read(self, ids: list[int]) -> None:
+        """Adds a tool's turn, of which nothing is recorded: zeros."""
+        self.add(ids, 0, [x if x is None else x.new_zeros(len(ids), *x.shape[1:]) for x in self.records[-1]])
 
 
 class Episodes:
@@ -91,8 +99,7 @@ class Episodes:
             calls = {}
             for row, (i, most) in enumerate(zip(active, room, strict=True)):
                 ids = written.completion_ids[row][written.completion_mask[row]].tolist()[:most]
-                hidden = written.student_hidden
-                tokens[i].add(ids, turn, None if hidden is None else hidden[row, : len(ids)])
+                tokens[i].add(ids, turn, _records(written, row, len(ids)))
                 calls[i] = self._read(episodes[i], ids, turn, ended=bool(ids) and ids[-1] in eos_ids)
             active = self._answered(episodes, tokens, {i: made for i, made in calls.items() if made}, max_new_tokens)
         self.environments.finish(episodes)
@@ -128,10 +135,14 @@ class Episodes:
             if len(tokens[i].ids) + len(said) >= most:
                 episode.counts["cut"] += 1
                 continue
-            hidden = tokens[i].hidden
-            tokens[i].add(said, 0, hidden[-1].new_zeros(len(said), hidden[-1].shape[-1]) if hidden else None)
+            tokens[i].read(said)
             going_on.append(i)
         return going_on
+
+
+def _records(written: Rollouts, row: int, length: int) -> _Records:
+    every = [written.student_hidden, *(written.recorded or [None] * len(Recorded._fields))]
+    return [x if x is None else x[row, :length] for x in every]
 
 
 def _rollouts(tokens: list[_Tokens], dropped: list[bool], pad_id: int, device) -> Rollouts:
@@ -139,15 +150,29 @@ def _rollouts(tokens: list[_Tokens], dropped: list[bool], pad_id: int, device) -
     ids = torch.full((len(tokens), width), pad_id, dtype=torch.int64)
     turn = torch.zeros(len(tokens), width, dtype=torch.int64)
     present = torch.zeros(len(tokens), width, dtype=torch.bool)
-    recorded = next((each.hidden[0] for each in tokens if each.hidden), None)
-    hidden = None if recorded is None else recorded.new_zeros(len(tokens), width, recorded.shape[-1])
     for b, (each, drop) in enumerate(zip(tokens, dropped, strict=True)):
         length = len(each.ids)
         ids[b, :length] = torch.tensor(each.ids, dtype=torch.int64)
         turn[b, :length] = 0 if drop else torch.tensor(each.turn, dtype=torch.int64)
         present[b, :length] = True
-        if each.hidden:
-            hidden[b, :length] = torch.cat(each.hidden)
+    hidden, *recorded = (_together(tokens, k, width) for k in range(1 + len(Recorded._fields)))
     return Rollouts(
-        [each.prompt for each in tokens], ids.to(device), (turn > 0).to(device), hidden, None, present.to(device)
+        [each.prompt for each in tokens],
+        ids.to(device),
+        (turn > 0).to(device),
+        hidden,
+        None if recorded[0] is None else Recorded(*recorded),
+        present.to(device),
     )
+
+
+def _together(tokens: list[_Tokens], k: int, width: int) -> Tensor | None:
+    """(B, width, ...): the k-th of all rollouts' records, 0 where there are none."""
+    like = next((each.records[0][k] for each in tokens if each.records), None)
+    if like is None:
+        return None
+    whole = like.new_zeros(len(tokens), width, *like.shape[1:])
+    for b, each in enumerate(tokens):
+        if each.records:
+            whole[b, : len(each.ids)] = torch.cat([records[k] for records in each.records])
+    return whole

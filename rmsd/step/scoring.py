@@ -52,7 +52,8 @@ def scored_by_forwards(
             contrast_hidden=contrast_hidden,
             completion_ids=rollouts.completion_ids,
         )
-        if rollouts.recorded and temperature == 1.0:
+        written_by_engine = rollouts.recorded and rollouts.on_host.completion_mask.any()  # not where all episodes died
+        if written_by_engine and temperature == 1.0:
             ours = batch.scores.student_logprob[mask]
             batch.engine_gaps["engine_gap"] = engine_gap(rollouts.recorded.logprob[mask], ours)
         yield batch
@@ -66,7 +67,7 @@ def scored_by_engine(
     answered. All micro-batches are written before the first is read, so that weights change once a step."""
     batches = list(written)
     for batch in batches:
-        if batch.rollouts.recorded is None:  # the rows' own completions
+        if batch.rollouts.recorded is None:  # the rows' own completions, or some that the teacher wrote
             batch.rollouts.recorded = engine.read(batch.prompt_ids, batch.rollouts)
     if teacher.kind != "live":
         with teacher.active() as model:
