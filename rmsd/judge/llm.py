@@ -104,7 +104,7 @@ class LLMJudge:
         self._asking, self._batch = Asking(template, batch=batch, shuffle=shuffle and ask == "list"), batch
         self._structured = True
         self._limits = Limits(requests_per_minute, tokens_per_minute, budget_tokens)
-        self._places = PlaceWatch()
+        self._places = PlaceWatch(self._asking.shuffle)
 
     @property
     def fingerprint(self) -> str:

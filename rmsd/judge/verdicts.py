@@ -11,6 +11,8 @@ log = logging.getLogger("rmsd")
 YES, NO = "yes", "no"
 WATCHED = 16  # answers, before it is said that a judge keeps the same places
 SAME = 0.75  # of them
+LONG = 4  # candidates, from which on a list says something though one is kept, or all
+NEARLY_ALL = 0.75  # of the candidates of long lists
 # Without a bound a small model goes on giving reasons until its answer is cut off. Of the keywords that would do, this
 # is the one that servers of strict schemas know.
 REASON = "^[A-Za-z0-9 ,.'-]{0,80}$"
@@ -91,26 +93,48 @@ def found_relevant(entries: list, num_candidates: int) -> tuple[list[int], int]:
 
 
 class PlaceWatch:
-    """Warns once of a judge that keeps the same places of the list whatever they hold, as small models do."""
+    """Warns once of a judge that keeps the same places of the list whatever they hold, or nearly all of long lists, as
+    small models do.
 
-    def __init__(self):
-        self._kept: Counter[tuple[int, ...]] = Counter()
+    Args:
+        shuffled: lists are in an order of their own, so that one place is as good as another. In the criterion's the
+            first may well be right again and again.
+    """
+
+    def __init__(self, shuffled: bool = True):
+        self._shuffled = shuffled
+        self._places: Counter[tuple[int, ...]] = Counter()
+        self._lists = self._listed = self._kept = 0  # long lists, their candidates, and what is kept of these
         self._lock, self._warned = threading.Lock(), False
 
     def add(self, numbers: list[int], num_candidates: int) -> None:
-        """The numbers kept of a list. Short lists and lists kept whole or not at all say nothing."""
-        if self._warned or not 2 <= len(numbers) < num_candidates:
-            return
+        """The numbers kept of a list. Of short lists to keep one or all says nothing."""
+        is_long = num_candidates >= LONG
         with self._lock:
-            self._kept[tuple(numbers)] += 1
-            (places, times), answers = self._kept.most_common(1)[0], self._kept.total()
-            if answers < WATCHED or times < SAME * answers:
+            if self._warned:
                 return
-            self._warned = True
-        log.warning(
-            "the judge keeps candidates %s of the list in %d of %d answers, whatever they are: it does not read them; "
-            "`rmsd judge` measures it",
-            ", ".join(map(str, places)),
-            times,
-            answers,
-        )
+            if is_long:
+                self._lists += 1
+                self._listed += num_candidates
+                self._kept += len(numbers)
+            fewest = 1 if is_long and self._shuffled else 2
+            if fewest <= len(numbers) < num_candidates:
+                self._places[tuple(numbers)] += 1
+            said = self._same_places() or self._nearly_all()
+            self._warned = bool(said)
+        if said:
+            log.warning("the judge keeps %s; `rmsd judge` measures it", said)
+
+    def _same_places(self) -> str:
+        if (answers := self._places.total()) < WATCHED:
+            return ""
+        places, times = self._places.most_common(1)[0]
+        if times < SAME * answers:
+            return ""
+        named = f"candidate{'s' * (len(places) > 1)} {', '.join(map(str, places))}"
+        return f"{named} of the list in {times} of {answers} answers, whatever is there: it does not read the edits"
+
+    def _nearly_all(self) -> str:
+        if self._lists < WATCHED or self._kept < NEARLY_ALL * self._listed:
+            return ""
+        return f"{self._kept} of {self._listed} candidates of long lists: it hardly tells one edit from another"
