@@ -1,5 +1,6 @@
 """The learning suite's parts that decide what its tables say. The suite itself is `make learn`."""
 
+import inspect
 import random
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from benchmarks.learning.ablations import GROUPS
 from benchmarks.learning.corpus import SKILLS, World, skill
 from benchmarks.learning.lesson import Lesson, OracleJudge
 from benchmarks.learning.muon import Muon
+from rmsd import RMSDConfig
 from rmsd.judge import Candidate, Question
 
 
@@ -277,6 +279,33 @@ def test_the_ablations_name_options_and_rivals():
     assert {job["method"] for job in jobs} == expected
     shared = [job for job in jobs if job["label"] in ("divergence: JSD", "beside OPSD: RMSD, JSD")]
     assert len(shared) == 4 and len({run._path(job) for job in shared}) == 2, "the same settings are run once"
+    varied = {name for job in jobs for name in (*job["options"], *(["max_drift"] if job["max_drift"] else []))}
+    assert {"gap_weight", "forward_kl_above", "guided_rollouts", "unkept_kl", "max_drift", "criterion"} <= varied
+    stopped = {run._path(job) for job in jobs if job["label"] == "holding: stopped above drift 0.3"}
+    continued = [job for job in run.compared([0, 1]) if job["method"] == "rmsd_context"]
+    assert stopped == {run._path(job) for job in continued if job["options"]["learning_rate"] == run.ABLATION_RATE}
+
+
+def test_every_setting_is_one_that_the_suite_or_a_run_takes(tmp_path):
+    taken = {name for f in (run.job, methods.distil) for name in inspect.signature(f).parameters} | {"of"}
+    for settings in GROUPS.values():
+        for options in settings.values():
+            given = {name: value for name, value in options.items() if name not in taken - {"options"}}
+            RMSDConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+
+
+def test_a_run_is_stopped_at_the_first_exam_that_drifts_too_far():
+    marks = [dict(step=10 * i, drift=drift) for i, drift in enumerate((0.0, 0.2, 0.31, 0.1, float("nan")))]
+    assert marks_of.until_drift(marks, 0.3) == marks[:3]
+    assert marks_of.until_drift(marks, 1.0) == marks and marks_of.until_drift(marks[:4], 1.0) == marks[:4]
+    assert marks_of.until_drift(marks, None) == marks
+
+
+def test_a_continued_setting_has_a_row_that_says_so():
+    mark = {metric: 0.5 for metric, _ in report.COLUMNS.values()} | {"tail_mass": 0.0, "tokens": 7}
+    results = [dict(label=f"unkept KL 0{suffix}", marks=[mark]) for suffix in ("", "+")]
+    heads = [line.split(" |")[0] for line in report.setting_table(results).splitlines()[2:]]
+    assert heads == ["| unkept KL 0", "| unkept KL 0, continued"]
 
 
 def test_steps_to_most_and_level():

@@ -1,5 +1,5 @@
 """What each choice of RMSD does, one at a time, from RMSD with the context judge and anchors as in the comparison.
-`of` names another method to start from."""
+`of` names another method to start from; `max_drift`, a drift after which an exam ends the run."""
 
 ABLATED, RIVAL, STEPS, LEARNING_RATE = "rmsd_context_anchors", "opsd_anchors", 100, 3e-4
 
@@ -7,6 +7,8 @@ JSD, AVERAGE = dict(divergence="jsd"), dict(teacher="ema", ema_decay=0.95)
 # SGD's rates: at 0.5 its first steps are about as long as AdamW's, and skills are lost.
 SGD = [dict(optim="sgd", learning_rate=rate) for rate in (0.05, 0.15, 0.5)]
 LARGER = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6)  # four times as many
+# As the comparison continues, on hinted rows, where continued runs forget most.
+CONTINUED = dict(of="rmsd_context", steps=150, every=10, continuation=100)
 SHORT = dict(max_completion_length=12)  # of 32: the name once, and no closing
 
 GROUPS = {
@@ -25,6 +27,12 @@ GROUPS = {
         "entropy fall": dict(criterion="entropy_fall"),
         "supported": dict(criterion="supported"),
         "TIP": dict(criterion="tip"),
+    },
+    "weights": {
+        "none": {},
+        "gap weight 5": dict(gap_weight=5.0),
+        "forward KL above 0.5 nats": dict(forward_kl_above=0.5),
+        "guided, 1 in 4": dict(guided_rollouts=0.25),
     },
     "threshold": {"0 nats": {}, "0.5 nats": dict(threshold=0.5), "2 nats": dict(threshold=2.0)},
     "divergence": {"reverse KL": {}, "forward KL": dict(divergence="forward_kl"), "JSD": JSD},
@@ -60,6 +68,11 @@ GROUPS = {
         "on topic": dict(of="rmsd_contrast_topic"),
     },
     "teacher": {"initial": {}, "live": dict(teacher="live"), "moving average, 0.95": AVERAGE},
+    "holding": {
+        "unkept KL 0": CONTINUED,
+        "unkept KL 0.1": dict(CONTINUED, unkept_kl=0.1),
+        "stopped above drift 0.3": dict(CONTINUED, max_drift=0.3),
+    },
     "rollout length": {
         "RMSD, 32 tokens": {},
         "OPSD, 32 tokens": dict(of=RIVAL),

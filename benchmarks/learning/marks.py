@@ -16,6 +16,12 @@ def at_level(marks: list[dict]) -> dict | None:
     return next((mark for mark in marks if mark["target_only"] >= LEVEL), None)
 
 
+def until_drift(marks: list[dict], max_drift: float | None) -> list[dict]:
+    """Up to and with the first exam whose drift exceeds it, or is no number: there DriftLimit ends training."""
+    ends = (i for i, mark in enumerate(marks) if max_drift is not None and not mark["drift"] <= max_drift)
+    return marks[: next(ends, len(marks)) + 1]
+
+
 def steps_to_most(marks: list[dict]) -> int | None:
     """Steps to 80% of the final target (the mean of the last two exams); None where it is nothing."""
     final = mean(mark["target_only"] for mark in marks[-2:])

@@ -99,7 +99,7 @@ def setting_table(results: list[dict]) -> str:
         cells = [f"{mean(mark[name] for mark in at):.{digits}f}" for name, digits in COLUMNS.values()]
         cells += [f"{mean(mark['tail_mass'] for mark in at):.3f}"] * truncated
         tokens, each = mean(mark["tokens"] for mark in at), (f"{mark['target_only']:.2f}" for mark in at)
-        lines.append(_row([setting, *cells, f"{tokens:.0f}", ", ".join(each)]))
+        lines.append(_row([name_of(setting), *cells, f"{tokens:.0f}", ", ".join(each)]))
     return "\n".join(lines)
 
 
@@ -220,7 +220,7 @@ def rate_table(results: list[dict], picked: list[dict]) -> str:
 
 
 def name_of(label: str) -> str:
-    name = NAMES.get(label.rstrip("+"), label)
+    name = NAMES.get(label.rstrip("+"), label.rstrip("+"))
     return f"{name}, continued" if label.endswith("+") else name
 
 

@@ -29,6 +29,7 @@ from . import base, corpus, lesson, methods, muon, report
 from .ablations import ABLATED, GROUPS
 from .ablations import LEARNING_RATE as ABLATION_RATE
 from .ablations import STEPS as ABLATION_STEPS
+from .marks import until_drift
 
 RUNS = Path("runs/learning")
 STEPS, CONTINUATION, EVERY = 150, 100, 10
@@ -40,10 +41,26 @@ QUICK = ["sft_own", "opsd", "rmsd_context", "rmsd_context_anchors"]
 QUICK_THREADS = 2  # its one base has both cores, where the comparison pre-trains two at a time
 
 
-def job(method: str, seed: int, learning_rate: float, label="", pretraining: dict | None = None, **options) -> dict:
-    """`pretraining`: base.load's options, where its base model is to be another than the comparison's."""
+def job(
+    method: str,
+    seed: int,
+    learning_rate: float,
+    label: str = "",
+    pretraining: dict | None = None,
+    max_drift: float | None = None,
+    **options,
+) -> dict:
+    """`pretraining`: base.load's options, where its base model is to be another than the comparison's. `max_drift` ends
+    a run as training.forgetting.DriftLimit would: up to there it is the run without, so that is the one that is run."""
     options = {**methods.METHODS[method], "steps": STEPS, "every": EVERY, "learning_rate": learning_rate, **options}
-    return dict(label=label or method, method=method, seed=seed, pretraining=pretraining or {}, options=options)
+    return dict(
+        label=label or method,
+        method=method,
+        seed=seed,
+        pretraining=pretraining or {},
+        max_drift=max_drift,
+        options=options,
+    )
 
 
 def compared(seeds: list[int]) -> list[dict]:
@@ -91,7 +108,7 @@ def run_all(jobs: list[dict], processes: int) -> list[dict]:
         print(f"{done}/{len(missing)} {path.stem}, {seconds:.0f} s", flush=True)
     found = [(job, json.loads(_path(job).read_text())) for job in jobs]
     return [
-        {**job, "label": job["label"] + suffix, "marks": marks[suffix]}
+        {**job, "label": job["label"] + suffix, "marks": until_drift(marks[suffix], job["max_drift"])}
         for suffix in ("", "+")
         for job, marks in found
         if suffix in marks
