@@ -188,10 +188,16 @@ def test_an_engine_that_records_is_checked_over_all_turns_of_an_episode(tmp_path
     made.engine = Recording(off=0.6)
     with pytest.raises(RuntimeError, match=r"differ from the student's by 0\.60 nats"):
         made.train()
-    made = trainer(tmp_path / "died", rows=[ROWS[2]] * 4, factory=Dying, max_steps=1)
+
+    class DyingAtTheEnd(Counter):
+        def get_reward(self):
+            raise RuntimeError("no database")
+
+    made = trainer(tmp_path / "died", factory=DyingAtTheEnd, max_steps=1)
     made.engine = Recording()
     made.train()
-    assert "engine_gap" not in made.state.log_history[0], "nothing was written"
+    entry = made.state.log_history[0]
+    assert entry["dropped_rollouts"] == 4 and "engine_gap" not in entry, "nothing is left to check it by"
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
