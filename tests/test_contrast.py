@@ -3,13 +3,15 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import ROWS, model, tokenizer, trainer
+from tiny import ROWS, loud, model, tokenizer, trainer
 
 from rmsd.answers.contrast import Contrasts
+from rmsd.answers.engines import TransformersEngine
 from rmsd.answers.prompts import encode, prompt_text, teacher_prompt
 from rmsd.answers.rollout import Recorded
 from rmsd.judge import Candidate, ContrastJudge, Question
 from rmsd.models.heads import OutputHead, Reading
+from rmsd.models.hidden import completion_hidden
 from rmsd.step.wishes import recorded_wishes, wishes
 from rmsd.tasks import load_task, pinapple
 
@@ -178,6 +180,42 @@ def test_the_trainer_has_its_teacher_read_each_answer_under_the_contrast_as_well
 @torch.no_grad()
 def logprobs_of(model, prompt, answer):
     return model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+
+
+class Reads(TransformersEngine):
+    """An engine that reads finished answers as vLLM does, and records the whole vocabulary."""
+
+    def read(self, prompt_ids, rollouts):
+        ids, mask = rollouts.completion_ids, rollouts.attention_mask
+        hidden = completion_hidden(self._model, prompt_ids, ids, mask, tokenizer().pad_token_id)
+        logprobs = OutputHead.of(self._model)(hidden).float().log_softmax(-1)
+        top = logprobs.topk(logprobs.shape[-1])
+        return Recorded(logprobs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), top.indices, top.values)
+
+
+def test_an_engine_that_reads_has_each_answer_s_contrast_as_the_trainer_s_forwards_have_it(tmp_path):
+    answers = [[40, 50, 60], [70, 80], [90, 91, 92, 93], [100]]
+    rows = [{**row, "completion": ids} for row, ids in zip(ROWS, answers, strict=True)]
+    # Of a rounding, the anchor's gap, Adam would make a step as of any gradient.
+    options = dict(rows=rows, threshold=1e-4, optim="sgd", learning_rate=0.1)
+    made = {name: trainer(tmp_path, loud(model()), judge=Keeps(rows), **options) for name in ("ours", "engine")}
+    made["engine"].args.engine_scores = True  # which is refused of the transformers engine, for it reads nothing
+    made["engine"].engine = Reads()
+    for each in made.values():
+        each.train()
+    # In the second step the student has moved away from its teacher, whose weights the engine takes to read.
+    ours, engine = (each.judge.asked for each in made.values())
+    assert [question.tokens for question in ours] == [question.tokens for question in engine] and len(ours) == 6
+    for a, b in zip(ours, engine, strict=True):
+        assert {c.position: c.promoted for c in a.candidates} == {c.position: c.promoted for c in b.candidates}
+        contrast = {c.position: c.contrast for c in b.candidates}
+        for c in a.candidates:
+            assert contrast[c.position] == pytest.approx(c.contrast, abs=1e-4)
+    nats = [c.contrast for question in ours for c in question.candidates]
+    assert len(nats) == 16 and max(map(abs, nats)) > 0.1
+    weights = [each.model.state_dict() for each in made.values()]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
 
 
 # ---- what is kept --------------------------------------------------------------------------------------------------
