@@ -371,7 +371,9 @@ def test_a_head_on_the_meta_device_is_refused():
 
 def _loss_of_rank(model, rank: int):
     """As the trainer takes it: the student's forward, then its head, against a fixed teacher."""
-    student_hidden = completion_hidden(model, [[7, 8], [9]], IDS + 12 * rank, MASK, pad_id=0)
+    with VocabularyWide() as spied:
+        student_hidden = completion_hidden(model, [[7, 8], [9]], IDS + 12 * rank, MASK, pad_id=0)
+    assert spied.count == 0
     teacher_hidden = torch.randn(student_hidden.shape, generator=torch.Generator().manual_seed(rank))
     student = OutputHead.current(causal_lm(model), dict(logit_scale=1.0, softcap=None))
     return linear_loss(student_hidden, student, teacher_hidden, OutputHead.of(model_with("bias", seed=1)))
@@ -400,6 +402,12 @@ def _fully_sharded(rank: int, directory: str) -> None:
     # As transformers' Trainer wraps a model: whatever the outputs do not lead to would count as unused.
     model = model_with("bias")
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    with VocabularyWide() as spied, torch.no_grad():
+        wrapped(input_ids=IDS)
+    assert spied.count == 1, "the spy sees a head"
+    with VocabularyWide() as spied, torch.no_grad():
+        completion_hidden(wrapped, [[7, 8], [9]], IDS, MASK, pad_id=0)
+    assert spied.count == 0
     _loss_of_rank(wrapped, rank).backward()
     seen |= {("copies", name): parameter.grad for name, parameter in model.named_parameters()}
     torch.save(seen, Path(directory) / f"{rank}.pt")

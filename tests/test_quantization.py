@@ -8,10 +8,12 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from test_heads import IDS, MASK, VocabularyWide
 from test_same_gradients import ROWS
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rmsd.models.heads import OutputHead
+from rmsd.models.hidden import completion_hidden
 from rmsd.models.loading import load_model
 from rmsd.run.costs import Sizes
 from rmsd.run.recipe import load_recipe
@@ -85,6 +87,18 @@ def test_it_trains_as_on_the_weights_that_the_bits_stand_for(tmp_path, folder):
     whole, _ = load_model(str(folder))
     weight = base.get_parameter("model.layers.0.mlp.up_proj.base_layer.weight")
     assert (weight - whole.get_parameter("model.layers.0.mlp.up_proj.weight")).abs().max() > 1e-2, "4 bits are coarse"
+
+
+def test_forwards_for_hidden_states_run_no_head_beside_layers_of_4_bits(folder):
+    model = adapted(load_model(str(folder), quantization=FOUR_BITS)[0])
+    with VocabularyWide() as spied, torch.no_grad():
+        model(input_ids=IDS)
+    assert spied.count == 1, "the spy sees a head"
+    with VocabularyWide() as spied:
+        completion_hidden(model, [[7, 8], [9]], IDS, MASK, pad_id=0, one_forward=True).sum().backward()
+        with model.disable_adapter(), torch.no_grad():  # as the teacher reads
+            completion_hidden(model, [[7, 8], [9]], IDS, MASK, pad_id=0)
+    assert spied.count == 0
 
 
 def test_a_recipe_trains_an_adapter_on_4_bits(tmp_path, recipe, monkeypatch):
