@@ -1,7 +1,8 @@
-"""Kills one run again and again: `python tests/kill.py [--kills 10] [--seed 0]`.
+"""Kills one run again and again: `python tests/kill.py [--kills 10] [--episode-kills 3] [--seed 0]`.
 
 A tiny model trains in a process that is killed (SIGKILL) at random moments, among them while a checkpoint is written.
-Every restart must go on from the last whole checkpoint, and the end must be the uninterrupted run's, bit for bit.
+Every restart must go on from the last whole checkpoint, and the end must be the uninterrupted run's, bit for bit. So
+does a second run, whose rollouts are episodes with an environment.
 """
 
 import argparse
@@ -30,17 +31,52 @@ from rmsd.training.record import read_lines
 fork = multiprocessing.get_context("fork")
 
 
-def prepare(folder: Path, steps: int) -> None:
+# Whatever a turn says is taken for a call, for random weights write none. What the environment draws, says and feeds
+# back follows from its row and from what was called before.
+ENVIRONMENT = """
+import random
+
+from rmsd.answers import episodes
+from rmsd.answers.calls import Call
+
+episodes.calls_of = lambda text, names: [Call("draw", {"upto": 1 + len(text) % 9})]
+
+class ENVIRONMENT:
+    def reset(self, prompt, **row):
+        self.chance, self.drawn = random.Random(str(prompt)), []
+
+    def draw(self, upto: int) -> str:
+        \"\"\"Draws a number.
+
+        Args:
+            upto: The largest.
+        \"\"\"
+        self.drawn.append(self.chance.randint(0, upto))
+        return f"drew {self.drawn[-1]}"
+
+    def feedback(self) -> str:
+        return f"zorblat {sum(self.drawn)}"
+"""
+
+
+def prepare(folder: Path, steps: int, episodes: bool) -> None:
     import tiny
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tiny.model().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
+    model, tokenizer, more = tiny.model(), tiny.tokenizer(), ""
+    if episodes:
+        model.generation_config.eos_token_id = [0, *range(100, 200)]  # turns end
+        tokenizer.chat_template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + tiny.CHAT
+        (folder / "environment.py").write_text(ENVIRONMENT)
+        more = f"environment: {folder}/environment.py\n"
+    length = "max_completion_length: 60, max_turns: 2" if episodes else "max_completion_length: 6"
+    model.save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.ROWS * 3))
     (folder / "recipe.yaml").write_text(
         f"model: {folder}/tiny\ndata: {folder}/rows.jsonl\njudge: {{kind: magnitude, cache: {folder}/cache}}\n"
-        f"train: {{max_steps: {steps}, save_steps: 2, save_total_limit: 3, use_cpu: true, max_completion_length: 6,"
+        f"{more}train: {{max_steps: {steps}, save_steps: 2, save_total_limit: 3, use_cpu: true, {length},"
         " learning_rate: 1e-3, lr_scheduler_type: cosine, warmup_steps: 5, per_device_train_batch_size: 4,"
         " teacher: ema, vocab_topk: null, disable_tqdm: true}\n"
     )
@@ -77,7 +113,7 @@ def kill_at_random(folder: Path, steps: int, chance: random.Random) -> dict:
     resumed = int(whole.name.rpartition("-")[2]) if whole else 0
     before = (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").exists() else 0
     process = start(train, folder, "killed")
-    target = min(resumed + chance.randint(1, 7), steps - 1)
+    target = min(resumed + chance.randint(1 if resumed else 3, 7), steps - 1)  # the first leaves a checkpoint
     # Metrics are rewritten up to the checkpoint when training begins: until then they are the last process's.
     while process.is_alive() and not (
         (run / "metrics.jsonl").exists()
@@ -96,10 +132,10 @@ def kill_at_random(folder: Path, steps: int, chance: random.Random) -> dict:
     return {"resumed": resumed, "reached": steps_made[-1], "torn": len(torn)}
 
 
-def kill_and_compare(folder: Path, kills: int, seed: int, steps: int) -> list[dict]:
+def kill_and_compare(folder: Path, kills: int, seed: int, steps: int, episodes: bool = False) -> list[dict]:
     """Raises AssertionError where a promise is broken."""
     chance = random.Random(seed)
-    finish(start(prepare, folder, steps))
+    finish(start(prepare, folder, steps, episodes))
     finish(start(train, folder, "whole"))
     found = [kill_at_random(folder, steps, chance) for _ in range(kills)]
     finish(start(train, folder, "killed"))
@@ -109,6 +145,11 @@ def kill_and_compare(folder: Path, kills: int, seed: int, steps: int) -> list[di
     lines = {name: read_lines(folder / name / "metrics.jsonl") for name in ("whole", "killed")}
     assert [line["step"] for line in lines["killed"]] == list(range(1, steps + 1))
     assert [line["loss"] for line in lines["whole"]] == [line["loss"] for line in lines["killed"]]
+    rollouts = {name: read_lines(folder / name / "rollouts.jsonl") for name in ("whole", "killed")}
+    assert rollouts["whole"] == rollouts["killed"] and len(rollouts["whole"]) >= steps
+    if episodes:
+        assert all(line["episode"]["calls"] == 1 for line in rollouts["whole"]), "turns that call"
+        assert len({line["privileged_context"] for line in rollouts["whole"]}) > 5, "what the environment drew is told"
     initial = load_file(folder / "tiny" / "model.safetensors")
     assert not all(torch.equal(whole[name], initial[name]) for name in whole), "nothing was trained"
     return found
@@ -118,15 +159,20 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--episode-kills", type=int, default=3, help="of a run with an environment")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = kill_and_compare(Path(folder), options.kills, options.seed, options.steps)
-    for number, kill in enumerate(found, 1):
-        print(f"kill {number:2}: resumed from step {kill['resumed']}, killed after step {kill['reached']}", end="")
-        print(f", {kill['torn']} checkpoint torn" if kill["torn"] else "")
-    torn = sum(kill["torn"] > 0 for kill in found)
-    print(
-        f"{len(found)} kills, {torn} while a checkpoint was written; {options.steps} steps; weights equal bit for bit"
-    )
+    for episodes, kills in ((False, options.kills), (True, options.episode_kills)):
+        if not kills:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found = kill_and_compare(Path(folder), kills, options.seed, options.steps, episodes)
+        for number, kill in enumerate(found, 1):
+            print(f"kill {number:2}: resumed from step {kill['resumed']}, killed after step {kill['reached']}", end="")
+            print(f", {kill['torn']} checkpoint torn" if kill["torn"] else "")
+        torn = sum(kill["torn"] > 0 for kill in found)
+        print(
+            f"{len(found)} kills{' of episodes' * episodes}, {torn} while a checkpoint was written; {options.steps} "
+            "steps; weights and rollouts equal bit for bit"
+        )
