@@ -82,6 +82,8 @@ def variants() -> dict[str, tuple]:
     no_selection = (*unselected, *unsplit_scores)
     selected = dict(all_scores, HAS_SELECTION=True, CRITERION="logprob_gap")
     rows = dict(row, DIVERGENCE="reverse_kl", TAIL="all", HAS_ROWS=True, SPLIT=False)
+    # No launch compiles this one, for aligned rows have groups: the search of a whole row, and no tanh beside it.
+    without_groups = dict(rows, TAIL="drop", HAS_GROUPS=False)
     split = dict(rows, SPLIT=True)
     unsplit = ("parts_ptr",)
     forward, backward = divergence_kernel, divergence_backward_kernel
@@ -103,6 +105,9 @@ def variants() -> dict[str, tuple]:
         "divergence fp32 top-k drop": (forward, fp32, dict(rows, TAIL="drop"), unsplit),
         "divergence bf16 top-k bucket": (forward, bf16, dict(rows, TAIL="bucket"), unsplit),
         "divergence bf16 top-k renorm": (forward, bf16, dict(rows, TAIL="renorm"), unsplit),
+        "divergence bf16 without groups top-k drop": (forward, bf16, without_groups, unsplit),
+        "divergence bf16 unaligned top-k drop": (forward, bf16, dict(rows, TAIL="drop", ALIGNED=False), unsplit),
+        "divergence bf16 softcap top-k drop": (forward, bf16, dict(rows, TAIL="drop", HAS_SOFTCAP=True), unsplit),
         "divergence bf16 split": (forward, bf16, split, ()),
         "divergence bf16 jsd split": (forward, bf16, dict(split, DIVERGENCE="jsd"), ()),
         "divergence bf16 top-k drop split": (forward, bf16, dict(split, TAIL="drop"), ()),
@@ -122,9 +127,8 @@ def compile_variant(variant: str, target: str) -> Compiled:
         constexprs |= launch.constexprs_of_tile(dtype, constexprs["ALIGNED"], TARGETS[target].backend)
     if kernel is divergence_kernel:
         constexprs["HISTOGRAMS"] = constexprs["TAIL"] != "all" and launch.histograms_are_atomic(TARGETS[target])
-        constexprs["HAS_GROUPS"] = (
-            constexprs["TAIL"] != "all" and constexprs["ALIGNED"] and not constexprs["HAS_SOFTCAP"]
-        )
+        has_groups = constexprs["TAIL"] != "all" and constexprs["ALIGNED"] and not constexprs["HAS_SOFTCAP"]
+        constexprs.setdefault("HAS_GROUPS", has_groups)
         if not constexprs["HAS_GROUPS"]:
             absent += ("maxima_ptr",) if constexprs["TAIL"] != "all" else ("maxima_ptr", "list_ptr")
     if kernel is divergence_backward_kernel:
@@ -216,11 +220,12 @@ def _loops(code: list[tuple[str, str]], load: str, branch: str, itemsize: int) -
     for start, end in inner:
         opcodes = [opcode for opcode, _ in code[start:end] if not opcode.endswith(":")]
         widths = [_load_bytes(opcode) for opcode in opcodes if re.match(load, opcode)]
-        is_gathered = widths.count(4) == 1 and 16 in widths
+        is_tile = 16 in widths or widths.count(itemsize) >= 16  # a tile of logits, not a few scores
+        is_gathered = is_tile and widths.count(4) == 1
         if is_gathered:
             widths.remove(4)  # the group's number
         loaded = sum(widths)
-        if loaded >= 64 or (widths and min(widths) == 16):  # a tile of logits, not a few scores
+        if is_tile or loaded >= 64:
             special = sum(bool(re.match(_SPECIAL, opcode)) for opcode in opcodes)
             count = len(opcodes) * itemsize / loaded
             found.append(Loop(count, special * itemsize / loaded, min(widths), is_gathered))

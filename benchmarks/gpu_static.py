@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--variants", nargs="*", default=list(variants()), choices=list(variants()), metavar="NAME")
-    parser.add_argument("--skip-slow", action="store_true", help="unaligned rows, 6 s each, for sm_90 only")
+    parser.add_argument("--skip-slow", action="store_true", help="unaligned rows, which take longest, for sm_90 only")
     arguments = parser.parse_args()
     compiled = [
         compile_variant(name, target)
@@ -70,14 +70,15 @@ def totals(entry: Compiled) -> dict[str, float]:
     """Instructions, special functions and bytes a pair in all visits, over a row of VOCABULARY logits.
 
     A loop over gathered groups takes their tiles and the ragged one, and a search that is not gathered the maxima.
-    That is for a top k by histograms: where logits are counted, a search is made many times. Bytes are the logits',
-    the maxima's and the list's, wherever they come from, and a backward's gradient."""
+    Without groups every loop takes the whole row. That is for a top k by histograms: where logits are counted, a search
+    is made many times. Bytes are the logits', the maxima's and the list's, wherever they come from, and a backward's
+    gradient."""
     itemsize = 4 if "fp32" in entry.variant else 2
     tiles = -(-LISTED // (TILE // GROUP)) + 1
     instructions = special = moved = 0.0
     for loop in entry.visits + entry.searches:
         rows = 2 if loop in entry.visits else 1
-        if loop.is_gathered:
+        if loop.is_gathered and entry.has_groups:
             share, logits = tiles * TILE / VOCABULARY, LISTED * GROUP + VOCABULARY % TILE
             moved += 4 * LISTED / VOCABULARY
         elif rows == 1 and entry.has_groups:

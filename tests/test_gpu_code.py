@@ -37,6 +37,13 @@ def test_nothing_spills(compiled):
     assert {key: entry["spilled_bytes"] for key, entry in compiled.items() if entry["spilled_bytes"]} == {}
 
 
+def test_registers_leave_room_for_three_programs_a_processor_or_two(compiled):
+    """Three of 256 threads have 80 each of its 65,536; two, over a top k or a softcap, have 128."""
+    for (variant, target), entry in compiled.items():
+        if target != "gfx942":
+            assert entry["registers"] <= (128 if "top-k" in variant or "softcap" in variant else 80), (variant, target)
+
+
 def test_no_quotient_is_an_approximation(compiled):
     """Of equal temperatures and of equal rows' sums it must be 1, or a row differs from itself. A softcap's tanh has
     one for each logit, by numbers that are never equal."""
@@ -108,6 +115,19 @@ def test_a_top_k_is_one_visit_of_the_row_and_little_more(compiled):
     assert [visit["is_gathered"] for visit in entry["visits"]] == [False, True]
     assert entry["instructions_a_pair"] <= 40
     assert entry["bytes_a_pair"] <= 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "instructions"),
+    [("without groups", 80), ("unaligned", 90), ("softcap", 160)],  # a load for each logit; a tanh in each visit
+)
+def test_a_top_k_without_groups_takes_eighty_instructions_a_pair(compiled, rows, instructions):
+    """By `totals`: two visits of both rows, and one of the student's for each digit and for the ties."""
+    entry = compiled[f"divergence bf16 {rows} top-k drop", "sm_90"]
+    assert entry["histograms"] and not entry["has_groups"]
+    assert len(entry["visits"]) == 2 and len(entry["searches"]) == 3
+    assert entry["instructions_a_pair"] <= instructions
+    assert entry["bytes_a_pair"] == 14  # the bar; each loop takes the whole row
 
 
 @pytest.mark.parametrize("target", TARGETS)
