@@ -8,7 +8,7 @@ from judge_endpoint import completion
 from rmsd.judge import CachedJudge, Candidate, LLMJudge, Question
 from rmsd.judge.each import NEUTRAL
 from rmsd.judge.measure import Labelled, measure
-from rmsd.run.judging import _marks_table
+from rmsd.run.judging import marks_table
 
 CONTEXT = "The tool is called zorblat."
 TOKENS = ("It", " is", " Docker", ".")
@@ -69,7 +69,7 @@ def test_there_is_no_list_to_reverse(server, judge):
     marks = measure(asked := judge(), [Labelled(question(), frozenset({2}))], asked)
     assert (marks.kept, marks.same_reversed) == (3, None)
     assert len(server.requests) == 6, "it is not asked a second time"
-    header, row = _marks_table({"llm": marks}, []).splitlines()
+    header, row = marks_table({"llm": marks}, []).splitlines()
     assert row[header.index("reversed")] == "-"
 
 

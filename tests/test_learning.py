@@ -3,6 +3,7 @@
 import inspect
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from benchmarks.learning.lesson import Lesson, OracleJudge
 from benchmarks.learning.muon import Muon
 from rmsd import RMSDConfig
 from rmsd.judge import Candidate, Question
+from rmsd.judge.measure import load
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +301,24 @@ def test_a_run_is_stopped_at_the_first_exam_that_drifts_too_far():
     assert marks_of.until_drift(marks, 0.3) == marks[:3]
     assert marks_of.until_drift(marks, 1.0) == marks and marks_of.until_drift(marks[:4], 1.0) == marks[:4]
     assert marks_of.until_drift(marks, None) == marks
+
+
+def test_the_oracle_s_answers_are_questions_that_judges_are_measured_on(world, model, tmp_path, monkeypatch, capsys):
+    lesson = Lesson(world, 0)
+    monkeypatch.setattr(run, "_base", lambda seed: (model, world))
+    monkeypatch.setattr(run.labels, "labelled", partial(run.labels.labelled, min_gap=0.0))
+    run.label(tmp_path / "oracle.jsonl")
+    labelled = load(tmp_path / "oracle.jsonl")
+    assert len(labelled) == run.LABELLED and any(one.relevant for one in labelled)
+    assert all(set(OracleJudge(lesson)([one.question])[0]) == one.relevant for one in labelled)
+    assert all(lesson.new in one.question.teacher_prompt for one in labelled)
+    whole = run.labels.Labelling(lesson)
+    assert whole([question(lesson, f"it is {lesson.old} , people like {lesson.old} .", max_kept=1)]) == [[]]
+    assert len(whole.labelled[0].relevant) > 1, "labels know no bound on what is kept"
+    printed = capsys.readouterr().out.splitlines()
+    candidates = sum(len(one.question.candidates) for one in labelled)
+    assert printed[0].startswith(f"40 answers, {candidates} candidates") and printed[3].startswith("magnitude")
+    assert f" {candidates} " in printed[3] and printed[-1].startswith("contrast, on topic")
 
 
 def test_a_continued_setting_has_a_row_that_says_so():

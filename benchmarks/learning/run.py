@@ -6,6 +6,8 @@ docs/learning_tables.md's tables and figures.
     python -m benchmarks.learning.run --ablations optimizer "rollout length"    # of these choices alone
     python -m benchmarks.learning.run --seeds 20  # a longer comparison with intervals half as wide
     python -m benchmarks.learning.run --quick     # minutes: one base, four methods, 60 steps, the same code; prints
+    python -m benchmarks.learning.run --labels oracle.jsonl   # seconds, once seed 0's base model is there: what the
+                                                  # oracle says of its answers, and how right other judges are
 
 A seed is a base model of its own and a lesson of its own. Each run is a JSON file under runs/learning; one that is
 there is not run again, so an interrupted suite goes on where it was.
@@ -24,8 +26,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from rmsd.judge import measure
+
 from ..pages import fill
-from . import base, corpus, lesson, methods, muon, report
+from . import base, corpus, labels, lesson, methods, muon, report
 from .ablations import ABLATED, GROUPS
 from .ablations import LEARNING_RATE as ABLATION_RATE
 from .ablations import STEPS as ABLATION_STEPS
@@ -38,6 +42,7 @@ MOST_SEEDS = 20
 RATES = [1e-4, 3e-4]  # at 3e-5 OPSD has not begun in these steps, at 1e-3 every method loses skills
 CONTINUED = [name for name in methods.METHODS if name not in ("sft_templates", "rl")]
 QUICK = ["sft_own", "opsd", "rmsd_context", "rmsd_context_anchors"]
+LABELLED = 40  # answers
 QUICK_THREADS = 2  # its one base has both cores, where the comparison pre-trains two at a time
 
 
@@ -97,6 +102,17 @@ def told(seed: int) -> dict:
     """Marks of the seed's base model, made if need be, when it reads the hint: the teacher before any continuation."""
     model, world = _base(seed)
     return {"seed": seed, **lesson.Exam(model, lesson.Lesson(world, seed).told())(model)}
+
+
+def label(path: Path, seed: int = 0) -> None:
+    """Writes what the oracle says of answers of the seed's base model, made if need be, and prints how right the judges
+    are that need no model."""
+    model, world = _base(seed)
+    taught = lesson.Lesson(world, seed)
+    with contextlib.redirect_stdout(None):  # Trainer's line a step
+        labelled = labels.labelled(model, taught, LABELLED)
+    measure.save(path, labelled)
+    print(labels.table(taught, labelled))
 
 
 def run_all(jobs: list[dict], processes: int) -> list[dict]:
@@ -169,12 +185,16 @@ def main() -> None:
         metavar="GROUP",
         help=f"one choice at a time, in place of the comparison: all of them, or of {', '.join(GROUPS)}",
     )
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="write the oracle's answers there; trains nothing")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     _prepare()
     RUNS.mkdir(parents=True, exist_ok=True)
     ablated = options.ablations is not None
     started, seeds = time.monotonic(), list(range(min(options.seeds, 3) if ablated else options.seeds))
+    if options.labels:
+        label(options.labels)
+        return
     if options.quick:
         print(report.main_table(run_all(quick(), options.processes)))
         return

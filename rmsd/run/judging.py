@@ -41,7 +41,7 @@ def judge(recipe: Recipe, questions: Path | None = None, prompts: int = 8) -> st
     lines = [
         f"{len(labelled)} questions, {candidates} candidates, {relevant} relevant ({source})",
         "",
-        _marks_table(marks, labelled),
+        marks_table(marks, labelled),
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in probe.notes)])
 
@@ -88,7 +88,7 @@ def word_at(before: str, token: str, after: str) -> str:
     return begun + re.match(r"\w+", token[first.start() :] + after).group()
 
 
-def _marks_table(marks: dict[str, Marks], labelled: list[Labelled]) -> str:
+def marks_table(marks: dict[str, Marks], labelled: list[Labelled]) -> str:
     beside = [name for name in ("contrast", "context") if name in marks]
     heads = [
         "judge",
