@@ -4,7 +4,6 @@ import json
 
 import pytest
 import tiny
-import torch
 import yaml
 from test_episodes import Counter
 from test_processes import launch
@@ -15,10 +14,8 @@ from rmsd.answers.calls import Call
 from rmsd.answers.engines import TransformersEngine
 from rmsd.answers.rollout import Recorded, Rollouts
 from rmsd.models.heads import OutputHead
-from rmsd.run.evaluate import Evaluator
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import train
-from rmsd.tasks import Task
 from rmsd.training.record import RunRecord, read_lines
 
 ROWS = [{**row, "start": i % 2} for i, row in enumerate(tiny.ROWS)]
@@ -269,57 +266,3 @@ def test_processes_with_episodes_of_unequal_length_do_not_wait_for_each_other_fo
     assert result.returncode == 0, result.stderr[-3000:]
     steps = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train"]
     assert len(steps) == 4 and any(line["turns"] == 4 for line in steps), "3 turns beside 1"
-
-
-# ---- evaluation -----------------------------------------------------------------------------------------------------
-
-
-def test_an_evaluation_says_what_is_solved_in_how_many_turns_and_tokens_with_how_many_errors(monkeypatch):
-    from test_episodes import TOKENIZER, call, stub
-
-    from rmsd.answers.calls import calls_of
-    from rmsd.answers.data import Prompts
-    from rmsd.answers.environments import Environments
-    from rmsd.run import solving
-
-    monkeypatch.setattr(module, "calls_of", calls_of)
-    asked = []
-
-    class Engine:
-        def __init__(self, autocast):
-            self.write = None
-
-        def sync(self, model):
-            self.write = stub([call("add", n=3), call("oops")], ["Done.", "Done."])
-
-        def turns(self):
-            return torch.no_grad()
-
-        def __call__(self, prompt_ids, *, temperature, **options):
-            asked.append((temperature, TOKENIZER.decode(prompt_ids[0])))
-            return self.write(prompt_ids, **options)
-
-    monkeypatch.setattr(solving, "TransformersEngine", Engine)
-    environments = Environments(environment_factory=Counter)
-    requests = [{"prompt": "Which tool?", "privileged_context": "zorblat"}] * 2
-    task = Task([], [], ["Acme?"], {}, lambda answer: False, Counter, requests)
-    model = tiny.model()
-    episodes = module.Episodes(TOKENIZER, environments)
-    evaluator = Evaluator(
-        model,
-        TOKENIZER,
-        task,
-        samples=1,
-        max_new_tokens=200,
-        episodes=episodes,
-        prompts=Prompts(TOKENIZER, place="system", tools=environments.schemas),
-    )
-    evaluator.max_new_tokens = 3
-    metrics = evaluator(model)
-    tokens = sum(len(TOKENIZER(text)["input_ids"]) + 1 for text in (call("add", n=3), call("oops"), "Done.", "Done."))
-    for how in ("greedy", "sampled"):
-        assert metrics[f"solved_{how}"] == 0.5 and metrics[f"turns_{how}"] == 2.0
-        assert metrics[f"tokens_{how}"] == tokens / 2 and metrics[f"tool_errors_{how}"] == 0.5
-    assert {temperature for temperature, _ in asked} == {0.0, 0.5} and not any("zorblat" in text for _, text in asked)
-    del asked[:]
-    assert evaluator.told(model)["solved_greedy"] == 0.5 and asked[0][1].startswith("<|system|>zorblat<|end|>")
