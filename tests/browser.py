@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+waiting = pytest.importorskip("selenium.webdriver.support.wait", reason="selenium is not installed")
 FLAGS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
     "disable-component-update disable-sync"
@@ -43,6 +44,9 @@ class Reader:
         self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         self.chrome.get(page.as_uri())
+        # On a busy machine Chromium was seen to be asked of a page that it had read half of.
+        whole = "return document.readyState === 'complete' && location.href === arguments[0]"
+        waiting.WebDriverWait(self.chrome, 60).until(lambda chrome: chrome.execute_script(whole, page.as_uri()))
         return self
 
     def run(self, script, *args):
