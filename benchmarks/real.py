@@ -60,6 +60,8 @@ RUNS = {
     "opsd": ["method=opsd"],
     "rmsd-3x": [THRICE],
     "opsd-3x": ["method=opsd", THRICE],
+    # As `rmsd-3x`, whose rate falls to 0 over its few steps, but for that.
+    "rmsd-constant": [THRICE, "train.lr_scheduler_type=constant"],
     "rmsd-guided": ["train.guided_rollouts=0.25"],
     "rmsd-obeyed": [*OBEYED, "train.divergence=forward_kl"],
     "rmsd-obeyed-reverse": OBEYED,
