@@ -90,7 +90,7 @@ def launch(launcher, *arguments, program=("-m", "rmsd", "train")):
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=400)  # vLLM's engines take 60 s to start on two idle cores
+        out, err = process.communicate(timeout=400)  # with two of vLLM's engines 60 s, on two idle cores
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)  # the launcher passes it on
         raise
