@@ -5,9 +5,11 @@ import copy
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
+from transformers import Trainer
 
 from benchmarks import tool
 from rmsd.answers.calls import calls_of
@@ -78,12 +80,20 @@ def test_fine_tuning_goes_on_and_is_kept_and_not_run_again(settings, tmp_path, m
     first = load_recipe(tool.RECIPE, [f"output_dir={folder}", "seed=0", *settings, "train.max_steps=1"])
     tool.train("sft", first, folder)
     shutil.rmtree(folder / "model")  # as if it had been interrupted after its checkpoint
+    resumed, load = [], Trainer._load_from_checkpoint
+
+    def loaded(self, checkpoint, *args, **kwargs):
+        resumed.append(Path(checkpoint).name)
+        return load(self, checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", loaded)
     marks = tool.run("sft", 0, tmp_path / "runs", [*settings, "train.max_steps=2", "evaluate.every=1"], 0)
-    assert (folder / "model" / "adapter_config.json").exists()
+    assert (folder / "model" / "adapter_config.json").exists() and resumed == ["checkpoint-1"]
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "train"] == [1, 2]
     assert marks["method"] == "sft" and marks["seed"] == 0 and marks["steps"] == []
     assert [one["step"] for one in marks["evaluations"]] == [0, 1, 2] and "solved_greedy" in marks["evaluations"][0]
     assert json.loads((tmp_path / "docs" / "legacy_api-sft-0.json").read_text()) == marks
+    shutil.rmtree(tmp_path / "runs")  # the marks alone are enough
     monkeypatch.setattr(tool, "train", None)
     assert tool.run("sft", 0, tmp_path / "runs", settings, 0) == marks
     assert "SFT on the right calls | 0 | 2 | 0.00 |" in tool.table([marks], {})
