@@ -1,13 +1,14 @@
 """A resumed run heeds its recipe: rates and the rest are today's, and what cannot change is refused by name."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
 import yaml
 
 from rmsd.run.recipe import load_recipe
-from rmsd.run.resuming import check_resumed
+from rmsd.run.resuming import check_output_dir, check_resumed
 from rmsd.run.train import train
 
 
@@ -97,3 +98,9 @@ def test_a_folder_that_cannot_be_one_is_named_before_a_model_is_loaded(begun, tm
     folder = str(tmp_path / place)
     with pytest.raises(OSError, match=f"output_dir {folder} (is a file: name a folder|cannot be written to: .*; name)"):
         train(load_recipe(begun, [f"output_dir={folder}"]))
+
+
+def test_processes_that_look_at_one_folder_at_once_do_not_disturb_each_other(tmp_path):
+    with ThreadPoolExecutor(8) as looking:
+        list(looking.map(check_output_dir, [tmp_path / "run"] * 2_000))
+    assert not list((tmp_path / "run").iterdir())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,7 @@ def check_output_dir(folder: Path) -> None:
         raise NotADirectoryError(f"output_dir {folder} is a file: name a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        # Every process of a run looks at once: a name that they shared would be gone when the second removes it.
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise type(error)(f"output_dir {folder} cannot be written to: {error.strerror}; name another folder") from error
