@@ -56,6 +56,7 @@ class Sign(NamedTuple):
 # The limits lie between what runs that were well and runs that collapsed have shown: docs/real.md.
 SIGNS = (
     Sign("tail_mass", lambda start: start + 0.25, "the student's probability leaves its vocab_topk largest entries"),
+    Sign("student_entropy", lambda start: start + 3.0, "the student is no longer sure of what it writes"),
     Sign("repetition", lambda start: start + 0.3, "answers repeat themselves"),
     Sign("clipped_share", lambda start: start + 0.6, "answers no longer end"),
     Sign("divergence", lambda start: 3.0 * start + 0.5, "the student leaves its teacher instead of nearing it"),
