@@ -34,7 +34,7 @@ TRAIN = {
     "divergence": "mean over all tokens of the answers, nats",
     "kept_tokens": "tokens trained on in a step",
     "candidates": "tokens with the largest gaps in a step",
-    "tail_mass": "probability outside the student's top k, which the loss overlooks; mean over candidates",
+    "tail_mass": "probability outside the student's top k, which tail=drop leaves out; mean over candidates",
     "rollout_tokens": "tokens the student wrote in a step",
     "judge_requests": "requests to the model that judges, by the run's first process, since the last entry",
     "judge_tokens": "tokens that the model that judges read and wrote for them, as its server counts",
