@@ -48,10 +48,10 @@ class JudgeSection(_Section):
     base_url: str | None = _key(None, "llm: an OpenAI-compatible endpoint; null is OpenAI's.")
     api_key_env: str = _key("OPENAI_API_KEY", "llm: the environment variable that holds the key.")
     max_concurrency: int = _key(8, "llm: requests under way at once.", ge=1)
-    timeout: float = _key(60.0, "llm: seconds a request may take.", gt=0)
-    max_retries: int = _key(3, "llm: after a request that failed for a time.", ge=0)
-    max_tokens: int | None = _key(1024, "llm: written about an answer; null for a model that takes none.", ge=1)
-    temperature: float | None = _key(0.0, "llm: null for a model that takes none.", ge=0)
+    timeout: float = _key(60.0, "llm: seconds that a request may take.", gt=0)
+    max_retries: int = _key(3, "llm: how often a request is sent again that failed for a reason that may pass.", ge=0)
+    max_tokens: int | None = _key(1024, "llm: tokens written about an answer, at most; null sends no limit.", ge=1)
+    temperature: float | None = _key(0.0, "llm: its sampling temperature; null sends none.", ge=0)
     on_error: Literal["raise", "magnitude", "skip"] = _key(
         "raise", "llm: raise, magnitude or skip, where a request fails for good."
     )
@@ -61,11 +61,11 @@ class JudgeSection(_Section):
     log_odds: float = _key(0.5, "llm, each: a yes is by more than this likelier than no, in nats.")
     template: UserPath | None = _key(None, "llm: a jinja2 file in place of the built-in prompt.")
     shuffle: bool = _key(True, "llm: list candidates in an order that says nothing of the gap.")
-    batch: int = _key(1, "llm: answers in one request.", ge=1)
-    requests_per_minute: int | None = _key(None, "llm: of each process, at most; requests wait.", ge=1)
-    tokens_per_minute: int | None = _key(None, "llm: of each process, read and written, at most.", ge=1)
+    batch: int = _key(1, "llm: answers that share a request.", ge=1)
+    requests_per_minute: int | None = _key(None, "llm: requests of each process, at most; more of them wait.", ge=1)
+    tokens_per_minute: int | None = _key(None, "llm: tokens read and written for each process, at most.", ge=1)
     budget_tokens: int | None = _key(
-        None, "llm: of each process, read and written; then it stops. A resume has as many anew.", ge=1
+        None, "llm: tokens read and written for each process, in all; then it stops. A resume has as many anew.", ge=1
     )
     cache: UserPath | None = _key(None, "A folder in which answers are kept.")
     replay: bool = _key(False, "Answer from the cache alone.")
@@ -74,16 +74,16 @@ class JudgeSection(_Section):
 class EvaluateSection(_Section):
     every: int | None = _key(None, "Steps between evaluations; without it before and after training alone.", ge=1)
     samples: int = _key(4, "Sampled answers a target prompt, beside a greedy one.", ge=0)
-    temperature: float = _key(0.5, "Of the sampled answers.", gt=0)
-    max_new_tokens: int = _key(24, "Of an answer.", ge=1)
+    temperature: float = _key(0.5, "Temperature of the sampled answers.", gt=0)
+    max_new_tokens: int = _key(24, "Tokens of an answer, at most; with tools, of an episode.", ge=1)
     max_drift: float | None = _key(None, "Training stops where an evaluation finds more drift, in nats a token.", gt=0)
 
 
 class LoraSection(_Section):
-    r: int = _key(16, "Rank.", ge=1)
+    r: int = _key(16, "The adapter's rank.", ge=1)
     alpha: int = _key(32, "The adapter is scaled by alpha / r.", ge=1)
-    dropout: float = _key(0.0, "Of the adapter's input.", ge=0, lt=1)
-    target_modules: str | list[str] = _key("all-linear", "Modules by the end of their name.")
+    dropout: float = _key(0.0, "Dropout of the adapter's input.", ge=0, lt=1)
+    target_modules: str | list[str] = _key("all-linear", "Modules that get an adapter, by the end of their name.")
 
 
 class QuantizationSection(_Section):
@@ -121,20 +121,26 @@ class Recipe(_Section):
     engine: Literal["transformers", "vllm", "vllm_server"] = _key(
         "transformers", "transformers, vllm or vllm_server: who writes the rollouts."
     )
-    seed: int = _key(0, "Of sampling, order and adapters.")
+    seed: int = _key(0, "Seed of the sampling, the order of rows and new adapters.")
     output_dir: UserPath = _key(Path("runs/rmsd"), "The run's folder: checkpoints, records, model, report.")
     resume: bool = _key(False, "Go on from the folder's last checkpoint.")
     dry_run: bool = _key(False, "Check everything and print what the run would take; load, ask and write nothing.")
     dtype: Literal["float32", "bfloat16", "float16"] = _key(
         "float32", "float32, bfloat16 or float16: of the weights as loaded."
     )
-    attn_implementation: str = _key("auto", "As transformers names them; auto takes flash-attn where it serves.")
+    attn_implementation: str = _key(
+        "auto", "How attention is computed, as transformers names it; auto takes flash-attn where it serves."
+    )
     trust_remote_code: bool = _key(False, "Run code that comes with the model.")
     chat_template_kwargs: dict[str, bool | int | float | str] = _key({}, "Fixed variables of the chat template.")
     # For a dry run where the model's config.json cannot be read: model_type and dimensions.
-    architecture: dict[str, Any] | None = _key(None, "Of the model's config.json, for a dry run without it.")
+    architecture: dict[str, Any] | None = _key(
+        None, "What the model's config.json holds, for a dry run that cannot read it."
+    )
     lora: LoraSection | None = _key(None, "Train a LoRA adapter; null trains all weights.")
-    quantization: QuantizationSection | None = _key(None, "Of the model that a LoRA is trained on, by bitsandbytes.")
+    quantization: QuantizationSection | None = _key(
+        None, "Quantization, by bitsandbytes, of the model that a LoRA is trained on."
+    )
     judge: JudgeSection = JudgeSection()
     evaluate: EvaluateSection = EvaluateSection()
     train: dict[str, Any] = _key({}, "The trainer's arguments: below, and all of transformers.TrainingArguments.")

@@ -65,25 +65,31 @@ class RMSDConfig(TrainingArguments):
     selection_unit: str = field(
         default="rollout", metadata={"help": "rollout or turn: T and S are of each rollout, or of each of its turns."}
     )
-    criterion: str = field(default="logprob_gap", metadata={"help": f"Of candidates: {', '.join(CRITERIA)}."})
+    criterion: str = field(default="logprob_gap", metadata={"help": f"What ranks candidates: {', '.join(CRITERIA)}."})
     threshold: float = field(default=0.0, metadata={"help": "A candidate's criterion must exceed this, in nats."})
     min_gap: float = field(
         default=0.1,
-        metadata={"help": "Nats; where less parts teacher and student a judge is not asked. 0: about every candidate."},
+        metadata={"help": "Nats; a judge is not asked about a told row's candidate with a smaller gap. 0: about all."},
     )
     divergence: str = field(default="reverse_kl", metadata={"help": "reverse_kl, forward_kl or jsd."})
     beta: float = field(default=0.5, metadata={"help": "The teacher's weight in the jsd's mixture."})
-    vocab_topk: int | None = field(default=500, metadata={"help": "K: student's top logits in the loss; null: all."})
-    tail: str = field(default="bucket", metadata={"help": "bucket, renorm or drop: the mass outside the top k."})
-    temperature: float = field(default=1.0, metadata={"help": "Of both distributions in scores and loss."})
+    vocab_topk: int | None = field(
+        default=500, metadata={"help": "K: the student's top logits, which the loss sums over; null: all."}
+    )
+    tail: str = field(
+        default="bucket", metadata={"help": "bucket, renorm or drop: what becomes of the mass outside the top k."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions, in scores and loss."})
     backend: str = field(default="auto", metadata={"help": "auto, triton, cpu or torch."})
     max_completion_length: int = field(
         default=256, metadata={"help": "Tokens a rollout, at most, with what tools say in it."}
     )
     max_turns: int = field(default=4, metadata={"help": "With tools: the model's turns a rollout, at most."})
-    max_tool_output: int = field(default=2000, metadata={"help": "With tools: characters of an output, at most."})
-    tool_seconds: float = field(default=10.0, metadata={"help": "With tools: that a call may take."})
-    sampling_temperature: float = field(default=1.0, metadata={"help": "Of the rollouts; 0 is greedy."})
+    max_tool_output: int = field(
+        default=2000, metadata={"help": "With tools: characters of a call's output that are read, at most."}
+    )
+    tool_seconds: float = field(default=10.0, metadata={"help": "With tools: seconds that a call may take."})
+    sampling_temperature: float = field(default=1.0, metadata={"help": "Temperature of the rollouts; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the rollouts' sampling."})
     top_k: int = field(default=0, metadata={"help": "Top-k of the rollouts' sampling; 0 for all."})
     gap_weight: float | None = field(
@@ -122,7 +128,7 @@ class RMSDConfig(TrainingArguments):
         metadata={"help": "vllm_server: a folder that the server reads weights from; null: output_dir/engine."},
     )
     engine_seconds: float = field(
-        default=600.0, metadata={"help": "vllm_server: that it may take for an answer, or to come back."}
+        default=600.0, metadata={"help": "vllm_server: seconds that it may take for an answer, or to come back."}
     )
     teacher_template: str = field(
         default=TEACHER_TEMPLATE,
@@ -135,18 +141,23 @@ class RMSDConfig(TrainingArguments):
         default="initial",
         metadata={"help": "initial, live, ema or adapter_off: whose weights read the privileged context."},
     )
-    ema_decay: float = field(default=0.99, metadata={"help": "Of teacher=ema, a step."})
+    ema_decay: float = field(
+        default=0.99, metadata={"help": "teacher=ema: the share of itself that the teacher keeps at each step."}
+    )
     continuation_steps: list[int] = field(
         default_factory=list, metadata={"help": "After these steps the student becomes the teacher."}
     )
     continuation_metric: str | None = field(
-        default=None, metadata={"help": "It does too when this (loss, eval_target_greedy, ...) has plateaued."}
+        default=None, metadata={"help": "The student also becomes the teacher when this (loss, ...) has plateaued."}
     )
     continuation_patience: int = field(default=3, metadata={"help": "Entries without improvement that make a plateau."})
-    continuation_min_delta: float = field(default=0.0, metadata={"help": "An improvement is more than this."})
-    max_continuations: int = field(default=1, metadata={"help": "By the metric, at most."})
+    continuation_min_delta: float = field(
+        default=0.0, metadata={"help": "A change of the metric that counts as an improvement is larger than this."}
+    )
+    max_continuations: int = field(default=1, metadata={"help": "Continuations that the metric may start, at most."})
     max_skipped_steps: int = field(
-        default=5, metadata={"help": "Steps in a row skipped for a gradient that is not finite before training stops."}
+        default=5,
+        metadata={"help": "Training stops when more steps in a row than this had a gradient that is not finite."},
     )
     on_collapse: str = field(
         default="stop",
@@ -158,11 +169,11 @@ class RMSDConfig(TrainingArguments):
         default=None, metadata={"help": "add or drop: a mixture of experts' own loss, where its config asks for it."}
     )
     self_check: bool = field(
-        default=True, metadata={"help": "Before the first step, on its prompts: is the model what a step takes it for?"}
+        default=True, metadata={"help": "Check before the first step that the model is what a step takes it for."}
     )
 
     per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Prompts, so rollouts, a micro-batch a device."}
+        default=8, metadata={"help": "Prompts, and so rollouts, in a micro-batch on each device."}
     )
     learning_rate: float | None = field(
         default=None, metadata={"help": "Initial learning rate; null: 1e-4 for an adapter, 2e-5 for all weights."}
