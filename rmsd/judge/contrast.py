@@ -9,8 +9,8 @@ from .context import is_on_topic
 
 
 class ContrastJudge:
-    """Keeps a candidate when the teacher's wish there depends on what its context says, and not on that something was
-    said: when it weakens, by more than `floor` nats, under a contrast context of the same form and another content.
+    """Keeps a candidate when the teacher's wish there depends on what its context says, and not only on there being
+    one: when it weakens, by more than `floor` nats, under a contrast context of the same form and another content.
 
     With q under the context, n under the contrast context, v the token that the teacher most wants to promote and y the
     one written: log q(v) - log n(v) or, where the teacher wants y gone, log n(y) - log q(y), whichever is larger. A
