@@ -112,6 +112,15 @@ def test_a_teacher_without_mass_in_a_part(backend, device, part, divergence, tai
         assert (grad[0] == 0).all()
 
 
+@pytest.mark.parametrize("tail", ["drop", "bucket", "renorm"])
+@pytest.mark.parametrize("divergence", budget.DIVERGENCES)
+def test_both_models_without_mass_in_the_rest(backend, device, divergence, tail):
+    """As where one grammar bans all but a few tokens for both."""
+    student, teacher, _ = inputs.far_apart((1, 45))
+    student[:, 30:] = teacher[:, 30:] = -inputs.INF
+    budget.check_divergence(backend, student, teacher, device=device, **options_of(divergence, tail))
+
+
 def gradient_support(backend, student, teacher, k):
     """Which logits have gradient under "renorm": exactly the support."""
     student = student.clone().requires_grad_()

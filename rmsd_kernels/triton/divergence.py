@@ -303,7 +303,9 @@ def divergence_kernel(
         divergence += rest_term
         mean_slope += rest_weighted
         rest_lse = log_sum_exp(rest.first_m, rest.first_z, student_correction)
-        rest_lse, rest_lse_low = high_low(rest_lse - tl.maximum(rest_log_q, FLOOR))
+        # Where the student has no mass there, every p_j is 0; the log-sum-exp of -inf would make p_j Q / P infinite.
+        rest_lse = tl.where(rest_log_p > FLOOR, rest_lse - tl.maximum(rest_log_q, FLOOR), -FLOOR)
+        rest_lse, rest_lse_low = high_low(rest_lse)
         tl.store(stats_ptr + REST_LSE_SLOT, rest_lse)
         tl.store(stats_ptr + REST_LSE_LOW_SLOT, rest_lse_low)
 
