@@ -111,3 +111,14 @@ def test_the_support_within_many_groups(backend, device, search):
 def test_the_support_of_rows_that_are_not_aligned(backend, device, search):
     made = rows(203, torch.bfloat16)
     check_support(backend, device, torch.stack([made["tied"], made["zeros_within"]])[:, 2:], 100)
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (0.5, 1.0)], ids=str)
+def test_banned_logits_fill_up_a_support(backend, device, search, temperatures):
+    """The lowest ids among them, where fewer than k logits are finite; what the teacher has there counts."""
+    student = torch.full((1, 264), -inputs.INF)
+    student[0, 100:110] = inputs.far_apart((10,)).student
+    teacher = inputs.far_apart((1, 264)).teacher
+    options = dict(vocab_topk=20, tail="renorm", temperature=temperatures[0], teacher_temperature=temperatures[1])
+    got = rk.token_divergence(student.to(device), teacher.to(device), **options, backend=backend)
+    torch.testing.assert_close(got.cpu(), reference.token_divergence(student, teacher, **options), rtol=1e-5, atol=0)

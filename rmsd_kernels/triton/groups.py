@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import INF, NO_GROUP
+from .tiles import EMPTY, INF, NO_GROUP
 
 
 class Groups(NamedTuple):
@@ -56,5 +56,6 @@ def list_groups(maxima_ptr, list_ptr, least, size, capacity, TILE: tl.constexpr)
         tl.store(list_ptr + order - 1, group, mask=(maxima >= least) & (order <= capacity))
         listed = tl.max(order, axis=0)
     tl.debug_barrier()  # other threads of this program will read them
-    listed = tl.where((least > -9e29) & (listed <= capacity), listed, 0)
+    # Not FLOOR: the student's bans are floored to FLOOR over the ratio of the models' scales.
+    listed = tl.where((least > EMPTY) & (listed <= capacity), listed, 0)
     return Groups(list_ptr, listed, tl.where(listed > 0, listed, every.count))

@@ -25,7 +25,9 @@ def topk_groups(
             least = bits.to(tl.float32, bitcast=True)
         else:
             least = kth_or_part(maxima_ptr, num_groups, every, vocab_topk, LOGIT, TILE)[0]
-    return list_groups(maxima_ptr, list_ptr, least, size, capacity, TILE), least
+    groups = list_groups(maxima_ptr, list_ptr, least, size, capacity, TILE)
+    # All groups need no bound, and that of bans would leave them out: a maximum is floored and lies above its -inf.
+    return groups, tl.where(groups.num_listed > 0, least, -INF)
 
 
 @triton.jit
