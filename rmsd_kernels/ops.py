@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .backends import implementation
+from .checks import check_rows
 from .options import SCHEMA, Options
 
 # divergence() hands this many fp32 numbers a row to its backward; what they are is each backend's affair. With f the
@@ -102,6 +103,8 @@ def divergence(
     *fields,
 ) -> tuple[Tensor, Tensor]:  # (R,) fp32, 0 at rows of -1; (R, 16) fp32, see NUM_STATS
     options = Options(*fields)
+    if rows is not None:  # a compiled call could not look at their values, and C++ would read wherever they point
+        check_rows(rows, student_logits.shape[:2].numel(), student_logits.device)
     return implementation(options.backend).divergence(student_logits, teacher_logits, rows, options)
 
 

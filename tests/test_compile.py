@@ -3,7 +3,7 @@
 import inputs
 import pytest
 import torch
-from conftest import device_of
+from conftest import device_of, skip_unless_served
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmsd_kernels as rk
@@ -64,6 +64,15 @@ def test_stats_have_the_number_that_ops_says(kernels, device):
     student, teacher, *_ = batch(device)
     divergence, stats = ops.divergence(student, teacher, None, *OPTIONS._replace(backend=kernels))
     assert divergence.shape == (3,) and stats.shape == (3, ops.NUM_STATS)
+
+
+def test_an_operator_refuses_rows_that_are_not_there():
+    """The checks of a compiled call see no values; the row behind the last may be anybody's memory."""
+    skip_unless_served("cpu")
+    student, teacher = (logits[:, :2] for logits in batch()[:2])
+    for row in (2, -2):
+        with pytest.raises(ValueError, match=rf"^rows must lie in \[0, 2\), or be -1, not {row}"):
+            ops.divergence(student, teacher, torch.tensor([0, row]), *OPTIONS._replace(backend="cpu"))
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
