@@ -230,6 +230,7 @@ def criterion_score(scores: TokenScores, criterion: str) -> Tensor:
 def select_tokens(score: Tensor, mask: Tensor, *, num_tokens: int, threshold: float = 0.0) -> Tensor:
     """(B, num_tokens) int64: positions of each row's largest scores among `mask & (score > threshold)`,
     best first, ties to the earlier position, -1 where fewer qualify. NaN exceeds nothing."""
+    score = score.to(torch.promote_types(score.dtype, torch.float32))  # or the threshold would be rounded to 16 bits
     qualifies = mask & (score > threshold)
     _, index = score.masked_fill(~qualifies, -_INF).sort(dim=-1, descending=True, stable=True)
     index = index.masked_fill(~qualifies.gather(-1, index), -1)[:, :num_tokens]

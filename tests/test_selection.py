@@ -47,6 +47,12 @@ def test_selection_by_hand(backend):
     assert select(below, below < 1, backend, num_tokens=6, threshold=-4.0).tolist() == [[1, 2, 4, 3, 0, -1]]
 
 
+def test_a_threshold_is_not_rounded_to_the_scores_dtype(backend):
+    """The bf16 nearest to 0.1 is 0.10009765625, which is above it."""
+    score = torch.tensor([[0.1, 0.2]], dtype=torch.bfloat16)
+    assert select(score, score > 0, backend, num_tokens=2, threshold=0.1).tolist() == [[1, 0]]
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_nothing_to_select_from(shape, backend):
     got = select(torch.empty(shape), torch.empty(shape, dtype=torch.bool), backend, num_tokens=2)
