@@ -51,6 +51,12 @@ def to(made, device):
     return {name: x.to(device) for name, x in made.items()}
 
 
+def test_scores_of_fp64_are_fp32_too(tiles):
+    *positional, _, _ = inputs(torch.float64).values()
+    got = linear_token_scores(*positional, torch.arange(N), workspace_mb=0.003)
+    assert {score.dtype for score in got} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_scores_from_hidden_states(divergence, dtype, backend, device, tiles):

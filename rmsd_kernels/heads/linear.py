@@ -114,7 +114,7 @@ def _merged_tiles(models: Models, tile_width: int, parts: list[slice], workspace
         owners.append((flat_ids >= start) & (flat_ids < tile.stop))
     shards = ShardScores(*(torch.stack(tiles).double() for tiles in zip(*found, strict=True)))
     merged = merged_scores(shards, torch.stack(owners), options.divergence)
-    return (score.to(found[0].student_lse.dtype) for score in merged)
+    return (score.float() for score in merged)
 
 
 class TokenLogprobs(NamedTuple):
