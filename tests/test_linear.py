@@ -187,6 +187,17 @@ def test_one_models_logprobs(backend, device, dtype, tiles):
         assert_within_budget(getattr(got, name), plain, truth, name)
 
 
+def test_a_tile_that_finfo_min_masks(backend, device, tiles):
+    made, ids = inputs(), torch.arange(N)
+    made["student_bias"][40:] = made["teacher_bias"][40:] = torch.finfo(torch.float32).min
+    plain, truth = (token_scores(*projected(made, d, {}), ids) for d in (torch.float32, torch.float64))
+    heads = to(made, device)
+    positional = [heads.pop(n) for n in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+    got = linear_token_scores(*positional, ids.to(device), **heads, workspace_mb=0.003, backend=backend)
+    for name in got._fields:
+        assert_within_budget(getattr(got, name), getattr(plain, name), getattr(truth, name), name)
+
+
 @pytest.mark.parametrize("faint", [False, True], ids=["", "the student's mass there underflows"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_tiles_without_mass_and_rows_that_are_no_distribution(divergence, backend, device, tiles, faint):

@@ -74,7 +74,9 @@ def shard_scores(
         student_empty = teacher_empty = torch.zeros_like(sampled_ids, dtype=torch.bool)
     else:
         peaks = scaled_pair(student_logits.amax(-1, keepdim=True), teacher_logits.amax(-1, keepdim=True), options)
-        student_empty, teacher_empty = (peak == -_INF for peak in peaks)
+        # The Triton kernels count less than this as -inf (tiles.EMPTY): a shard of it is no distribution to them.
+        least = -6.9e19 if options.backend == "triton" else -_INF
+        student_empty, teacher_empty = (peak <= least for peak in peaks)
         # A shard without mass is no distribution, yet the other model's numbers are wanted: lend it some.
         # In place: the chunk's logits are nobody else's, and a copy would be as large.
         student_logits.masked_fill_(student_empty, 0.0)
