@@ -95,7 +95,8 @@ def divergence_of_rows(
     student_logits, teacher_logits = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
     if rows is not None:
         if student_logits.shape[0] == 0:
-            return student_logits.sum() + student_logits.new_zeros(rows.shape, dtype=torch.float32)
+            dtype = torch.promote_types(student_logits.dtype, torch.float32)
+            return student_logits.sum() + student_logits.new_zeros(rows.shape, dtype=dtype)
         student_logits, teacher_logits = student_logits[rows.clamp_min(0)], teacher_logits[rows.clamp_min(0)]
     result = reference.token_divergence(student_logits, teacher_logits, **options.of_divergence())
     return result if rows is None else torch.where(rows >= 0, result, 0.0)

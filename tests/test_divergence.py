@@ -214,6 +214,7 @@ def test_rows_of_no_sequences(backend, device):
     got, grad = budget.check_divergence(backend, student, teacher, rows=torch.tensor([-1]), device=device)
     assert got.tolist() == [0.0]
     assert grad.shape == student.shape
+    assert rk.token_divergence(student.double(), teacher.double(), rows=torch.tensor([-1])).dtype == torch.float64
 
 
 @pytest.mark.parametrize("upstream", [0.0, inputs.NAN])
