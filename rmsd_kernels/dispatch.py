@@ -28,13 +28,14 @@ def _as_bl(tensor: Tensor) -> Tensor:
 
 
 def is_plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether nobody is tracing, transforming or standing in for tensors."""
+    """Whether nobody is tracing, transforming or standing in for tensors, and their memory holds what they are: a view
+    that is to be negated is so by the dispatcher."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, vjp, functionalize
         return False
     plain = (Tensor, torch.nn.Parameter)
-    return all(tensor is None or (type(tensor) in plain and not tensor.is_meta) for tensor in tensors)
+    return all(x is None or (type(x) in plain and not x.is_meta and not x.is_neg()) for x in tensors)
 
 
 @torch.no_grad()

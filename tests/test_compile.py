@@ -292,6 +292,20 @@ def test_a_row_that_is_not_contiguous_is_copied_and_right(kernels, device):
         assert torch.equal(have, want)
 
 
+def test_a_view_that_is_yet_to_be_negated(kernels, device):
+    """As the imaginary part of a conjugate is: torch sets a bit and leaves the memory."""
+    student, teacher, ids, _ = batch(device)
+
+    def everything(student, teacher):
+        leaf = student.detach().requires_grad_()
+        divergence = rk.token_divergence(leaf, teacher, backend=kernels)
+        grads = torch.autograd.grad(divergence.sum(), leaf)
+        return *rk.token_scores(student, teacher, ids, backend=kernels), divergence.detach(), *grads
+
+    got, want = everything(torch._neg_view(student), torch._neg_view(teacher)), everything(-student, -teacher)
+    assert all(map(torch.equal, got, want))
+
+
 def test_scores_of_a_leaf_that_needs_a_gradient_are_not_of_its_graph(backend, device):
     student, teacher, ids, mask = batch(device)
     found, _ = rk.scores_and_candidates(student.requires_grad_(), teacher, ids, mask, backend=backend)
