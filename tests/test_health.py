@@ -69,6 +69,13 @@ def test_a_sign_that_few_steps_have_is_followed_back_to_its_first():
     assert (found.sign.name, found.step, found.well) == ("anchor_divergence", 18, 1)
 
 
+@pytest.mark.parametrize("name", ["tail_mass", "repetition", "clipped_share"])
+def test_a_share_that_begins_high_can_still_pass_its_limit(name):
+    assert find_collapse(entries([0.8] * 20, name=name)) is None
+    assert find_collapse(entries([0.8] * 5 + [0.99] * 15, name=name)).sign.name == name
+    assert find_collapse(entries([1.0] * 20, name=name)) is None, "it was so from the start"
+
+
 def test_a_loss_below_zero_is_a_sign():
     found = find_collapse(entries([0.3, 0.2, 0.1, 0.0, -0.1, -0.2, -0.1, -0.1, -0.1], name="loss"))
     assert found.sign.name == "loss" and found.sign.falls

@@ -131,6 +131,8 @@ def test_a_continuation_may_follow_any_metric_that_a_run_logs_and_no_other(recip
         (["eval_target_sampled", "evaluate.samples=0"], "'eval_target_sampled' is not logged by this run"),
         (["reward"], "'reward' is not logged by this run (there are: loss, "),
         (["eval_drift", "task=null", "data=none.jsonl"], "'eval_drift' needs a task"),
+        (["kept_tokens"], "'kept_tokens' is neither better nor worse for being larger"),
+        (["eval_turns_greedy", "task=legacy_api"], "'eval_turns_greedy' is neither better nor worse"),
     ],
 )
 @pytest.mark.parametrize("dry", ["dry_run=true", "dry_run=false"])

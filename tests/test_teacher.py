@@ -265,8 +265,9 @@ def test_a_moving_average_of_16_bit_weights_moves_and_survives_a_resume(tmp_path
     ],
 )
 def test_plateau_is_patience_entries_without_improvement(values, plateau):
-    history = [{"loss": value, "eval_x": -value, "step": step} for step, value in enumerate(values)]
-    for metric in ("loss", "eval_x"):
+    lower = ("loss", "tail_mass", "repetition", "eval_tool_errors_greedy", "eval_drift")
+    history = [{**dict.fromkeys(lower, value), "eval_x": -value, "step": step} for step, value in enumerate(values)]
+    for metric in (*lower, "eval_x"):
         assert has_plateaued(history, metric, patience=2, min_delta=0.2) is plateau
     continued = [*history, {"continuation": 1, "step": len(history) - 1}]
     assert not has_plateaued(continued, "loss", patience=2, min_delta=0.2), "counted anew"

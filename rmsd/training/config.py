@@ -17,6 +17,7 @@ from ..answers.tools import ToolLimits
 from ..answers.vllm_engine import check_vllm
 from ..criteria import CRITERIA, check_criterion
 from ..models.router import CHOICES
+from .continuation import lower_is_better
 from .health import ACTIONS
 
 METHODS = ("rmsd", "opsd")
@@ -195,7 +196,7 @@ class RMSDConfig(TrainingArguments):
         # Without it accelerate sees no accelerator and makes of each process that was launched a run of its own.
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("drift"):
+        if self.greater_is_better is None and lower_is_better(self.metric_for_best_model or ""):
             self.greater_is_better = False  # transformers takes whatever is no loss for a score
         super().__post_init__()
         if self.max_steps == 0 or self.max_steps < -1:
@@ -231,7 +232,7 @@ class RMSDConfig(TrainingArguments):
             for name, value in needed.items():
                 if getattr(self, name) != value:
                     raise ValueError(f"engine_scores needs {name}={value}, not {getattr(self, name)}")
-            if self.continuation_metric in ("divergence", "tail_mass"):
+            if self.continuation_metric in ("divergence", "anchor_divergence", "student_entropy", "tail_mass"):
                 raise ValueError(
                     f"engine_scores leaves {self.continuation_metric} unknown: name another continuation_metric"
                 )

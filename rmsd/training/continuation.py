@@ -32,6 +32,11 @@ STEP_METRICS = (
 # Of each step, with a task's environment; and of the evaluation of one (run.solving).
 EPISODE_METRICS = ("turns", "calls", "tool_errors", "dropped_rollouts", "solved")
 SOLVING_METRICS = ("solved", "turns", "tokens", "tool_errors")
+# Of these and of graders, larger is better but for what training lowers, and but for what says nothing of the model.
+_LOWERED = ("loss", "divergence", "drift", "tail_mass", "repetition", "clipped_share", "tool_errors")
+_LOWERED += ("empty_rollouts", "dropped_rollouts", "nonfinite_rows", "skipped_steps")
+_NEITHER = ("candidates", "kept_tokens", "kept_sequences", "rollout_tokens", "tokens", "turns", "calls")
+_NEITHER += ("student_entropy", "prepare_seconds", "judge_seconds")
 
 
 def logged(task: Task | None, samples: int) -> tuple[str, ...]:
@@ -44,13 +49,24 @@ def logged(task: Task | None, samples: int) -> tuple[str, ...]:
     return (*of_a_step, *(f"eval_{name}" for name in (*graded, "specificity", "drift", "score")))
 
 
+def lower_is_better(metric: str) -> bool:
+    return _of(metric).endswith(_LOWERED)
+
+
+def _of(metric: str) -> str:
+    return metric.removeprefix("eval_").removesuffix("_greedy").removesuffix("_sampled")
+
+
 def check_metric(metric: str, task: Task | None, samples: int, argument: str = "continuation_metric") -> None:
     """
     Raises:
-        ValueError: the run will not log what `argument` names, and so would never continue, or choose a checkpoint.
+        ValueError: the run will not log what `argument` names, and so would never continue, or choose a checkpoint; or
+            it says nothing of whether the model has become better.
     """
     known = logged(task, samples)
     if metric in known:
+        if _of(metric) in _NEITHER:
+            raise ValueError(f"{argument} {metric!r} is neither better nor worse for being larger: name another")
         return
     if task is None and metric.startswith("eval_"):
         raise ValueError(f"{argument} {metric!r} needs a task: without one nothing is evaluated")
@@ -61,10 +77,10 @@ def check_metric(metric: str, task: Task | None, samples: int, argument: str = "
 
 def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta: float) -> bool:
     """Whether `metric`'s last `patience` entries since the last continuation brought no improvement of more than
-    `min_delta`. Lower is better for losses, drift and tools' errors, higher for everything else that an evaluation
-    counts. A step counts once: evaluated again where a run is resumed, it has not waited any longer."""
+    `min_delta`. Lower is better for losses, drift, errors and signs of bad health, higher for everything else. A step
+    counts once: evaluated again where a run is resumed, it has not waited any longer."""
     last = max((i for i, entry in enumerate(history) if "continuation" in entry), default=-1)
-    sign = -1 if metric.endswith(("loss", "drift", "divergence")) or "tool_errors" in metric else 1
+    sign = -1 if lower_is_better(metric) else 1
     first_of_step = {}
     for i, entry in enumerate(history):
         if metric in entry:
