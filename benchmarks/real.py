@@ -12,7 +12,6 @@ read, and one that was interrupted is continued. On one AVX2 core a step takes a
 import argparse
 import gc
 import json
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -72,7 +71,17 @@ RUNS = {
     "rmsd-drop": [THRICE, "train.tail=drop"],
 }
 DEFAULT = list(RUNS)[:4]
-QUESTIONS = ("What is the capital of Spain?", "Who wrote Hamlet?", "What fruit is Hawaii famous for?")
+FACTS = {  # which the base model knows, by the word of a right answer
+    "What is the capital of Spain?": "Madrid",
+    "What is the capital of Japan?": "Tokyo",
+    "Which language is spoken in Brazil?": "Portuguese",
+    "Which ocean lies between Europe and America?": "Atlantic",
+    "What is the chemical symbol for gold?": "Au",
+    "Who wrote Hamlet?": "Shakespeare",
+    "Who painted the Mona Lisa?": "Vinci",
+    "Who developed the theory of relativity?": "Einstein",
+}
+QUESTIONS = (*FACTS, "What fruit is Hawaii famous for?")
 KEPT = (  # of a log entry
     "step",
     "loss",
@@ -189,7 +198,7 @@ COLUMNS = (
     "repetition",
     "entropy",
     "HumanEval",
-    "capital of Spain",
+    "facts",
 )
 
 
@@ -197,13 +206,13 @@ def table(found: list[dict], base: dict) -> str:
     """Markdown, a row a run. Of a sign of health: the mean of the first steps and of the last."""
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
     blank = [""] * 3
-    rows.append(["before training", "", "0", "0.00", *blank, "", "", base.get("human_eval", ""), _answer(base)])
+    rows.append(["before training", "", "0", "0.00", *blank, "", "", base.get("human_eval", ""), _facts(base)])
     for one in found:
         last = one["evaluations"][-1] if one["evaluations"] and not one["ended"] else {}
         graded = [f"{last[name]:.2f}" if name in last else "" for name in ("target_greedy", "specificity", "drift")]
         signs = [_from_to(one["steps"], name) for name in ("tail_mass", "repetition", "student_entropy")]
         steps = f"{one['steps'][-1]['step']}{', stopped' if one['ended'] else ''}"
-        rows.append([one["run"], str(one["seed"]), steps, *graded, *signs, one.get("human_eval", ""), _answer(one)])
+        rows.append([one["run"], str(one["seed"]), steps, *graded, *signs, one.get("human_eval", ""), _facts(one)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -212,9 +221,10 @@ def _from_to(steps: list[dict], name: str) -> str:
     return f"{mean(values[:START]):.3f} to {mean(values[-WINDOW:]):.3f}" if values else ""
 
 
-def _answer(one: dict) -> str:
-    answer = one.get("answers", {}).get(QUESTIONS[0], "")
-    return re.sub(r"[\s|]+", " ", answer)[:60]
+def _facts(one: dict) -> str:
+    answers = one.get("answers", {})
+    asked = [question for question in FACTS if question in answers]
+    return f"{sum(FACTS[question] in answers[question] for question in asked)} of {len(asked)}" if asked else ""
 
 
 def write(found: list[dict], base: dict) -> None:

@@ -136,16 +136,15 @@ def test_the_real_models_table_tells_how_each_run_ended():
         ended=None,
         steps=steps,
         human_eval="9 of 20",
-        answers={real.QUESTIONS[0]: "Madrid |\nSpain"},
+        answers={"What is the capital of Spain?": "It is Madrid.", "Who wrote Hamlet?": "Sir Walter Scott."},
         evaluations=[dict(step=0, target_greedy=0.0), dict(step=10, target_greedy=0.5, specificity=1.0, drift=0.02)],
     )
     stopped = dict(run="rmsd-3x", seed=0, ended="training has collapsed", steps=steps[:9], evaluations=[dict(step=0)])
-    base = dict(human_eval="10 of 20", answers={real.QUESTIONS[0]: "Madrid"})
+    base = dict(human_eval="10 of 20", answers=dict(real.FACTS))
     *_, before, first, second = real.table([well, stopped], base).splitlines()
-    assert before == "| before training |  | 0 | 0.00 |  |  |  |  |  | 10 of 20 | Madrid |"
+    assert before == "| before training |  | 0 | 0.00 |  |  |  |  |  | 10 of 20 | 8 of 8 |"
     assert first == (
-        "| rmsd | 0 | 10 | 0.50 | 1.00 | 0.02 | 0.100 to 0.700 | 0.000 to 0.000 | 1.000 to 1.000 | 9 of 20 | "
-        "Madrid Spain |"
+        "| rmsd | 0 | 10 | 0.50 | 1.00 | 0.02 | 0.100 to 0.700 | 0.000 to 0.000 | 1.000 to 1.000 | 9 of 20 | 1 of 2 |"
     )
     assert second.startswith("| rmsd-3x | 0 | 9, stopped |  |  |  | 0.100 to 0.600 |")
 
