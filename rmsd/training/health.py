@@ -53,13 +53,17 @@ class Sign(NamedTuple):
         return value < limit if self.falls else value > limit
 
 
-# The limits lie between what runs that were well and runs that collapsed have shown: docs/real.md. Those of shares are
-# shares of what is left, since a share that begins high could not rise by a fixed amount.
+def _risen(part: float) -> Callable[[float], float]:
+    """Of a share: so far from where it began to 1. One that begins high could not rise by a fixed amount."""
+    return lambda start: start + part * (1.0 - start)
+
+
+# The limits lie between what runs that were well and runs that collapsed have shown: docs/real.md.
 SIGNS = (
-    Sign("tail_mass", lambda start: start + 0.25 * (1.0 - start), "the student's probability leaves its vocab_topk largest entries"),
+    Sign("tail_mass", _risen(0.25), "the student's probability leaves its vocab_topk largest entries"),
     Sign("student_entropy", lambda start: start + 3.0, "the student is no longer sure of what it writes"),
-    Sign("repetition", lambda start: start + 0.3 * (1.0 - start), "answers repeat themselves"),
-    Sign("clipped_share", lambda start: start + 0.6 * (1.0 - start), "answers no longer end"),
+    Sign("repetition", _risen(0.3), "answers repeat themselves"),
+    Sign("clipped_share", _risen(0.6), "answers no longer end"),
     Sign("divergence", lambda start: 3.0 * start + 0.5, "the student leaves its teacher instead of nearing it"),
     Sign("anchor_divergence", lambda start: start + 1.0, "the model drifts where it should stay as it was"),
     Sign("loss", lambda start: -0.01, "the loss rewards leaving the teacher", falls=True),
