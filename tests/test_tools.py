@@ -1,5 +1,6 @@
 """Calls as models write them, and tools that raise, hang or return too much."""
 
+import json
 import threading
 import time
 
@@ -45,7 +46,16 @@ def test_a_call_is_found_in_each_of_the_forms_that_models_write(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["The answer is 3.", "", '```json\n{"total": 3}\n```', "a = {1: 2}", '{"name": "Ann", "age": 3}', "<tools>"],
+    [
+        "The answer is 3.",
+        "",
+        '```json\n{"total": 3}\n```',
+        "a = {1: 2}",
+        '{"name": "Ann", "age": 3}',
+        '```python\npeople.append({"name": name, "age": age})\n```',
+        '{"name": "my-app", ...}',
+        "<tools>",
+    ],
 )
 def test_what_is_no_call_is_none(text):
     assert calls_of(text, {"add"}) == []
@@ -61,6 +71,13 @@ def test_several_calls_in_a_turn_keep_their_order():
     assert calls_of(f"```json\n{ADD}\n```\nand\n```json\n{other}\n```", {"ping"}) == [CALL, Call("ping", {})]
 
 
+def test_a_call_behind_code_that_is_none_is_found_and_one_form_inside_the_other_is_text():
+    assert calls_of(f'a = {{"name": name}}\n{ADD}', {"add"}) == [CALL]
+    held = Call("write", {"text": "<function=add><parameter=a>1</parameter></function>"})
+    assert calls_of(f"<tool_call>{json.dumps(vars(held))}</tool_call>", {"add"}) == [held]
+    assert calls_of(f"<function=write><parameter=text>{ADD}</parameter></function>{ADD}", {"add"})[1:] == [CALL]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -72,6 +89,11 @@ def test_several_calls_in_a_turn_keep_their_order():
         ("<function=add><parameter=a>1", "cut off"),
         ('<tool_call>{"name": "add", "arguments": [1, 2]}</tool_call>', "must be an object"),
         ("<tool_call>[1]</tool_call>", "a call is an object"),
+        ('```json\n{"name": "add", oops}\n```', "not JSON"),
+        ('{"name": "ad", "arguments": {a: 1}}', "not JSON"),
+        pytest.param("<tool_call>" + "[" * 9_000, "not JSON", id="deep"),
+        pytest.param('{"name": "add", "arguments": ' + "[" * 9_000, "not JSON", id="deep arguments"),
+        pytest.param('{"name": "add", "arguments": "' + "[" * 9_000 + '"}', "must be an object", id="deep text"),
     ],
 )
 def test_what_was_meant_as_a_call_and_cannot_be_read_says_why(text, said):

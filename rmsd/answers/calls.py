@@ -18,6 +18,8 @@ _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTA
 _BEGINS_AS_CALL = re.compile(r'\{\s*"(?:name|arguments|parameters|function|type)"\s*:')
 _JSON = re.compile(r"[\[{]")
 _ARGUMENTS = ("arguments", "parameters")
+_NAMED = re.compile(r'"name"\s*:\s*"([^"]*)"')
+_NOT_JSON = (ValueError, RecursionError)  # the latter: "[[[[..." without end
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,36 @@ def calls_of(text: str, names: frozenset[str] | set[str] = frozenset()) -> list[
         names: the tools there are. An object of a name alone is a call only of one of these, which takes no arguments
             then; prose about other named things is no call.
     """
-    if _FUNCTION.search(text):
-        return [_xml_call(*match.groups()) for match in _FUNCTION.finditer(text)]
     calls, position = [], 0
-    while (found := _next_object(text, position)) is not None:
+    while True:
+        function = _FUNCTION.search(text, position)
+        found = _next_object(text, position, function.start() if function else len(text))
+        # One inside an object is text that the call holds.
+        if function and not (found and found[0] < function.start() and _JSON.match(text, found[0])):
+            calls.append(_xml_call(*function.groups()))
+            position = function.end()
+            continue
+        if found is None:
+            return calls
         start, marked = found
         try:
             value, position = _DECODER.raw_decode(text, start)
-        except ValueError as error:
-            calls.append(_unreadable(text, start, error))
-            position = _after(text, start)
-            continue
-        made = [_call(item, names, marked) for item in (value if isinstance(value, list) else [value])]
-        calls += [call for call in made if call is not None]
-    return calls
+            made = [_call(item, names, marked) for item in (value if isinstance(value, list) else [value])]
+            calls += [call for call in made if call is not None]
+        except _NOT_JSON as error:
+            if marked or _is_meant(text, start, names):
+                calls.append(_unreadable(text, start, error))
+                position = _after(text, start)
+            else:
+                position = start + 1
 
 
-def _next_object(text: str, position: int) -> tuple[int, bool] | None:
-    """Where the next JSON of a call begins, and whether a tag before it says that it is one."""
-    opened, bare = _OPENS.search(text, position), _BEGINS_AS_CALL.search(text, position)
-    if opened is None or (bare is not None and bare.start() < opened.start()):
+def _next_object(text: str, position: int, before: int) -> tuple[int, bool] | None:
+    """Where the next JSON of a call begins, and whether a tag before it says that it is one. Object or tag begin before
+    `before`."""
+    bare = _BEGINS_AS_CALL.search(text, position, before)
+    opened = _OPENS.search(text, position, bare.start() if bare else before)
+    if opened is None:
         return (bare.start(), False) if bare else None
     start, end = opened.end(), _next_tag(text, opened.end())
     object_at = _JSON.search(text, start, end)  # a fence or a word may stand between the tag and its object
@@ -66,6 +78,15 @@ def _next_tag(text: str, position: int) -> int:
     """Where the next tag stands that opens or closes a call; the text's end, if none does."""
     places = [text.find(_CLOSES, position)] + [match.start() for match in [_OPENS.search(text, position)] if match]
     return min((place for place in places if place != -1), default=len(text))
+
+
+def _is_meant(text: str, start: int, names) -> bool:
+    """Whether an object that cannot be read, and that no tag marks, is a call: code holds {"name": name} as well."""
+    other = _BEGINS_AS_CALL.search(text, start + 1)
+    part = text[start : other.start() if other else len(text)]
+    part = part[: _after(part, 0)]
+    named = _NAMED.search(part)
+    return any(f'"{key}"' in part for key in _ARGUMENTS) or (named is not None and named[1] in names)
 
 
 def _after(text: str, start: int) -> int:
@@ -85,7 +106,7 @@ def _call(value: Any, names, marked: bool) -> Call | None:
         return Call(name, {}) if marked or name in names else None
     arguments = value[key]
     if isinstance(arguments, str):  # as chat APIs write them
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(*_NOT_JSON):
             arguments = json.loads(arguments)
     if arguments is None:
         arguments = {}
@@ -94,7 +115,7 @@ def _call(value: Any, names, marked: bool) -> Call | None:
     return Call(name, arguments)
 
 
-def _unreadable(text: str, start: int, error: ValueError) -> Call:
+def _unreadable(text: str, start: int, error: Exception) -> Call:
     place = getattr(error, "pos", start)
     if not text[place:].strip() or "Unterminated" in str(error):
         return Call("", {}, "the call is cut off before its end")
@@ -108,6 +129,6 @@ def _xml_call(name: str, body: str, end: str) -> Call:
     for key, value in _PARAMETER.findall(body):
         try:
             arguments[key.strip()] = json.loads(value)
-        except ValueError:
+        except _NOT_JSON:
             arguments[key.strip()] = value
     return Call(name.strip(), arguments)
