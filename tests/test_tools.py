@@ -140,6 +140,29 @@ def test_arguments_are_checked_before_a_tool_sees_them():
         assert message == f"Error: add: {said}" and counts == {"calls": 1, "raised": 1}
 
 
+def put(place: tuple[int, int], labels: dict[int, str], note: str | None = None) -> str:
+    """Puts labels.
+
+    Args:
+        place: Where.
+        labels: By number.
+        note: What for.
+    """
+    return repr((place, labels, note))
+
+
+def test_arguments_are_taken_as_a_model_can_write_them():
+    """JSON has no tuples, and its keys are strings; Qwen3-Coder's form has no quotes."""
+    assert made(put, {"place": [1, 2], "labels": {"3": "x"}})[0] == "((1, 2), {3: 'x'}, None)"
+    assert "argument 'place.1'" in made(put, {"place": [1, "2"], "labels": {}})[0]
+    assert made(put, {"place": [1, 2], "labels": {}, "note": "\ud83d"})[0] == "((1, 2), {}, '?')"
+    form = "<parameter=place>[1, 2]</parameter><parameter=labels>{}</parameter>"
+    for note, taken in [("123", "'123'"), ('{"a": 1}', "'{\"a\": 1}'"), ('"quoted"', "'quoted'"), ("null", "None")]:
+        (call,) = calls_of(f"<function=put>{form}<parameter=note>\n{note}\n</parameter></function>")
+        (result,) = run_turns([(toolbox([put]), [call])], ToolLimits())
+        assert result.messages[0]["content"] == f"((1, 2), {{}}, {taken})"
+
+
 def test_an_unknown_tool_is_answered_with_those_there_are():
     message, counts = made(add, name="subtract")
     assert message == "Error: there is no tool 'subtract'; there are: add" and counts["unknown"] == 1
@@ -178,6 +201,23 @@ def test_tools_that_hang_are_left_behind_together_and_the_others_answers_stay():
     assert fine.messages[0]["content"] == "3" and not fine.hung
 
 
+def test_what_was_not_called_behind_one_that_hung_is_not_called_later_either():
+    forever, called = threading.Event(), threading.Event()
+
+    def hang() -> str:
+        """Hangs."""
+        forever.wait()
+
+    def note() -> str:
+        """Notes."""
+        called.set()
+
+    (result,) = run_turns([(toolbox([hang, note]), [Call("hang", {}), Call("note", {})])], ToolLimits(seconds=0.1))
+    assert result.messages[1]["content"].startswith("Error: note was not called")
+    forever.set()
+    assert not called.wait(0.3)
+
+
 @pytest.mark.parametrize(
     ("result", "content"),
     [
@@ -197,6 +237,21 @@ def test_any_output_becomes_text_of_bounded_length(result, content):
         return result
 
     assert made(give, limits=ToolLimits(characters=50))[0] == content
+
+
+def test_half_a_character_in_a_name_or_an_error_is_no_text():
+    def find(item: str) -> str:
+        """Finds.
+
+        Args:
+            item: What.
+        """
+        raise LookupError("no item \ud83d")
+
+    calls = [Call("find", {"item": "x"}), Call("fi\ud83d", {})]
+    (result,) = run_turns([(toolbox([find]), calls)], ToolLimits())
+    assert [message["name"] for message in result.messages] == ["find", "fi?"]
+    assert result.messages[0]["content"] == "Error: no item ?"
 
 
 def test_an_environments_public_methods_are_tools_and_trls_own_are_not():

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _DECODER = json.JSONDecoder()
@@ -29,6 +29,8 @@ class Call:
     name: str
     arguments: dict[str, Any]
     problem: str | None = None
+    # Arguments as they stand, where the form has no quotes: 123 may be meant for text.
+    texts: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def calls_of(text: str, names: frozenset[str] | set[str] = frozenset()) -> list[Call]:
@@ -125,10 +127,9 @@ def _unreadable(text: str, start: int, error: Exception) -> Call:
 def _xml_call(name: str, body: str, end: str) -> Call:
     if not end:
         return Call(name.strip(), {}, "the call is cut off before its end")
-    arguments = {}
-    for key, value in _PARAMETER.findall(body):
-        try:
-            arguments[key.strip()] = json.loads(value)
-        except _NOT_JSON:
-            arguments[key.strip()] = value
-    return Call(name.strip(), arguments)
+    texts = {key.strip(): value for key, value in _PARAMETER.findall(body)}
+    arguments: dict[str, Any] = dict(texts)
+    for key, value in texts.items():
+        with contextlib.suppress(*_NOT_JSON):
+            arguments[key] = json.loads(value)
+    return Call(name.strip(), arguments, texts=texts)

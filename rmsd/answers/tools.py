@@ -7,6 +7,7 @@ public methods as tools. What it returns, raises, or fails to return within its 
 
 import asyncio
 import inspect
+import json
 import threading
 import time
 import typing
@@ -50,15 +51,25 @@ class Tool:
             raise ValueError(f"tool {self.name!r}: {first_line(error)}") from error
         self._arguments = _arguments_model(function)
 
-    def __call__(self, arguments: dict[str, Any]) -> Any:
-        """Raises ValueError, in one line, for arguments that are missing, unknown or of another type."""
+    def __call__(self, arguments: dict[str, Any], texts: Mapping[str, str] | None = None) -> Any:
+        """Raises ValueError, in one line, for arguments that are missing, unknown or of another type. One that is to be
+        text is taken as it stands in `texts`, where it does."""
+        meant = {name: self._meant(name, value, texts or {}) for name, value in arguments.items()}
         try:
-            checked = self._arguments.model_validate(arguments)
+            # As JSON: a model has no other way to write a tuple, or a key that is a number, than JSON's.
+            written = json.dumps(meant, ensure_ascii=False).encode("utf-8", "replace")
+            checked = self._arguments.model_validate_json(written)
         except ValidationError as error:
             raise ValueError(f"{self.name}: {_problems(error)}") from None
         given = {name: getattr(checked, place) for name, place in self._places() if place in checked.model_fields_set}
         result = self.function(**given, **(checked.model_extra or {}))
         return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+    def _meant(self, name: str, value: Any, texts: Mapping[str, str]) -> Any:
+        schema = self.schema["function"]["parameters"].get("properties", {}).get(name, {})
+        is_none = value is None and schema.get("nullable", False)
+        is_text = schema.get("type") == "string" and not isinstance(value, str) and not is_none
+        return texts.get(name, value) if is_text else value
 
     def _places(self):
         return [(field.alias, place) for place, field in self._arguments.model_fields.items()]
@@ -140,13 +151,16 @@ class _Turn(threading.Thread):
         self._counts: Counter = Counter()
         self._moved = threading.Condition()
         self._since = time.monotonic()  # when the call under way began
+        self._left_behind = False
         self.start()
 
     def run(self) -> None:
         for call in self._calls:
+            if self._left_behind:  # it has been said that the rest is not called
+                return
             content, happened = _answer(self._tools, call, self._limits)
             with self._moved:
-                self._messages.append({"role": "tool", "name": call.name or "unknown", "content": content})
+                self._messages.append(_message(call, content))
                 self._counts.update(["calls", *happened])
                 self._since = time.monotonic()
                 self._moved.notify()
@@ -166,13 +180,20 @@ class _Turn(threading.Thread):
 
     def _without_the_rest(self, done: int) -> Results:
         """A copy: the thread that hangs may yet go on."""
+        self._left_behind = True
         hung, *others = self._calls[done:]
         said = [(hung, f"Error: {hung.name} did not return within {self._limits.seconds:g} seconds")]
         said += [(call, f"Error: {call.name} was not called: the call before it did not return") for call in others]
-        late = [{"role": "tool", "name": call.name or "unknown", "content": text} for call, text in said]
+        late = [_message(call, text) for call, text in said]
         counts = Counter(self._counts)
         counts.update(calls=1 + len(others), hung=1)
         return Results(list(self._messages) + late, counts, hung=True)
+
+
+def _message(call: Call, content: str) -> dict[str, str]:
+    """As text that a tokenizer takes: a lone surrogate, half a character, is none, and a model may write one."""
+    message = {"role": "tool", "name": call.name or "unknown", "content": content}
+    return {key: text.encode("utf-8", "replace").decode() for key, text in message.items()}
 
 
 def _answer(tools: Mapping[str, Tool], call: Call, limits: ToolLimits) -> tuple[str, list[str]]:
@@ -182,7 +203,7 @@ def _answer(tools: Mapping[str, Tool], call: Call, limits: ToolLimits) -> tuple[
     if call.name not in tools:
         return f"Error: there is no tool {call.name[:100]!r}; there are: {', '.join(tools)}", ["unknown"]
     try:
-        content, happened = text_of(tools[call.name](call.arguments), limits.characters), []
+        content, happened = text_of(tools[call.name](call.arguments, call.texts), limits.characters), []
     except BaseException as error:  # SystemExit too: a tool ends no run
         content, happened = f"Error: {str(error)[: limits.characters] or type(error).__name__}", ["raised"]
     if len(content) > limits.characters:
