@@ -222,6 +222,7 @@ def test_of_several_environments_a_row_names_its_own():
 def test_a_row_may_name_its_tools():
     environments = Environments([add_two], environment_factory=Counter)
     assert [schema["function"]["name"] for schema in environments.schemas(ROW)] == ["add_two", "add"]
+    assert environments.schemas({**ROW, "tools": "[]"}) == environments.schemas(ROW), "a table's way to say none"
     one = {**ROW, "tools": ["add"]}
     assert [schema["function"]["name"] for schema in environments.schemas(one)] == ["add"]
     (episode,), _ = play(stub([call("add_two", n=1)], ["Done."]), [one], environments)

@@ -152,9 +152,10 @@ class Environments:
 
 def _chosen(tools: dict[str, Any], row: dict) -> dict[str, Any]:
     """Those of `tools` that the row's column `tools` lists, by name or by schema; all without one."""
-    if not row.get("tools"):
+    named = tools_of(row)
+    if named is None:
         return tools
-    listed = [tool if isinstance(tool, str) else tool.get("function", tool).get("name") for tool in tools_of(row)]
+    listed = [tool if isinstance(tool, str) else tool.get("function", tool).get("name") for tool in named]
     missing = [name for name in listed if name not in tools]
     if missing:
         raise ValueError(f"tools names {missing[0]!r}; there are: {', '.join(tools)}")

@@ -38,8 +38,9 @@ class TurnSuffix:
         if tokenizer.eos_token is None:
             raise ValueError("tools need an end-of-sequence token that ends the model's turns: the tokenizer has none")
         added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        # At each place where the text of an added token begins, so that overlapping ones are found too.
-        self._markers = re.compile("|".join(f"(?={re.escape(token)})" for token in added if len(token) > 1) or r"(?!)")
+        # At each place where the text of an added token begins, so that overlapping ones are found too; and our own.
+        marks = [_TURN, *(token for token in added if len(token) > 1)]
+        self._markers = re.compile("|".join(f"(?={re.escape(mark)})" for mark in marks))
         probe = [{"role": "tool", "name": "probe", "content": "Result"}]
         self._ending = tokenizer.eos_token
         once = self._suffix_text(probe)
@@ -56,19 +57,20 @@ class TurnSuffix:
             messages: of role "tool".
             ended: the turn's end-of-sequence token was sampled; otherwise it is written here.
 
-        Nothing in a message's content becomes a token of the template's own, whatever it says: it opens no turn.
+        Nothing in a message becomes a token of the template's own, whatever it says: it opens no turn. Some templates
+        show the name too, which a model may have made up.
         """
-        safe = [{**message, "content": self._cut(message["content"])} for message in messages]
+        safe = [{key: text if key == "role" else self._cut(text) for key, text in each.items()} for each in messages]
         text = self._suffix_text(safe)
         pieces = (text if ended else self._ending + text).split(_CUT)
         return [id for piece in pieces for id in self._tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
-    def _cut(self, content: str) -> str:
+    def _cut(self, text: str) -> str:
         """With a mark behind the first character of each marker: encoded apart, its two parts are plain text."""
-        content = content.replace(_CUT, "\ufffd")
-        for match in reversed(list(self._markers.finditer(content))):
-            content = f"{content[: match.start() + 1]}{_CUT}{content[match.start() + 1 :]}"
-        return content
+        text = text.replace(_CUT, "\ufffd")
+        for match in reversed(list(self._markers.finditer(text))):
+            text = f"{text[: match.start() + 1]}{_CUT}{text[match.start() + 1 :]}"
+        return text
 
     def _suffix_text(self, messages: Sequence[dict[str, str]], rounds: int = 1) -> str:
         turn = {"role": "assistant", "content": _TURN}
