@@ -33,6 +33,11 @@ def test_only_the_first_block_is_the_answer():
     assert "print" not in program(PROBLEM, f"```python\n{RIGHT}```\nTry it:\n```python\nprint(last([1]))\n```")
 
 
+def test_an_answer_may_leave_out_the_functions_that_the_problem_brings():
+    helped = {**PROBLEM, "prompt": "import math\n\n\ndef least(x):\n    return math.inf\n\n\n" + PROBLEM["prompt"]}
+    assert passes({**helped, "test": PROBLEM["test"] + "    assert least(0) > 0\n"}, f"```python\n{RIGHT}```")
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -47,6 +52,7 @@ def test_only_the_first_block_is_the_answer():
         "import socket; socket.socket()",
         "'x' * (2 << 30)",
         "raise SystemExit(1)",
+        "raise SystemExit",  # before the test that stands behind it
     ],
 )
 def test_what_code_may_not_do(code, tmp_path, monkeypatch):

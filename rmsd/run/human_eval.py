@@ -23,6 +23,9 @@ from ..answers.rollout import eos_ids_of, generate, pad_id_of
 ASKED = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}\n```"
 SECONDS, MEGABYTES = 10, 1024  # of a program
 
+# Of a program that came to its end: one that leaves by sys.exit(), before the test has run, has a 0.
+_ENDED = 3
+
 # What generated code is run behind: it may read, as an import does, and compute.
 _GUARD = """
 import sys
@@ -38,6 +41,7 @@ def _refuse(event, args):
 sys.addaudithook(_refuse)
 exec(compile(sys.stdin.read(), "generated", "exec"), {"__name__": "__main__"})
 """
+_GUARD += f"sys.exit({_ENDED})"
 
 
 def problems(count: int | None = None) -> list[dict]:
@@ -87,17 +91,17 @@ def passes(problem: dict, answer: str) -> bool:
 
 
 def program(problem: dict, answer: str) -> str:
-    """The first code block, behind the imports that the problem brings; an unfinished block ends where the answer does.
-    Code without the function's head is its body."""
+    """The first code block, behind the imports and functions that the problem brings; an unfinished block ends where
+    the answer does. Code without the function's head is its body."""
     block = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
     code = block.group(1) if block else answer
     if f"def {problem['entry_point']}" not in code:
         return problem["prompt"] + code
-    return problem["prompt"].split("def ")[0] + "\n" + code
+    return problem["prompt"].split(f"def {problem['entry_point']}(")[0] + "\n" + code
 
 
 def runs(code: str) -> bool:
-    """Whether the code ends without an error, in time and memory."""
+    """Whether the code comes to its end without an error, in time and memory."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
@@ -112,7 +116,7 @@ def runs(code: str) -> bool:
             )
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == 0
+    return done.returncode == _ENDED
 
 
 def _limits() -> None:
