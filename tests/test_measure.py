@@ -10,7 +10,7 @@ import pytest
 from rmsd.judge import Candidate, ContextJudge, ContrastJudge, MagnitudeJudge, Question
 from rmsd.judge.measure import Labelled, agreement, load, measure, save
 from rmsd.run.judging import labelled_by_grader, word_at
-from rmsd.tasks import pinapple
+from rmsd.tasks import legacy_api, pinapple
 
 CONTEXT = "Please write pinapple."
 
@@ -111,8 +111,9 @@ def test_labels_follow_from_the_word_that_the_told_teacher_would_make():
     )
     assert labelled_by_grader(probe, 8) == LABELLED, "what comes later than the edited word is no matter of the edit"
     assert asked[1] == ["Please write pinapple.\n\nWhich fruit?", "The fruit is pin"]
-    with pytest.raises(ValueError, match="no grader to label questions by"):
-        labelled_by_grader(SimpleNamespace(task=None), 8)
+    for task in (None, legacy_api.TASK):
+        with pytest.raises(ValueError, match="no grader to label questions by"):
+            labelled_by_grader(SimpleNamespace(task=task), 8)
 
 
 # ---- the labelled answers of a real model --------------------------------------------------------------------------

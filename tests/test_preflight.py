@@ -69,7 +69,8 @@ def test_a_random_model_is_told_no_and_nothing_is_written(recipe, tmp_path, over
 
 def test_judges_are_measured_on_questions_that_are_kept(recipe, tmp_path):
     questions = tmp_path / "questions.jsonl"
-    said = judge(load_recipe(recipe), questions, prompts=2)
+    said = judge(load_recipe(recipe), questions, prompts=6)
+    assert said.startswith("6 questions"), "more than the run's batch of 4"
     assert "labelled by the task's grader, written to" in said
     recipe.write_text(recipe.read_text().replace(str(tmp_path / "base"), str(tmp_path / "none")))
     again = judge(load_recipe(recipe), questions)  # which takes no model

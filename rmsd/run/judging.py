@@ -51,10 +51,11 @@ def labelled_by_grader(probe: Probe, prompts: int) -> list[Labelled]:
     word that passes the task's first grader, and the word that the student wrote there does not.
 
     Raises:
-        ValueError: the recipe has no task, or its teacher would change nothing.
+        ValueError: the recipe has no task, the task no grader of texts, or its teacher would change nothing.
     """
-    if probe.task is None:
-        raise ValueError("a recipe without a task has no grader to label questions by: name a file with --questions")
+    if probe.task is None or not probe.task.graders:
+        whose = "a recipe without a task" if probe.task is None else "a task whose environment says what is solved"
+        raise ValueError(f"{whose} has no grader to label questions by: name a file with --questions")
     grader = next(iter(probe.task.graders.values()))
     questions, _, _ = probe.step(spread(probe.told, prompts))
     questions = [question for question in questions if question.candidates]

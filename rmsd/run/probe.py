@@ -1,6 +1,7 @@
 """A recipe's model, asked before it is trained: its answers to any prompts, and what a step would make of some rows."""
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
@@ -113,7 +114,7 @@ class Probe:
                 method="rmsd",
                 max_steps=1,
                 per_device_train_batch_size=size,
-                gradient_accumulation_steps=1,
+                gradient_accumulation_steps=math.ceil(len(rows) / size),
                 save_strategy="no",
                 eval_strategy="no",
                 eval_on_start=False,
@@ -130,7 +131,7 @@ class Probe:
             trainer = RMSDTrainer(self.model, args, rows, self.tokenizer, judge=heard, **self.called)
             trainer.train()
         logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        return heard.questions, logged, trainer.state.log_history[-1]["train_runtime"] / size
+        return heard.questions, logged, trainer.state.log_history[-1]["train_runtime"] / len(rows)
 
     def judges(self) -> dict[str, Judge]:
         """Those that need nothing, and the recipe's own where it is another."""
