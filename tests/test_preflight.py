@@ -1,5 +1,7 @@
 """What preflight says of a recipe before it is run."""
 
+import json
+
 import pytest
 import tiny
 
@@ -77,6 +79,12 @@ def test_judges_are_measured_on_questions_that_are_kept(recipe, tmp_path):
     lines = {line.split()[0]: line for line in again.splitlines() if line.strip()}
     assert {"magnitude", "context", "contrast"} <= lines.keys()
     assert said.splitlines()[0].split(" (")[0] == again.splitlines()[0].split(" (")[0]
+    bare = [json.loads(line) for line in questions.read_text().splitlines()]
+    bare = [{**line, "candidates": [{**c, "contrast": None} for c in line["candidates"]]} for line in bare]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in bare))
+    said = judge(load_recipe(recipe, ["judge.on_topic=true"]), questions)
+    notes = [line for line in said.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2 and "\nmagnitude" in said, "the recipe's own contrast judge, as the other, is left out"
 
 
 def test_a_teacher_that_would_change_nothing_leaves_nothing_to_judge(recipe, tmp_path):

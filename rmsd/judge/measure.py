@@ -50,7 +50,11 @@ def load(path: str | Path) -> list[Labelled]:
     if not path.is_file():
         raise FileNotFoundError(f"labelled questions {path} do not exist")
     found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # with a byte order mark, as some editors write it
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason})") from error
+    for number, text in enumerate(lines, 1):
         if text.strip():
             try:
                 found.append(_labelled(json.loads(text)))

@@ -31,8 +31,9 @@ def judge(recipe: Recipe, questions: Path | None = None, prompts: int = 8) -> st
     relevant = sum(len(one.relevant) for one in labelled)
     marks: dict[str, Marks] = {}
     for name, one in probe.judges().items():
-        if name == "contrast" and any(c.contrast is None for x in labelled for c in x.question.candidates):
-            probe.notes.append("contrast judge: the questions of the file do not hold the candidates' contrast")
+        reads_contrast = hasattr(one, "contrasts")
+        if reads_contrast and any(c.contrast is None for x in labelled for c in x.question.candidates):
+            probe.notes.append(f"{name} judge: the questions of the file do not hold the candidates' contrast")
             continue
         try:
             marks[name] = measure(one, labelled, llm_of(one))
