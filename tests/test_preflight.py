@@ -58,6 +58,11 @@ train: {{use_cpu: true, max_steps: 5, per_device_train_batch_size: 4, max_comple
     return path
 
 
+def test_shares_are_of_all_answers_not_of_those_with_a_candidate(recipe):
+    said = preflight(load_recipe(recipe, ["train.min_gap=1000"]), prompts=3)
+    assert "tokens in 3 answers untold" in said and "judge magnitude: keeps 0, in 0 of 3 answers" in said
+
+
 @pytest.mark.parametrize("overrides", [[], ["lora.r=2"]])
 def test_a_random_model_is_told_no_and_nothing_is_written(recipe, tmp_path, overrides):
     said = preflight(load_recipe(recipe, overrides), prompts=2)

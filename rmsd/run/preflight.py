@@ -38,8 +38,10 @@ def preflight(recipe: Recipe, prompts: int = 8) -> str:
     if probe.task:
         sections.append(_obedience(probe, prompts, found))
     sections.append(f"anchors: {found.anchors} of {len(probe.rows)} rows, whose teacher is told nothing")
-    questions, logged, seconds = probe.step(spread(probe.told, prompts))
-    sections += [_gap(probe, questions, logged, found), _judged(probe, questions), _contrasts(probe)]
+    rows = spread(probe.told, prompts)
+    questions, logged, seconds = probe.step(rows)  # of answers that have a candidate
+    sections += [_gap(probe, questions, len(rows), logged, found), _judged(probe, questions, len(rows))]
+    sections.append(_contrasts(probe))
     sections += [_cost(probe, seconds), *(f"note: {note}" for note in probe.notes), "\n".join(verdict(found))]
     return "\n\n".join(filter(None, sections))
 
@@ -136,30 +138,30 @@ def _under(probe: Probe, prompts: list, contexts: list[str]) -> list:
     return list(map(probe.told_prompt, rows))
 
 
-def _gap(probe: Probe, questions: list[Question], logged: dict, found: Findings) -> str:
+def _gap(probe: Probe, questions: list[Question], answers: int, logged: dict, found: Findings) -> str:
     sizes = sorted((abs(c.gap) for question in questions for c in question.candidates), reverse=True)
     tokens = int(logged["rollout_tokens"])
     found.gap = sum(sizes) / max(tokens, 1)
     largest = sum(sizes[: 5 * len(questions)]) / max(sum(sizes), 1e-9)
     return (
-        f"gap: {found.gap:.2f} nats a token, of {tokens} tokens in {len(questions)} answers untold\n"
+        f"gap: {found.gap:.2f} nats a token, of {tokens} tokens in {answers} answers untold\n"
         f"  {len(sizes)} candidates of {probe.args.min_gap:g} nats or more (train.min_gap); "
         f"{sum(s > 0.5 for s in sizes)} above 0.5, {sum(s > 2.0 for s in sizes)} above 2; five an answer hold "
         f"{largest:.0%} of it"
     )
 
 
-def _judged(probe: Probe, questions: list[Question]) -> str:
+def _judged(probe: Probe, questions: list[Question], answers: int) -> str:
     """What each judge keeps, as text."""
     lines = []
     for name, judge in probe.judges().items():
         try:
-            answers = judge(questions)
+            answered = judge(questions)
         except (ConnectionError, LookupError) as error:
             probe.notes.append(f"{name}: {error}")
             continue
-        kept = [(question, at) for question, answer in zip(questions, answers, strict=True) for at in answer]
-        lines.append(f"judge {name}: keeps {len(kept)}, in {sum(map(bool, answers))} of {len(questions)} answers")
+        kept = [(question, at) for question, answer in zip(questions, answered, strict=True) for at in answer]
+        lines.append(f"judge {name}: keeps {len(kept)}, in {sum(map(bool, answered))} of {answers} answers")
         lines += [f"    {edit(question, position)}" for question, position in spread(kept, SHOWN)]
     return "\n".join(lines)
 
