@@ -98,16 +98,26 @@ KEPT = (  # of a log entry
 COUNTED = ("told", "told_with_word", "anchors", "anchors_with_word")
 DOCS = Path("docs/real")
 KEPT_RUNS = Path("tests/data/health")
+# What training itself ends in: marks of the method. A full disk, a judge that is gone are none.
+ENDS = ("training has collapsed", "the gradient was not finite")
 
 
 def train(run: Path, overrides: list[str], recipe: str = RECIPE) -> str | None:
-    """The line that it ended in, where it did not end well."""
+    """The line that it ended in, where training went wrong.
+
+    Raises:
+        RuntimeError: it ended for another reason. Asked for again, it goes on.
+    """
     command = [sys.executable, "-m", "rmsd", "train", recipe, f"output_dir={run}", "resume=true"]
     with (run.parent / f"{run.name}.log").open("w") as output:
         done = subprocess.run([*command, *overrides], stdout=output, stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
         return None
-    return next(line for line in reversed(done.stderr.splitlines()) if line.startswith("rmsd: ")).removeprefix("rmsd: ")
+    lines = done.stderr.splitlines()
+    said = [line.removeprefix("rmsd: ") for line in lines if line.startswith("rmsd: ")]
+    if said and said[-1].startswith(ENDS):
+        return said[-1]
+    raise RuntimeError(f"{run} ended with {done.returncode}: {(said or lines or ['no word'])[-1]}")
 
 
 def check(model, tokenizer, count: int) -> dict:
@@ -148,8 +158,8 @@ def marks(run: Path, name: str, seed: int, ended: str | None, after: dict) -> di
     lines = read_lines(run / "metrics.jsonl")
     steps = [{key: _rounded(line[key]) for key in KEPT if key in line} for line in lines if line["kind"] == "train"]
     task = house_tool.TASK if is_tool(name) else pinapple.TASK
-    for step, counts in written(run, task.leaks).items():
-        steps[step - 1] |= counts
+    counts = written(run, task.leaks)
+    steps = [step | counts.get(step["step"], {}) for step in steps]  # of a step that ended the run there is no entry
     evaluations = [{k: _rounded(v) for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == "eval"]
     return dict(run=name, seed=seed, overrides=RUNS[name], ended=ended, evaluations=evaluations, steps=steps, **after)
 

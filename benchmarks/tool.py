@@ -119,12 +119,14 @@ def run(method: str, seed: int, runs: Path, overrides: list[str], problems: int)
         return json.loads(path.read_text(encoding="utf-8"))
     runs.mkdir(parents=True, exist_ok=True)
     settings, began, ended = [f"seed={seed}", *overrides], time.monotonic(), None
-    if not (folder / "model").exists():
-        if method in ("rmsd", "opsd"):
-            ended = real.train(folder, [f"method={method}", *settings], RECIPE)
-        else:
-            train(method, load_recipe(RECIPE, [f"output_dir={folder}", *settings]), folder)
-    seconds = spent(folder, time.monotonic() - began)
+    try:
+        if not (folder / "model").exists():
+            if method in ("rmsd", "opsd"):
+                ended = real.train(folder, [f"method={method}", *settings], RECIPE)
+            else:
+                train(method, load_recipe(RECIPE, [f"output_dir={folder}", *settings]), folder)
+    finally:
+        seconds = spent(folder, time.monotonic() - began)
     after = {} if ended else real.checked(folder, load_recipe(folder / "recipe.yaml").model, problems)
     marks = dict(counted(folder), method=method, ended=ended, seconds=round(seconds), **after)
     DOCS.mkdir(parents=True, exist_ok=True)

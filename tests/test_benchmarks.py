@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,35 @@ def test_the_real_models_table_tells_how_each_run_ended():
         "| rmsd | 0 | 10 | 0.50 | 1.00 | 0.02 | 0.100 to 0.700 | 0.000 to 0.000 | 1.000 to 1.000 | 9 of 20 | 1 of 2 |"
     )
     assert second.startswith("| rmsd-3x | 0 | 9, stopped |  |  |  | 0.100 to 0.600 |")
+
+
+@pytest.mark.parametrize(
+    ("said", "ended"),
+    [
+        ("rmsd: training has collapsed at step 9\n", "training has collapsed at step 9"),
+        ("training has collapsed at step 9; going on\nrmsd: interrupted\n", None),
+        ("step 3 is skipped\nrmsd: [Errno 28] No space left on device\n", None),
+        ("Killed\n", None),
+        ("", None),
+    ],
+)
+def test_only_training_that_went_wrong_is_a_mark_of_its_method(said, ended, tmp_path, monkeypatch):
+    """What is kept is not run again: a full disk would stand in the table for good."""
+    done = SimpleNamespace(returncode=1, stderr=said)
+    monkeypatch.setattr(real.subprocess, "run", lambda *_, **__: done)
+    if ended:
+        assert real.train(tmp_path / "run", []) == ended
+        return
+    with pytest.raises(RuntimeError, match="run ended with 1"):
+        real.train(tmp_path / "run", [])
+
+
+def test_a_step_that_ended_the_run_has_rollouts_and_no_entry(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(kind="train", step=1, loss=0.5)) + "\n")
+    lines = [dict(step=step, privileged_context="x", tokens=["pinapple"]) for step in (1, 2)]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (step,) = real.marks(tmp_path, "rmsd", 0, "the gradient was not finite", {})["steps"]
+    assert step == dict(step=1, loss=0.5, told=1, told_with_word=1)
 
 
 def test_the_launches_that_a_gpu_times_are_the_kernels(kernels):

@@ -1,6 +1,7 @@
 """The proof's runs: what is asked for in which order, what is written of a run, and how the other methods train."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -77,6 +78,27 @@ def test_what_is_written_of_a_run(tmp_path):
     made = marks_of(Job("opsd", 1e-4, 0), folder, None, 12.3, {"human_eval": "3 of 4"})
     assert (made["steps_to_80"], made["tokens_trained"], made["seconds"]) == (30, 450.0, 12)
     assert made["evaluations"][-1]["target_only_sampled"] == 0.5 and made["human_eval"] == "3 of 4"
+
+
+def test_the_time_before_an_interruption_counts(docs, tmp_path, monkeypatch):
+    clock = iter([0.0, 100.0, 200.0, 250.0])
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    line = dict(kind="eval", step=0, target_sampled=0.0, target_only_sampled=0.0, specificity=1.0, drift=0.0)
+
+    def interrupted(kind, recipe, folder):
+        raise KeyboardInterrupt
+
+    def trained(kind, recipe, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    asked = Job("sft_own", 1e-4, 0), tmp_path / "runs", "m", 0, []
+    monkeypatch.setattr(run.real, "checked", lambda *_: {})
+    monkeypatch.setattr(run.baselines, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(*asked)
+    monkeypatch.setattr(run.baselines, "train", trained)
+    assert run.run(*asked)["seconds"] == 150
 
 
 def test_the_table_holds_means_and_intervals_and_counts_runs_that_stopped(docs, tmp_path):

@@ -61,13 +61,15 @@ def run(job: Job, runs: Path, model: str, problems: int, overrides: list[str]) -
     runs.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     ended = None
-    if not (folder / "model").exists():
-        settings = [f"model={model}", *job.overrides(), *overrides]
-        if kind == "recipe":
-            ended = real.train(folder, settings)
-        else:
-            baselines.train(kind, load_recipe(real.RECIPE, settings), folder)
-    seconds = spent(folder, time.monotonic() - began)
+    try:
+        if not (folder / "model").exists():
+            settings = [f"model={model}", *job.overrides(), *overrides]
+            if kind == "recipe":
+                ended = real.train(folder, settings)
+            else:
+                baselines.train(kind, load_recipe(real.RECIPE, settings), folder)
+    finally:
+        seconds = spent(folder, time.monotonic() - began)
     after = {} if ended else real.checked(folder, model, problems)
     marks = marks_of(job, folder, ended, seconds, after)
     DOCS.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,7 @@ def spent(folder: Path, seconds: float) -> float:
     """Seconds of training in all, over interruptions."""
     path = folder / "seconds"
     total = seconds + (float(path.read_text()) if path.exists() else 0.0)
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{total:.0f}")
     return total
 
