@@ -27,6 +27,8 @@ def test_phrasings_that_work_are_named_best_first():
     assert said.startswith("verdict: yes, by 2 of 4 phrasings.")
     assert "obeys phrasing 3 (50%), 2 (25%)" in said and "50% is a ceiling" in said
     assert found(0.9, 0.8) == "verdict: yes. The told teacher obeys in 85% of answers (untold 0%)."
+    said = found(0.15, 0.12)
+    assert said.startswith("verdict: hardly. The told teacher obeys in 14%") and "phrasing" not in said
 
 
 def test_what_is_done_untold_is_no_lesson():

@@ -74,9 +74,11 @@ def _of_teacher(found: Findings) -> list[str]:
         return [*lines, f"  It obeys phrasing {named}: word all rows as that."] if working else lines
     if len(working) == len(shares):
         lines = [f"verdict: yes. {obeys}."]
+    elif not working:
+        lines = [f"verdict: hardly. {obeys}: word the context otherwise."]
     else:
         lines = [f"verdict: yes, by {len(working)} of {len(shares)} phrasings. {obeys}."]
-        lines += [f"  It obeys phrasing {named}. The others teach little: word their rows as those."] if working else []
+        lines.append(f"  It obeys phrasing {named}. The others teach little: word their rows as those.")
     if max(shares) < 0.75:
         lines.append(f"  {max(shares):.0%} is a ceiling: a continuation (train.continuation_steps) raises it.")
     return lines
