@@ -103,7 +103,7 @@ def test_the_time_before_an_interruption_counts(docs, tmp_path, monkeypatch):
 
 def test_the_table_holds_means_and_intervals_and_counts_runs_that_stopped(docs, tmp_path):
     for seed, target in enumerate((0.2, 0.4, 0.6)):
-        docs(seed=seed, target=target, human_eval="1 of 2")
+        docs(seed=seed, target=target, human_eval="1 of 2", steps_to_80=None if seed else 30)
     docs(method="rmsd_contrast", seed=0, target=0.9)
     docs(method="rmsd_contrast", seed=1, ended="training has collapsed")
     docs(seed=RATE_SEED, target=1.0)
@@ -111,6 +111,7 @@ def test_the_table_holds_means_and_intervals_and_counts_runs_that_stopped(docs, 
     opsd, contrast = (dict(zip(heads, row, strict=True)) for row in rows)
     assert opsd["method"] == "OPSD" and opsd["seeds"] == "3" and opsd["target only"] == "0.40 [0.20, 0.60]"
     assert opsd["HumanEval"] == "0.50 [0.50, 0.50]"
+    assert opsd["steps to 80%"] == "30 (1 of 3)", "the mean of those that came there"
     assert contrast["seeds"] == "2, 1 stopped" and contrast["target only"] == "0.90"
 
 

@@ -37,15 +37,15 @@ def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
 
 
 def cell(values: list[float | None]) -> str:
-    values = [value for value in values if value is not None]
-    if not values:
+    found = [value for value in values if value is not None]
+    if not found:
         return ""
-    digits = 0 if max(values) >= 20 else 2
-    shown = f"{mean(values):,.{digits}f}"
-    if len(values) == 1:
-        return shown
-    low, high = interval(values)
-    return f"{shown} [{low:,.{digits}f}, {high:,.{digits}f}]"
+    digits = 0 if max(found) >= 20 else 2
+    shown = f"{mean(found):,.{digits}f}"
+    if len(found) > 1:
+        low, high = interval(found)
+        shown = f"{shown} [{low:,.{digits}f}, {high:,.{digits}f}]"
+    return shown if len(found) == len(values) else f"{shown} ({len(found)} of {len(values)})"
 
 
 def table(folder: Path = DOCS) -> str:
