@@ -87,6 +87,8 @@ def test_a_call_behind_code_that_is_none_is_found_and_one_form_inside_the_other_
         ('```json\n{"name": "add", "argum', "cut off"),
         ("<tool_call>", "cut off"),
         ("<function=add><parameter=a>1", "cut off"),
+        ("<function=add><parameter=a>1</parameter><parameter=b>2</function>", "not '<parameter=b>2'"),
+        ('<function=add>{"a": 1, "b": 2}</function>', "not '{"),
         ('<tool_call>{"name": "add", "arguments": [1, 2]}</tool_call>', "must be an object"),
         ("<tool_call>[1]</tool_call>", "a call is an object"),
         ('```json\n{"name": "add", oops}\n```', "not JSON"),

@@ -127,6 +127,8 @@ def _unreadable(text: str, start: int, error: Exception) -> Call:
 def _xml_call(name: str, body: str, end: str) -> Call:
     if not end:
         return Call(name.strip(), {}, "the call is cut off before its end")
+    if unread := _PARAMETER.sub("", body).strip():
+        return Call(name.strip(), {}, f"arguments are <parameter=name>value</parameter>, not {unread[:40]!r}")
     texts = {key.strip(): value for key, value in _PARAMETER.findall(body)}
     arguments: dict[str, Any] = dict(texts)
     for key, value in texts.items():
