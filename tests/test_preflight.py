@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+from test_measure import ANSWERS
 
 from rmsd.run.judging import judge
 from rmsd.run.preflight import Findings, preflight, verdict
@@ -92,6 +93,13 @@ def test_judges_are_measured_on_questions_that_are_kept(recipe, tmp_path):
     said = judge(load_recipe(recipe, ["judge.on_topic=true"]), questions)
     notes = [line for line in said.splitlines() if line.startswith("note: ")]
     assert len(notes) == 2 and "\nmagnitude" in said, "the recipe's own contrast judge, as the other, is left out"
+
+
+def test_marks_that_are_what_stands_in_for_a_judge_are_said_to_be(recipe):
+    pytest.importorskip("openai", reason="needs the judge extra")
+    asked = ["kind=llm", "model=m", "base_url=http://127.0.0.1:9/v1", "on_error=skip", "max_retries=0"]
+    said = judge(load_recipe(recipe, [f"judge.{option}" for option in asked]), ANSWERS)
+    assert "note: the recipe's, llm: 32 times it did not answer, and judge.on_error=skip did" in said
 
 
 def test_a_teacher_that_would_change_nothing_leaves_nothing_to_judge(recipe, tmp_path):

@@ -35,10 +35,13 @@ def judge(recipe: Recipe, questions: Path | None = None, prompts: int = 8) -> st
         if reads_contrast and any(c.contrast is None for x in labelled for c in x.question.candidates):
             probe.notes.append(f"{name} judge: the questions of the file do not hold the candidates' contrast")
             continue
+        llm = llm_of(one)
         try:
-            marks[name] = measure(one, labelled, llm_of(one))
+            marks[name] = measure(one, labelled, llm)
         except ConnectionError as error:
             probe.notes.append(f"{name}: {error}")
+        if llm and llm.on_error != "raise" and (failures := llm.stats["failures"]):
+            probe.notes.append(f"{name}: {failures} times it did not answer, and judge.on_error={llm.on_error} did")
     lines = [
         f"{len(labelled)} questions, {candidates} candidates, {relevant} relevant ({source})",
         "",
