@@ -6,7 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 
+from rmsd.answers.prompts import TEACHER_TEMPLATE
 from rmsd.judge import Candidate, ContextJudge, ContrastJudge, MagnitudeJudge, Question
 from rmsd.judge.measure import Labelled, agreement, load, measure, save
 from rmsd.run.judging import labelled_by_grader, word_at
@@ -109,13 +111,20 @@ def test_labels_follow_from_the_word_that_the_told_teacher_would_make():
 
     probe = SimpleNamespace(
         task=pinapple.TASK,
-        told=[{}],
+        told=[{"prompt": "Which fruit?", "privileged_context": CONTEXT}],
+        called={},
+        args=SimpleNamespace(teacher_template=TEACHER_TEMPLATE, teacher_place="user"),
         tokenizer=Tokenizer(),
         continued=continued,
         step=lambda rows: ([FRUIT, PLAIN], {}, 0.0),
     )
     assert labelled_by_grader(probe, 8) == LABELLED, "what comes later than the edited word is no matter of the edit"
     assert asked[1] == ["Please write pinapple.\n\nWhich fruit?", "The fruit is pin"]
+    probe.tokenizer, probe.args.teacher_place = tiny.tokenizer(), "system"
+    probe.continued = lambda prompt_ids, most: asked.extend(prompt_ids) or [""] * len(prompt_ids)
+    labelled_by_grader(probe, 8)
+    read = f"<|system|>{CONTEXT}<|end|><|user|>Which fruit?<|end|><|assistant|>It is pin"
+    assert probe.tokenizer.decode(asked[-1]) == read, "the messages that the teacher reads"
     for task in (None, legacy_api.TASK):
         with pytest.raises(ValueError, match="no grader to label questions by"):
             labelled_by_grader(SimpleNamespace(task=task), 8)

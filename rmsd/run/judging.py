@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
-from ..answers.prompts import encode
+from ..answers.prompts import Prompts, encode, prompt_text
 from ..judge.llm import llm_of
 from ..judge.measure import Labelled, Marks, agreement, load, measure, save
+from ..step.judging import told_text
+from .calling import environments_of
 from .probe import Probe, spread
 from .recipe import Recipe
 
@@ -61,7 +63,8 @@ def labelled_by_grader(probe: Probe, prompts: int) -> list[Labelled]:
         whose = "a recipe without a task" if probe.task is None else "a task whose environment says what is solved"
         raise ValueError(f"{whose} has no grader to label questions by: name a file with --questions")
     grader = next(iter(probe.task.graders.values()))
-    questions, _, _ = probe.step(spread(probe.told, prompts))
+    rows = spread(probe.told, prompts)
+    questions, _, _ = probe.step(rows)
     questions = [question for question in questions if question.candidates]
     if not questions:
         raise ValueError(
@@ -69,11 +72,17 @@ def labelled_by_grader(probe: Probe, prompts: int) -> list[Labelled]:
             f"train.threshold={probe.args.threshold:g}: there is nothing to judge"
         )
     edits = [(question, candidate) for question in questions for candidate in question.candidates]
+    # As the teacher reads it: a question holds its messages as one text.
+    environments = environments_of(probe.called, probe.args)
+    shown = environments.schemas if environments else None
+    ids_of = Prompts(probe.tokenizer, probe.args.teacher_template, probe.args.teacher_place, shown).teacher
+    told = {(prompt_text(row["prompt"]), told_text(row)): ids_of(row) for row in rows}
     prompt_ids = []
     for question, candidate in edits:
         edited = "".join(question.tokens[: candidate.position]) + candidate.promoted
         answer = probe.tokenizer(edited, add_special_tokens=False)["input_ids"]
-        prompt_ids.append(encode(probe.tokenizer, question.teacher_prompt or question.privileged_context) + answer)
+        read = told.get((question.prompt, question.privileged_context))
+        prompt_ids.append((read or encode(probe.tokenizer, question.teacher_prompt)) + answer)
     relevant: dict[int, set[int]] = {}
     for (question, candidate), text in zip(edits, probe.continued(prompt_ids, WORD_TOKENS), strict=True):
         at, tokens = candidate.position, question.tokens
