@@ -144,6 +144,20 @@ def test_fine_tuning_trains_on_the_answer_alone():
     assert example["input_ids"][-len(trained) :] == trained and len(example["labels"]) == len(example["input_ids"])
 
 
+def test_the_other_methods_have_the_recipes_whole_batch(tmp_path, monkeypatch):
+    asked = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=4", "train.use_cpu=true"]
+    taken = {}
+    monkeypatch.setattr(baselines, "load", lambda *_: (None, None))
+    monkeypatch.setattr(baselines, "evaluator_of", lambda *_: None)
+
+    def made(base, tokenizer, args, options, given):
+        taken.update(options)
+        return SimpleNamespace(train=lambda **_: None, save_model=lambda _: None)
+
+    baselines._trained(load_recipe("recipes/qwen_coder_pinapple.yaml", asked), tmp_path / "run", made)
+    assert (taken["per_device_train_batch_size"], taken["gradient_accumulation_steps"]) == (2, 4)
+
+
 @pytest.mark.parametrize("kind", ["sft_own", "rl_hint"])
 def test_the_other_methods_train_evaluate_and_are_resumed(kind, tmp_path, monkeypatch):
     if kind.startswith("rl"):

@@ -183,6 +183,7 @@ def _trained(recipe: Recipe, run: Path, made: Callable[..., Trainer]) -> None:
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
         per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
         gradient_checkpointing=False,
         logging_steps=1,
         eval_strategy="steps",
