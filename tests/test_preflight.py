@@ -68,13 +68,14 @@ def test_shares_are_of_all_answers_not_of_those_with_a_candidate(recipe):
 
 @pytest.mark.parametrize("overrides", [[], ["lora.r=2"]])
 def test_a_random_model_is_told_no_and_nothing_is_written(recipe, tmp_path, overrides):
-    said = preflight(load_recipe(recipe, overrides), prompts=2)
+    kept = ["judge.kind=context", "judge.on_topic=true", f"judge.cache={tmp_path / 'cache'}"]
+    said = preflight(load_recipe(recipe, [*overrides, *kept]), prompts=2)
     assert "verdict: no. The told teacher obeys in 0% of answers" in said
     assert "anchors: 16 of 32 rows" in said and "contrast contexts: 16 rows by column" in said
     for name in ("magnitude", "context", "contrast"):
         assert f"judge {name}: keeps" in said
     assert "minutes for the run's 20" in said and " -> " in said
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 def test_judges_are_measured_on_questions_that_are_kept(recipe, tmp_path):

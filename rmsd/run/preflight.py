@@ -32,6 +32,8 @@ def preflight(recipe: Recipe, prompts: int = 8) -> str:
     """What to print: how often the told teacher does what is wanted, the gap, what each judge keeps, what a run costs,
     and a verdict. `prompts` are asked under each phrasing of the context, and as many rows are trained on for a step.
     """
+    if not recipe.judge.replay:  # which answers from a cache that is there; others would fill theirs
+        recipe = recipe.model_copy(update={"judge": recipe.judge.model_copy(update={"cache": None})})
     probe = Probe(recipe)
     found = Findings(anchors=len(probe.rows) - len(probe.told))
     sections = [f"preflight of {recipe.model}"]
