@@ -1,13 +1,19 @@
 """Candidates and wishes: from hidden states, and from what an engine recorded, without one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from tiny import trainer
+from tiny import tokenizer, trainer
 
 from rmsd import LinearRMSDLoss
-from rmsd.answers.rollout import Recorded
+from rmsd.answers.rollout import Recorded, Rollouts
+from rmsd.criteria import scored_by
+from rmsd.judge import MagnitudeJudge
 from rmsd.models.heads import OutputHead, Reading
-from rmsd.step.scoring import widest_gaps
+from rmsd.step.judging import judge_as_scored
+from rmsd.step.micro_batch import MicroBatch
+from rmsd.step.scoring import scored_by_forwards, widest_gaps
 from rmsd.step.wishes import recorded_wishes, wishes
 
 
@@ -90,3 +96,44 @@ def test_a_gap_that_is_not_finite_is_no_candidate():
     for threshold, first in ((0.25, 0), (0.5, -1)):
         loss = LinearRMSDLoss(num_candidates=3, threshold=threshold)
         assert widest_gaps(loss, student, teacher, mask).tolist() == [[first, -1, -1]]
+
+
+def of_two_turns(criterion, num_candidates, told):
+    """A scored micro-batch of one answer, whose turns are its tokens 0 to 5 and 8 to 11."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 12, 8, generator=generator)
+    written = torch.tensor([[True] * 6 + [False] * 2 + [True] * 4])
+    ids = torch.randint(50, (1, 12), generator=generator)
+    rollouts = Rollouts([[1]], ids, written, hidden, attention_mask=torch.ones_like(written))
+    head = OutputHead(torch.randn(50, 8, generator=generator), None, 1.0, None)
+    teacher = SimpleNamespace(hidden=lambda *args: told(hidden), head=head)
+    row = {"prompt": "Which?", "privileged_context": "The tool is called zorblat."}
+    batch = MicroBatch([row], [[1]], [[1]], rollouts=rollouts)
+    loss = LinearRMSDLoss(num_candidates=num_candidates, criterion=criterion)
+    (batch,) = scored_by_forwards([batch], None, head, teacher, loss, 0, per_turn=True)
+    return batch
+
+
+@pytest.mark.parametrize("criterion", ["divergence", "tip"])
+def test_of_each_turn_the_best_by_any_criterion(criterion):
+    batch = of_two_turns(criterion, 2, lambda hidden: hidden + 0.1 * hidden.flip(-1))
+    score = scored_by(criterion, batch.scores, batch.rollouts.completion_mask)[0]
+    first, second = score[:6].topk(2).indices.tolist(), (8 + score[8:].topk(2).indices).tolist()
+    assert batch.candidates.tolist() == [[first[0], second[0], first[1], second[1]]]
+
+
+def test_as_many_are_kept_of_each_turn():
+    """The first turn's gaps are all larger than the second's, and a judge may keep three of each."""
+    scale = torch.tensor([0.5] * 8 + [0.01] * 4).view(1, 12, 1)
+    batch = of_two_turns("logprob_gap", 6, lambda hidden: hidden + scale * hidden.flip(-1))
+    judge_as_scored([batch], MagnitudeJudge(), tokenizer(), max_kept=3, per_turn=True)
+    (kept,) = batch.kept
+    assert [sum(position < 6 for position in kept), sum(position >= 8 for position in kept)] == [3, 3]
+
+    def most_of_the_first(questions):
+        return [[*range(5), 8] for _ in questions]
+
+    judge_as_scored([batch], most_of_the_first, tokenizer(), max_kept=3, per_turn=True)
+    assert batch.kept == [[0, 1, 2, 8]]
+    judge_as_scored([batch], None, tokenizer(), max_kept=3, per_turn=True)
+    assert batch.kept == [[*range(6), *range(8, 12)]], "without a judge every written token is"

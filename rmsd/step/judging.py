@@ -1,6 +1,7 @@
 """Judge: from candidates to kept tokens. The judge is asked about rollouts whose teacher was told something."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -70,15 +71,30 @@ def questions_of(
     ]
 
 
-def judge_batch(batch: MicroBatch, judge: Judge | None) -> None:
+def judge_batch(batch: MicroBatch, judge: Judge | None, most_a_turn: int | None = None) -> None:
     """Fills in `kept`, and the seconds that it took to be told. Without a judge (OPSD) every token that the student
-    wrote is kept."""
+    wrote is kept. A judge knows how many may be kept of a rollout, and not of which turn each is: `most_a_turn` of
+    each are."""
     started = time.monotonic()
     if judge is None:
         batch.kept = [row.nonzero().flatten().tolist() for row in batch.rollouts.on_host.completion_mask]
     else:
         batch.kept = ask(judge, batch.questions)
+        if most_a_turn is not None:
+            turns = turns_of(batch.rollouts.on_host.completion_mask).tolist()
+            batch.kept = [_first_of_each(kept, of, most_a_turn) for kept, of in zip(batch.kept, turns, strict=True)]
     batch.judge_seconds = time.monotonic() - started
+
+
+def _first_of_each(kept: list[int], turns: list[int], most: int) -> list[int]:
+    """Of kept positions, best first, `most` at most of each turn."""
+    counts: Counter[int] = Counter()
+    first = []
+    for position in kept:
+        counts[turns[position]] += 1
+        if counts[turns[position]] <= most:
+            first.append(position)
+    return first
 
 
 def judge_as_scored(
@@ -94,7 +110,7 @@ def judge_as_scored(
         asked = []
         for batch in scored:
             batch.questions = questions_of(batch, tokenizer, max_kept, min_gap, per_turn)
-            asked.append(executor.submit(judge_batch, batch, judge))
+            asked.append(executor.submit(judge_batch, batch, judge, max_kept if per_turn else None))
             for answer in asked:
                 if answer.done():
                     answer.result()  # a judge that has failed ends the step before more is written

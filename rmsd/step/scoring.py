@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from rmsd_kernels import TokenScores, criterion_score, linear_token_scores, select_tokens
+from rmsd_kernels import TokenScores, linear_token_scores, select_tokens
 
 from ..answers.engines import Engine, engine_gap
 from ..answers.rollout import Recorded, hidden_states
 from ..answers.teacher import Teacher
+from ..criteria import scored_by
 from ..loss import LinearRMSDLoss
 from ..models.heads import OutputHead, Reading, head_options
 from ..models.transfer import to_device
@@ -43,7 +44,7 @@ def scored_by_forwards(
         mask = rollouts.completion_mask
         batch.scores, batch.candidates = score(loss, *readings, rollouts.completion_ids, mask)
         if per_turn:
-            batch.candidates = of_each_turn(loss, criterion_score(batch.scores, loss.criterion), mask)
+            batch.candidates = of_each_turn(loss, scored_by(loss.criterion, batch.scores, mask), mask)
         batch.wishes = wishes(
             *readings,
             batch.candidates,
@@ -149,12 +150,13 @@ def of_each_turn(
     criterion: Tensor,  # (B, L) fp32
     completion_mask: Tensor,  # (B, L) bool
 ) -> Tensor:
-    """Candidates (B, turns * T), -1 for none: T of each turn at most, the best of a turn first."""
+    """Candidates (B, turns * T), -1 for none: T of each turn at most, the best of every turn first, then each one's
+    second: whoever takes the first few takes as many of each."""
     turns = turns_of(completion_mask)
     options = dict(num_tokens=loss.num_candidates, threshold=loss.threshold)
     each = range(1, int(turns.max()) + 1 if turns.numel() else 1)
-    none = turns.new_full((len(turns), 1), -1)
-    return torch.cat([none, *(select_tokens(criterion, turns == turn, **options) for turn in each)], 1)
+    found = [select_tokens(criterion, turns == turn, **options) for turn in each]
+    return torch.stack(found, 2).flatten(1) if found else turns.new_full((len(turns), 1), -1)
 
 
 @torch.no_grad()
