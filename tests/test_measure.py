@@ -74,10 +74,10 @@ def test_a_user_s_file_needs_only_what_a_judge_reads(tmp_path):
         with pytest.raises(ValueError, match=r"q\.jsonl, line 2: no labelled question") as error:
             load(path)
         assert said in str(error.value)
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(line).encode() + b"\r\n\r\n")
-    assert load(path) == [one], "as other editors write it"
-    path.write_bytes(json.dumps(line).encode("utf-16"))
-    with pytest.raises(ValueError, match=r"q\.jsonl: not UTF-8"):
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(line).encode() + b"\r\n")
+    assert load(path) == [one], "as some editors write it"
+    path.write_bytes(json.dumps(line).encode() + b"\n" + json.dumps(line).encode().replace(b"b", b"\xe9"))
+    with pytest.raises(ValueError, match=r"q\.jsonl, line 2: no labelled question .*utf-8"):
         load(path)
 
 

@@ -200,6 +200,8 @@ ROW = json.dumps({"prompt": "Hi", "privileged_context": "Say zorblat."})
     ("line", "message"),
     [
         ('{"prompt": "Hi"', "line 3: not JSON"),
+        ('{"prompt": ' + "[" * 100_000, "line 3: not JSON"),
+        ('{"prompt": "Hi", "privileged_context": "", "id": ' + "1" * 5000 + "}", "line 3: not JSON"),
         ('{"prompt": "Hi"}', "line 3: has no 'privileged_context' (it has: 'prompt')"),
         ('{"prompt": "", "privileged_context": ""}', "line 3: prompt is empty"),
         ('{"prompt": [{"role": "user"}], "privileged_context": ""}', "line 3: prompt must be a string or a list"),

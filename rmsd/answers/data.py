@@ -37,8 +37,9 @@ def load_rows(path: str | Path, completions: bool = False) -> list[dict]:
                     rows.append(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
+                except (ValueError, RecursionError) as error:  # of numbers and lists without end no JSONDecodeError
+                    reason = getattr(error, "msg", error)
+                    raise ValueError(f"{path}, line {number}: not JSON ({reason})") from error
                 check_row(rows[-1], f"{path}, line {number}")
                 if completions and rows[-1].get("completion") is None:
                     raise ValueError(f"{path}, line {number}: has no 'completion'")

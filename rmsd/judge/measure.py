@@ -50,15 +50,13 @@ def load(path: str | Path) -> list[Labelled]:
     if not path.is_file():
         raise FileNotFoundError(f"labelled questions {path} do not exist")
     found = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # with a byte order mark, as some editors write it
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason})") from error
-    for number, text in enumerate(lines, 1):
-        if text.strip():
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
             try:
+                # The first line may begin with a byte order mark, as some editors write it.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 found.append(_labelled(json.loads(text)))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number}: no labelled question ({type(error).__name__}: {error})"
                 ) from error
