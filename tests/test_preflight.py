@@ -6,9 +6,11 @@ import pytest
 import tiny
 from test_measure import ANSWERS
 
+from rmsd.run.check import check
 from rmsd.run.judging import judge
 from rmsd.run.preflight import Findings, preflight, verdict
 from rmsd.run.recipe import load_recipe
+from rmsd.training.trainer import RMSDTrainer
 
 
 def found(*shares, untold=0.0, **more):
@@ -78,6 +80,17 @@ def test_a_random_model_is_told_no_and_nothing_is_written(recipe, tmp_path, over
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("look", [lambda recipe: preflight(recipe, prompts=1), check])
+def test_nothing_is_pushed_to_the_hub_nor_told_to_a_tracker(recipe, monkeypatch, look):
+    made, own = [], RMSDTrainer.__init__
+    monkeypatch.setattr(RMSDTrainer, "init_hf_repo", lambda self: pytest.fail("a repository is made on the Hub"))
+    monkeypatch.setattr(
+        RMSDTrainer, "__init__", lambda self, *args, **more: (made.append(self), own(self, *args, **more))[1]
+    )
+    look(load_recipe(recipe, ["train.push_to_hub=true", "train.hub_model_id=me/model", "train.report_to=tensorboard"]))
+    assert [trainer.args.report_to for trainer in made] == [[]]
+
+
 def test_judges_are_measured_on_questions_that_are_kept(recipe, tmp_path):
     questions = tmp_path / "questions.jsonl"
     said = judge(load_recipe(recipe), questions, prompts=6)
@@ -101,6 +114,16 @@ def test_marks_that_are_what_stands_in_for_a_judge_are_said_to_be(recipe):
     asked = ["kind=llm", "model=m", "base_url=http://127.0.0.1:9/v1", "on_error=skip", "max_retries=0"]
     said = judge(load_recipe(recipe, [f"judge.{option}" for option in asked]), ANSWERS)
     assert "note: the recipe's, llm: 32 times it did not answer, and judge.on_error=skip did" in said
+
+
+def test_the_recipe_s_own_contrast_judge_is_passed_over_where_a_file_says_nothing_of_contrast(recipe, tmp_path):
+    candidate = {"position": 0, "token": "c", "promoted": "d", "gap": -1.0}
+    line = {"prompt": "a", "privileged_context": "b", "tokens": ["c"], "relevant": [0], "candidates": [candidate]}
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps(line))
+    said = judge(load_recipe(recipe, ["judge.on_topic=true"]), questions)
+    for name in ("contrast", "the recipe's, contrast"):
+        assert f"note: {name}: the questions of the file do not hold the candidates' contrast" in said
 
 
 def test_a_teacher_that_would_change_nothing_leaves_nothing_to_judge(recipe, tmp_path):

@@ -19,6 +19,7 @@ def check(recipe: Recipe) -> tuple[str, bool]:
     with tempfile.TemporaryDirectory() as folder:
         args = trainer_config(recipe, folder)
         args.eval_strategy, args.eval_on_start = "no", False
+        args.push_to_hub, args.report_to = False, []
         task = load_task(recipe.task) if recipe.task else None
         rows, called = task_rows(recipe, task), callable_of(recipe, task)
         set_seed(recipe.seed)

@@ -125,6 +125,8 @@ class Probe:
                 continuation_steps=[],
                 continuation_metric=None,
                 recorded_rollouts=0,
+                push_to_hub=False,
+                report_to=[],
             )
             for name, value in once.items():
                 setattr(args, name, value)
