@@ -1,6 +1,7 @@
 """A resumed run heeds its recipe: rates and the rest are today's, and what cannot change is refused by name."""
 
 import json
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,7 +9,7 @@ import tiny
 import yaml
 
 from rmsd.run.recipe import load_recipe
-from rmsd.run.resuming import check_output_dir, check_resumed
+from rmsd.run.resuming import check_output_dir, check_resumed, save_recipe
 from rmsd.run.train import train
 
 
@@ -104,3 +105,19 @@ def test_processes_that_look_at_one_folder_at_once_do_not_disturb_each_other(tmp
     with ThreadPoolExecutor(8) as looking:
         list(looking.map(check_output_dir, [tmp_path / "run"] * 2_000))
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_disk_that_is_full_when_the_recipe_is_written_leaves_the_one_before(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(tiny.ROWS[0]))
+    (tmp_path / "own.yaml").write_text(f"model: m\ndata: {tmp_path}/rows.jsonl\noutput_dir: {tmp_path}/run\n")
+    recipe = load_recipe(tmp_path / "own.yaml")
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    save_recipe(recipe)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        with pytest.raises(OSError):
+            save_recipe(recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    check_resumed(recipe, tmp_path / "run" / "checkpoint-1")

@@ -59,6 +59,15 @@ def check_resumed(recipe: Recipe, checkpoint: Path) -> None:
             )
 
 
+def save_recipe(recipe: Recipe) -> None:
+    """Writes the recipe into its folder, whole or not at all: one cut off by a full disk would be held against the next
+    resume."""
+    path = recipe.output_dir / "recipe.yaml"
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    partial.replace(path)
+
+
 def _value(recipe: dict[str, Any], key: str) -> Any:
     section, _, name = key.rpartition(".")
     if not section:

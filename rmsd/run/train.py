@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
@@ -31,7 +30,7 @@ from .evaluate import Evaluator
 from .judges import build_judge
 from .plan import Plan
 from .recipe import Recipe, trainer_config
-from .resuming import check_output_dir, check_resumed
+from .resuming import check_output_dir, check_resumed, save_recipe
 
 
 def train(recipe: Recipe) -> str:
@@ -74,8 +73,7 @@ def train(recipe: Recipe) -> str:
     if recipe.lora:
         model = with_lora(model, recipe.lora)
     if args.should_save:
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        (out / "recipe.yaml").write_text(text, encoding="utf-8")
+        save_recipe(recipe)
     callbacks: list[TrainerCallback] = [RunRecord(out, resume=checkpoint is not None)]
     if evaluator and recipe.evaluate.max_drift:
         callbacks.append(DriftLimit(recipe.evaluate.max_drift))
