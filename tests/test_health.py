@@ -155,6 +155,14 @@ def test_a_second_collapse_ends_the_run(tmp_path, from_step_5):
     assert not list(tmp_path.glob("checkpoint-[5-9]")), "what is resumed is from before"
 
 
+def test_the_checkpoint_that_a_run_goes_back_to_is_not_evaluated_anew(tmp_path, from_step_5):
+    evaluated = dict(evaluator=lambda model: {"score": 1.0}, eval_on_start=True, eval_strategy="steps", eval_steps=8)
+    made = trainer(tmp_path, on_collapse="rollback", **evaluated, **OPTIONS)
+    with pytest.raises(Collapsed, match="it was rolled back before"):
+        made.train()
+    assert [entry["step"] for entry in made.state.log_history if "eval_score" in entry] == [0]
+
+
 def test_rollback_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(ValueError, match="needs checkpoints"):
         trainer(tmp_path, on_collapse="rollback")
