@@ -129,6 +129,7 @@ def test_an_engine_is_refused_where_it_cannot_be(tmp_path):
         ({"temperature": 0.5}, "engine_scores needs temperature=1.0, not 0.5"),
         ({"continuation_metric": "divergence"}, "engine_scores leaves divergence unknown"),
         ({"continuation_metric": "anchor_divergence"}, "engine_scores leaves anchor_divergence unknown"),
+        ({"continuation_metric": "student_entropy"}, "engine_scores leaves student_entropy unknown"),
     ],
 )
 def test_scores_of_an_engine_are_refused_where_it_cannot_tell_them(tmp_path, options, message):

@@ -249,8 +249,8 @@ def recipe(tmp_path):
 
 def test_a_recipe_names_a_file_with_its_environments(recipe, tmp_path):
     path = recipe(["on", "off", "off", "on"], per_device_train_batch_size=4)
-    plan = train(load_recipe(path, ["dry_run=true"]))
-    assert "3 turns at most" in plan and "tools: go_on, stop" in plan
+    plan = train(load_recipe(path, ["dry_run=true", "train.continuation_metric=tool_errors"]))
+    assert "3 turns at most" in plan and "tools: go_on, stop" in plan and "where tool_errors plateaus" in plan
     train(load_recipe(path))
     lines = read_lines(tmp_path / "run" / "rollouts.jsonl")
     assert {line["episode"]["turns"] for line in lines} == {1, 3}

@@ -39,13 +39,14 @@ def train(recipe: Recipe) -> str:
     out = recipe.output_dir
     args = trainer_config(recipe, out)
     task = load_task(recipe.task) if recipe.task else None
+    called = callable_of(recipe, task)
     if args.continuation_metric:
-        check_metric(args.continuation_metric, task, recipe.evaluate.samples)
+        calls = bool(called) and not recipe.rollouts
+        check_metric(args.continuation_metric, task, recipe.evaluate.samples, calls=calls)
     if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
         best = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"  # as Trainer looks it up
         check_metric(best, task, recipe.evaluate.samples, "metric_for_best_model")
     rows = task_rows(recipe, task)
-    called = callable_of(recipe, task)
     environments = environments_of(called, args)
     judge = build_judge(recipe.judge, rows, dry_run=recipe.dry_run)
     checkpoint = last_whole_checkpoint(out) if recipe.resume else None

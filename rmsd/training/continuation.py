@@ -29,7 +29,7 @@ STEP_METRICS = (
     "repetition",
     "clipped_share",
 )
-# Of each step, with a task's environment; and of the evaluation of one (run.solving).
+# Of each step whose rollouts may call something; and of the evaluation of a task's environment (run.solving).
 EPISODE_METRICS = ("turns", "calls", "tool_errors", "dropped_rollouts", "solved")
 SOLVING_METRICS = ("solved", "turns", "tokens", "tool_errors")
 # Of these and of graders, larger is better but for what training lowers, and but for what says nothing of the model.
@@ -39,13 +39,14 @@ _NEITHER = ("candidates", "kept_tokens", "kept_sequences", "rollout_tokens", "to
 _NEITHER += ("student_entropy", "prepare_seconds", "judge_seconds")
 
 
-def logged(task: Task | None, samples: int) -> tuple[str, ...]:
-    """The metrics of a run's log: of each step, and of the task's evaluation (run.evaluate) with so many samples."""
+def logged(task: Task | None, samples: int, calls: bool = False) -> tuple[str, ...]:
+    """The metrics of a run's log: of each step, and of the task's evaluation (run.evaluate) with so many samples.
+    `calls`: rollouts are written by the student, and may call something."""
+    of_a_step = (*STEP_METRICS, *(EPISODE_METRICS if calls else ()))
     if task is None:
-        return STEP_METRICS
+        return of_a_step
     graders = [*(SOLVING_METRICS if task.environment else ()), *task.graders]
     graded = [f"{name}_{how}" for name in graders for how in ("greedy", "sampled")[: 2 if samples else 1]]
-    of_a_step = (*STEP_METRICS, *(EPISODE_METRICS if task.environment else ()))
     return (*of_a_step, *(f"eval_{name}" for name in (*graded, "specificity", "drift", "score")))
 
 
@@ -57,13 +58,15 @@ def _of(metric: str) -> str:
     return metric.removeprefix("eval_").removesuffix("_greedy").removesuffix("_sampled")
 
 
-def check_metric(metric: str, task: Task | None, samples: int, argument: str = "continuation_metric") -> None:
+def check_metric(
+    metric: str, task: Task | None, samples: int, argument: str = "continuation_metric", calls: bool = False
+) -> None:
     """
     Raises:
         ValueError: the run will not log what `argument` names, and so would never continue, or choose a checkpoint; or
             it says nothing of whether the model has become better.
     """
-    known = logged(task, samples)
+    known = logged(task, samples, calls)
     if metric in known:
         if _of(metric) in _NEITHER:
             raise ValueError(f"{argument} {metric!r} is neither better nor worse for being larger: name another")
