@@ -55,6 +55,11 @@ def test_continuation_and_the_end_are_lines_too(monkeypatch):
     assert lines == ["the student becomes the teacher (continuation 1)", "trained to step 200 in 1:06:40"]
 
 
+def test_a_run_that_is_rolled_back_says_so(monkeypatch):
+    lines = shown((40, {"rolled_back_from": 48}), monkeypatch=monkeypatch)
+    assert lines == ["rolled back from step 48 to step 40, at half the rate"]
+
+
 def test_another_process_than_the_first_prints_nothing():
     out = io.StringIO()
     state = TrainerState(max_steps=3, is_world_process_zero=False)

@@ -47,6 +47,9 @@ class TerminalLog(TrainerCallback):
             self.console.print(f"trained to step {state.global_step} in {_clock(logs['train_runtime'])}", style="bold")
         elif "continuation" in logs:
             self.console.print(f"the student becomes the teacher (continuation {logs['continuation']})", style="bold")
+        elif "rolled_back_from" in logs:
+            back = f"rolled back from step {logs['rolled_back_from']} to step {state.global_step}, at half the rate"
+            self.console.print(back, style="bold")
         elif "loss" in logs:
             self.console.print(self._step(state, logs))
         else:
