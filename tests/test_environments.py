@@ -143,6 +143,7 @@ def test_a_step_whose_environments_all_died_trains_nothing(tmp_path):
     before = weights(made.model)
     made.train()
     assert same(before, weights(made.model)) and made.state.log_history[0]["dropped_rollouts"] == 4
+    assert "solved" not in made.state.log_history[0], "of no rollout that was graded it is no number"
 
 
 def test_a_resumed_run_ends_in_the_uninterrupted_runs_weights_and_episodes(tmp_path):

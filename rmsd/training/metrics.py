@@ -116,8 +116,9 @@ class StepMetrics:
         if self._unkept is not None:  # of as many sequences as the loss, over the ranks and the entry's steps
             sums["unkept_kl"] = self._unkept / (accelerator.num_processes * self.steps)
         sums = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values()))).tolist(), strict=True))
-        if not sums.get("_anchor_tokens", 1.0):
-            del sums["anchor_divergence"]  # of none it is no number
+        for name, count in (("anchor_divergence", "_anchor_tokens"), ("solved", "_graded")):
+            if not sums.get(count, 1.0):
+                del sums[name]  # of none it is no number
         means = {name: sums[name] / max(sums[count], 1.0) for name, count in _MEANS.items() if name in sums}
         entry = {name: number for name, number in sums.items() if not name.startswith("_")}
         entry |= {**means, "skipped_steps": self.skipped_steps, **self.own}
