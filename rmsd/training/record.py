@@ -11,8 +11,8 @@ from ..judge import Question
 from ..step.micro_batch import MicroBatch
 
 # What a push to the Hub leaves here, in the words of the .gitignore that the Hub heeds: files that hold prompts and
-# privileged contexts, and the folder of a model whose files lie beside it already.
-KEPT_FROM_THE_HUB = ("rollouts.jsonl", "report.html", "model/")
+# privileged contexts, and folders of models: one whose files lie beside it already, and what a vLLM server is sent.
+KEPT_FROM_THE_HUB = ("rollouts.jsonl", "report.html", "model/", "engine/")
 
 
 class RunRecord(TrainerCallback):
