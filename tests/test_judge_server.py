@@ -100,15 +100,28 @@ def test_a_server_error_is_retried_then_what_on_error_says(server, judge):
         completion([{"type": "text", "text": '{"verdicts": [1]}'}]),
         completion('{"verdicts": ' + "[" * 100_000),
         (200, {}, {"choices": [{"index": 0, "finish_reason": "stop", "message": None}]}),
+        (200, {}, {"choices": {"message": "no list"}}),
+        (200, {}, b"[" * 100_000),
     ],
-    ids=["empty", "no JSON", "half an answer", "no choices", "refused", "page", "null", "parts", "depth", "message"],
+    ids=[
+        *("empty", "no JSON", "half an answer", "no choices", "refused", "page", "null", "parts", "depth", "message"),
+        *("choices", "deep"),
+    ],
 )
-def test_an_unusable_answer_is_one_line_without_the_key(server, judge, answer):
+@pytest.mark.parametrize("ask", ["list", "each"])
+def test_an_unusable_answer_is_one_line_without_the_key(server, judge, answer, ask):
     server.script = [answer]
     with pytest.raises(ConnectionError, match="judge 'm' at") as error:
-        judge(max_retries=0)([question()])
+        judge(max_retries=0, ask=ask)([question()])
     assert "\n" not in str(error.value) and KEY not in str(error.value)
-    assert judge(max_retries=0, on_error="skip")([question()]) == [[]]
+    assert judge(max_retries=0, on_error="skip", ask=ask)([question()]) == [[]]
+
+
+def test_tokens_that_a_server_counts_in_words_are_not_counted(server, judge):
+    status, headers, body = keep(1)
+    server.script = [(status, headers, {**body, "usage": {"prompt_tokens": "seven", "completion_tokens": 3}})]
+    asked = judge()
+    assert asked([question()]) == [[2]] and asked.tokens == 3
 
 
 def test_a_hanging_server_times_out(server, judge):

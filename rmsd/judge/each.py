@@ -53,7 +53,7 @@ def log_odds(completion) -> float:
     try:
         listed = completion.choices[0].logprobs.content[0].top_logprobs
         pairs = [(entry.token.strip().casefold(), float(entry.logprob)) for entry in listed]
-    except (AttributeError, IndexError, TypeError):
+    except (AttributeError, LookupError, TypeError):
         raise ValueError("the judge's answer has no log-probabilities, which judge.ask=each needs") from None
     said = {word: max((x for token, x in pairs if token == word), default=None) for word in (YES, NO)}
     if all(x is None for x in said.values()):

@@ -187,7 +187,7 @@ class LLMJudge:
                 found = [self._leaning(questions[0])]
             else:
                 found = self._found(questions, self._complete(questions))
-        except (ValueError, *self._refusals) as error:
+        except (ValueError, RecursionError, *self._refusals) as error:  # the second: a body of "[[[[..." without end
             if len(questions) == 1:
                 return [self._failed(questions[0], error)]
             found = [None for _ in questions]
@@ -246,7 +246,8 @@ class LLMJudge:
         given = {name: value for name, value in options.items() if value is not None}
         completion = self._client.chat.completions.create(model=self.model, messages=chat, **given, **more)
         usage = getattr(completion, "usage", None)
-        read, written = (getattr(usage, f"{what}_tokens", None) or 0 for what in ("prompt", "completion"))
+        counted = (getattr(usage, f"{what}_tokens", None) for what in ("prompt", "completion"))
+        read, written = (number if isinstance(number, int) else 0 for number in counted)  # whatever a server sends
         self.stats.update(tokens_read=read, tokens_written=written)
         self._limits.after(read + written)
         return completion
@@ -255,7 +256,7 @@ class LLMJudge:
     def _text(completion) -> str:
         try:  # a proxy's page is a str to the client, `null` is None
             text = completion.choices[0].message.content if completion.choices else None
-        except (AttributeError, IndexError, TypeError):
+        except (AttributeError, LookupError, TypeError):
             raise ValueError("the judge's answer is no chat completion") from None
         if not text:
             raise ValueError("the judge's answer is empty")
