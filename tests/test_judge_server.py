@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from judge_endpoint import completion, keep
@@ -268,3 +271,18 @@ def test_check_finds_a_server_or_says_there_is_none(server, judge):
     server.http.RequestHandlerClass.do_GET = page
     with pytest.raises(ConnectionError, match=r"answers, but is no OpenAI endpoint: does judge\.base_url"):
         judge().check()
+
+
+def test_what_many_threads_count_is_all_there(judge, monkeypatch):
+    asked, usage = judge(), SimpleNamespace(prompt_tokens=7, completion_tokens=3)
+    answer = SimpleNamespace(usage=usage)
+    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=lambda **options: answer)))
+    monkeypatch.setattr(asked, "_client", client)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: [asked._create([], 1) for _ in range(5_000)], range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert asked.stats == {"requests": 20_000, "tokens_read": 140_000, "tokens_written": 60_000}

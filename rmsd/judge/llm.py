@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -91,6 +92,7 @@ class LLMJudge:
         self.model, self.on_error, self.ask, self.log_odds = model, on_error, ask, log_odds
         self.max_tokens, self.temperature = max_tokens, temperature
         self.stats: Counter[str] = Counter()
+        self._counting = threading.Lock()  # Counter.update loses what two threads add at once
         self._openai, self._api_key_env = openai, api_key_env
         self._refusals = (openai.BadRequestError, openai.UnprocessableEntityError)  # of what a request holds
         self._client = openai.OpenAI(
@@ -204,7 +206,7 @@ class LLMJudge:
 
     def _failed(self, question: Question, error: Exception) -> list[int]:
         """What `on_error` says of a question whose request has failed for good."""
-        self.stats["failures"] += 1
+        self._count(failures=1)
         if self.on_error == "raise":
             reason = first_line(error)
             raise ConnectionError(f"judge {self.model!r} at {self._client.base_url} failed: {reason}") from error
@@ -241,16 +243,20 @@ class LLMJudge:
     def _create(self, chat: list[dict], max_tokens: int | None, **more):
         """A completion, once the limits allow it; counted."""
         self._limits.before()
-        self.stats["requests"] += 1
+        self._count(requests=1)
         options = {"max_tokens": max_tokens, "temperature": self.temperature}
         given = {name: value for name, value in options.items() if value is not None}
         completion = self._client.chat.completions.create(model=self.model, messages=chat, **given, **more)
         usage = getattr(completion, "usage", None)
         counted = (getattr(usage, f"{what}_tokens", None) for what in ("prompt", "completion"))
         read, written = (number if isinstance(number, int) else 0 for number in counted)  # whatever a server sends
-        self.stats.update(tokens_read=read, tokens_written=written)
+        self._count(tokens_read=read, tokens_written=written)
         self._limits.after(read + written)
         return completion
+
+    def _count(self, **numbers: int) -> None:
+        with self._counting:
+            self.stats.update(numbers)
 
     @staticmethod
     def _text(completion) -> str:
@@ -277,7 +283,7 @@ class LLMJudge:
             dropped += strangers
             passed_over = len(questions) > 1 and len(entries) == strangers
             found.append(None if passed_over else numbers)
-        self.stats.update(dropped=dropped)
+        self._count(dropped=dropped)
         return found
 
     def _kept(self, question: Question, numbers: list[int]) -> list[int]:
