@@ -85,6 +85,8 @@ def test_a_run_that_has_lost_its_server_is_resumed_and_ends_as_it_would_have(mon
     ("answer", "message"),
     [
         (httpx.ConnectError("refused"), "no vLLM server answers at http://server:8000/v1"),
+        (httpx.InvalidURL("Invalid port: '80a'"), "no vLLM server answers at .*, or set engine_url"),
+        (httpx.Response(200, json={"data": ["model"]}), "does engine_url end in /v1"),
         (httpx.Response(401), "set the environment variable VLLM_API_KEY"),
         (httpx.Response(404), "does engine_url end in /v1"),
         (httpx.Response(200, text="<html>"), "does engine_url end in /v1"),

@@ -77,11 +77,11 @@ class VLLMServer:
             status = error.response.status_code
             hint = f": set the environment variable {KEY}" if status == 401 else ": does engine_url end in /v1?"
             raise ConnectionError(f"{self} refuses to list its models ({status}){hint}") from error
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ConnectionError(
                 f"no vLLM server answers at {self.url}: start one as docs/trainer.md says, or set engine_url"
             ) from error
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConnectionError(f"{self.url} is no vLLM server's: does engine_url end in /v1?") from error
         if longest < max_length:
             raise ValueError(
