@@ -5,12 +5,13 @@ import json
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from test_trainer import perturbed
 from tiny import same, trainer, weights
 
 from rmsd.answers.completions import rollouts_of
-from rmsd.answers.data import checked_rows, load_rows
+from rmsd.answers.data import checked_dataset, checked_rows, load_rows
 from rmsd.models.heads import Reading
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import train
@@ -215,9 +216,13 @@ def test_what_only_a_later_row_brings_is_there():
     assert "completion" not in checked_rows([{**tiny.ROWS[0], "completion": None}])[0], "nobody brings one"
 
 
-def test_text_and_ids_do_not_mix(tmp_path):
+@pytest.mark.parametrize("checked", [checked_rows, lambda rows: checked_dataset(Dataset.from_list(rows))])
+@pytest.mark.parametrize(("one", "other"), [("a", [1]), ("a", None), (None, "a")])
+def test_text_and_ids_do_not_mix_nor_are_there_some_without(checked, one, other):
+    if checked is not checked_rows and isinstance(other, list):
+        pytest.skip("a table's column has one type")
     with pytest.raises(ValueError, match="row 1: completions are all text"):
-        checked_rows([{**tiny.ROWS[0], "completion": "a"}, {**tiny.ROWS[0], "completion": [1]}])
+        checked([{**tiny.ROWS[0], "completion": one}, {**tiny.ROWS[0], "completion": other}])
 
 
 def test_a_recipe_trains_on_a_file_of_rollouts(tmp_path, monkeypatch):

@@ -58,8 +58,7 @@ def checked_rows(rows: Iterable[dict]) -> list[dict]:
     rows = list(rows)
     for number, row in enumerate(rows):
         check_row(row, f"row {number}")
-        if type(row.get("completion")) is not type(rows[0].get("completion")):
-            raise ValueError(f"row {number}: completions are all text, or all token ids, or no row has one")
+        _check_alike(row, rows[0], number)
     columns = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
     return [{name: row.get(name) for name in columns} for row in rows]
 
@@ -85,14 +84,22 @@ def checked_dataset(dataset):
         raise ValueError("train_dataset holds no rows")
     if isinstance(dataset, list | tuple):
         return checked_rows(dataset)
+    first: dict = {}
     for number in range(len(dataset)):
         try:
             row = dataset[number]
         except (KeyError, TypeError) as error:
             raise ValueError(f"train_dataset[{number}] must be a row, which a {kind} has not: give a list") from error
         check_row(row, f"row {number}")
+        first = row if number == 0 else first
+        _check_alike(row, first, number)
         _check_no_nulls(row, f"row {number}", getattr(dataset, "features", None) is not None)
     return dataset
+
+
+def _check_alike(row: dict, first: dict, number: int) -> None:
+    if type(row.get("completion")) is not type(first.get("completion")):
+        raise ValueError(f"row {number}: completions are all text, or all token ids, or no row has one")
 
 
 def rows_of(dataset) -> Iterator[dict]:
