@@ -15,6 +15,7 @@ from rmsd.judge import Candidate, Question
 from rmsd.models.heads import Reading
 from rmsd.step.writing import write
 from rmsd.training.checkpoint import last_whole_checkpoint
+from rmsd.training.continuation import has_plateaued
 from rmsd.training.record import RunRecord, read_lines
 
 
@@ -342,6 +343,13 @@ def test_bad_config_is_refused_by_name(tmp_path, options, named):
 )
 def test_saving_where_the_log_is_whole_or_not_by_steps_is_fine(tmp_path, options):
     RMSDConfig(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("metric", ["eval_drift", "tool_errors_greedy", "eval_solved_greedy"])
+def test_the_best_checkpoint_is_the_one_that_a_plateau_would_call_so(tmp_path, metric):
+    args = RMSDConfig(output_dir=str(tmp_path), metric_for_best_model=metric)
+    history = [{metric: value, "step": step} for step, value in enumerate((0.5, 0.4))]
+    assert args.greater_is_better == has_plateaued(history, metric, 1, 0.0)
 
 
 def test_dropping_the_only_batch_is_refused_and_not_trained_on_for_no_steps(tmp_path):
