@@ -207,3 +207,10 @@ def test_a_copy_that_another_process_finished_first_leaves_nothing_behind(tmp_pa
     assert nested == ["begun", folder]
     assert list((tmp_path / "cache" / "rmsd").iterdir()) == [folder]
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("text", ['{"peft_type": "LO', "[]", "\x00"])
+def test_a_torn_adapter_is_named(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(FileNotFoundError, match=r"cannot be loaded: its adapter_config\.json is torn"):
+        load_model(str(tmp_path))

@@ -107,7 +107,10 @@ def adapted(name: str) -> str | None:
     path = Path(name).expanduser() / "adapter_config.json"
     if not path.is_file():
         return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise FileNotFoundError(f"model {name!r} cannot be loaded: its adapter_config.json is torn") from error
     if not base:
         raise FileNotFoundError(f"model {name!r} cannot be loaded: its adapter_config.json names no base model")
     return base
