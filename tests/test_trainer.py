@@ -1,6 +1,7 @@
 """The trainer on tiny models: the right loss reaches the right weights, and a run resumes where it was."""
 
 import json
+import math
 import threading
 import time
 
@@ -323,6 +324,9 @@ def test_rows_of_any_dataset_are_checked_and_named(tmp_path, wrong, message):
         (dict(teacher_template="{prompt}"), "must hold {privileged_context}"),
         (dict(teacher_template="{privileged_context} {{prompt}}"), "must hold {prompt}"),
         (dict(teacher_template='{"hint": "{privileged_context}"} {prompt}'), "must be doubled, {{ and }}"),
+        (dict(unkept_kl=math.nan), "unkept_kl must be at least 0, not nan"),
+        (dict(per_device_train_batch_size=0), "per_device_train_batch_size must be at least 1"),
+        (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps must be at least 1"),
         (dict(teacher_template="{} {privileged_context} {prompt}"), "must be doubled"),
         (dict(teacher_template="{privileged_context} } {prompt}"), "must be doubled"),
     ],

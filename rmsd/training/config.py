@@ -50,6 +50,8 @@ _LEAST = dict(
     continuation_patience=1,
     continuation_min_delta=0,
     max_continuations=0,
+    per_device_train_batch_size=1,
+    gradient_accumulation_steps=1,
 )
 
 
@@ -271,7 +273,7 @@ class RMSDConfig(TrainingArguments):
         if self.teacher == "live" and (self.continuation_steps or self.continuation_metric):
             raise ValueError("continuation needs teacher=initial or ema: a live teacher is the student already")
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if (
             self.save_strategy == "steps"
