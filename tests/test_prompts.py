@@ -124,6 +124,14 @@ def test_variables_are_the_templates_own():
     assert encode(fixed, "Hi") == encode(tokenizer(template), "Hi")
 
 
+@pytest.mark.parametrize("before", ["5%", 'say "-%}" at the end', "", 5, 0.5, True])
+def test_a_variable_that_a_run_before_has_set_is_set_anew_whatever_it_held(before):
+    fixed = tokenizer("{{ style }}" + tiny.CHAT)
+    fix_template_variables(fixed, {"style": before})
+    fix_template_variables(fixed, {"style": "6%"})
+    assert fixed.decode(encode(fixed, "Hi")).startswith("6%")
+
+
 def test_named_templates_hold_variables_too():
     template = "{% if short %}<|system|>{% endif %}"
     named = tokenizer({"default": template + tiny.CHAT, "tool_use": template + WITH_TOOLS})

@@ -252,7 +252,8 @@ def fix_template_variables(tokenizer, values: dict) -> None:
         raise ValueError("chat_template_kwargs: the tokenizer has no chat template")
     check_variables(tokenizer, values)
     fixed = "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in values.items())
-    before = re.compile("|".join(rf"\{{%- set {name} = [^%]* -%\}}" for name in values))  # of a run before this one
+    written = r'(?:"(?:[^"\\]|\\.)*"|[^%"]*)'  # as `_literal` writes one; a text may hold a % or what ends a tag
+    before = re.compile("|".join(rf"\{{%- set {name} = {written} -%\}}" for name in values))  # of a run before this one
 
     def with_values(template: str) -> str:
         while found := before.match(template):
