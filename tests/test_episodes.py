@@ -1,5 +1,6 @@
 """Episodes: whose tokens are whose, how they end, and that nothing an environment does ends a run."""
 
+import asyncio
 import itertools
 import threading
 
@@ -291,6 +292,37 @@ def test_the_context_may_be_made_of_what_happened():
         stub([call("add", n=1)], ["Done."]), [ROW], Environments([add_two], context_after=broken)
     )
     assert "must be a string, not NoneType" in episode.died and not rollouts.completion_mask.any()
+
+
+def test_an_environment_may_keep_a_connection_between_awaited_calls():
+    """Which is served by a task of the loop that it was opened in."""
+
+    class Connected:
+        async def reset(self, **row):
+            self.asked, self.answers = asyncio.Queue(), asyncio.Queue()
+            self.server = asyncio.create_task(self._serve())
+
+        async def _serve(self):
+            while True:
+                await self.answers.put(2 * await self.asked.get())
+
+        async def double(self, n: int) -> str:
+            """Doubles a number.
+
+            Args:
+                n: Which.
+            """
+            await self.asked.put(n)
+            return f"it is {await self.answers.get()}"
+
+        async def get_reward(self) -> float:
+            return float(await self.double(2) == "it is 4")
+
+    write = stub([call("double", n=1), call("double", n=5)], [call("double", n=3), "Done."], ["Done."])
+    episodes, _ = play(write, [ROW, ROW], Environments(environment_factory=Connected))
+    said = [[message["content"] for message in one.transcript if message["role"] == "tool"] for one in episodes]
+    assert said == [["it is 2", "it is 6"], ["it is 10"]]
+    assert [one.reward for one in episodes] == [1.0, 1.0]
 
 
 def add_two(n: int) -> int:

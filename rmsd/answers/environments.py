@@ -1,7 +1,5 @@
 """Environments: of each rollout its own, with a state that the model's calls change and its feedback is about."""
 
-import asyncio
-import inspect
 import runpy
 import threading
 import time
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .prompts import tools_of
-from .tools import Tool, ToolLimits, text_of, toolbox
+from .tools import Loop, Tool, ToolLimits, text_of, toolbox
 
 Factory = Callable[[], Any]
 ContextAfter = Callable[[dict, list[dict[str, str]]], str]
@@ -26,6 +24,7 @@ class Episode:
     row: dict
     tools: Mapping[str, Tool]
     environment: Any = None
+    awaits: Loop = field(default_factory=Loop)  # what the environment's methods are awaited by
     died: str | None = None  # what the environment died of: the rollout is dropped
     transcript: list[dict[str, str]] = field(default_factory=list)  # messages: assistant, tool, assistant, ...
     counts: Counter = field(default_factory=Counter)  # turns, calls, and what became of calls (tools.Results)
@@ -120,11 +119,13 @@ class Environments:
     def _start(self, row: dict) -> Episode:
         name = self._name(row)
         environment = self._factory[name]() if name is not None else self._factory()
-        said = environment.reset(**{key: value for key, value in row.items() if name is None or key != "environment"})
+        awaits = Loop()
+        given = {key: value for key, value in row.items() if name is None or key != "environment"}
+        said = awaits(environment.reset(**given))
         row = dict(row)
         if said is not None:
             row["prompt"] = _appended(row["prompt"], text_of(said, self.limits.characters))
-        return Episode(row, _chosen(toolbox(self._functions, environment), row), environment)
+        return Episode(row, _chosen(toolbox(self._functions, environment, awaits), row), environment, awaits)
 
     def finish(self, episodes: Sequence[Episode]) -> None:
         """Asks each environment that lives for its reward and its feedback, where it has them to give, and makes the
@@ -132,6 +133,7 @@ class Environments:
         living = [episode for episode in episodes if not episode.died]
         outcomes = run_each([lambda e=e: self._outcome(e) for e in living], self.limits.seconds)
         for episode, outcome in zip(living, outcomes, strict=True):
+            episode.awaits.close()
             if isinstance(outcome, BaseException):
                 episode.died = f"its end: {outcome}"
             else:
@@ -139,12 +141,12 @@ class Environments:
                 episode.solved = None if episode.reward is None else episode.reward >= 1.0
 
     def _outcome(self, episode: Episode) -> tuple[float | None, str]:
-        reward, context = _called(episode.environment, "get_reward"), episode.row.get("privileged_context", "")
+        reward, context = _called(episode, "get_reward"), episode.row.get("privileged_context", "")
         if self._context_after is not None:
             context = self._context_after(episode.row, list(episode.transcript))
             if not isinstance(context, str):
                 raise TypeError(f"the privileged context must be a string, not {type(context).__name__}")
-        elif (feedback := _called(episode.environment, "feedback")) is not None:
+        elif (feedback := _called(episode, "feedback")) is not None:
             said = text_of(feedback, self.limits.characters)[: self.limits.characters]
             context = "\n\n".join(text for text in (context, said) if text.strip())
         return None if reward is None else float(reward), context
@@ -183,10 +185,9 @@ def run_each(functions: Sequence[Callable[[], Any]], seconds: float) -> list[Any
     return list(outcomes)  # one that is late writes to the other list
 
 
-def _called(environment: Any, name: str) -> Any:
-    method = getattr(environment, name, None)
-    result = method() if callable(method) else None
-    return asyncio.run(result) if inspect.iscoroutine(result) else result
+def _called(episode: Episode, name: str) -> Any:
+    method = getattr(episode.environment, name, None)
+    return episode.awaits(method()) if callable(method) else None
 
 
 def _appended(prompt, said: str):

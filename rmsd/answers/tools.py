@@ -6,6 +6,7 @@ public methods as tools. What it returns, raises, or fails to return within its 
 """
 
 import asyncio
+import contextlib
 import inspect
 import json
 import threading
@@ -36,15 +37,34 @@ class ToolLimits:
     characters: int = 2_000  # of its output; the rest is left out, and the output says so
 
 
+class Loop:
+    """Awaits what is to be awaited, all of it in one event loop: a client that an environment keeps between its calls
+    belongs to the loop that it was made in. Not for two threads at once."""
+
+    def __init__(self):
+        self._runner = asyncio.Runner()
+
+    def __call__(self, result: Any) -> Any:
+        return self._runner.run(result) if inspect.iscoroutine(result) else result
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError):  # a call that hangs still runs in it
+            self._runner.close()
+
+
 class Tool:
     """A function that can be called by name.
+
+    Args:
+        awaits: what a coroutine that the function returns is awaited by. Without it each call has a loop of its own,
+            as rollouts call one function at once.
 
     Raises:
         ValueError: it has no schema: no docstring, or an argument without a type or a description.
     """
 
-    def __init__(self, function: Callable):
-        self.function, self.name = function, function.__name__
+    def __init__(self, function: Callable, awaits: Loop | None = None):
+        self.function, self.name, self._awaits = function, function.__name__, awaits
         try:
             self.schema = get_json_schema(function)
         except Exception as error:  # transformers' own kinds, of which each says what is missing
@@ -63,6 +83,8 @@ class Tool:
             raise ValueError(f"{self.name}: {_problems(error)}") from None
         given = {name: getattr(checked, place) for name, place in self._places() if place in checked.model_fields_set}
         result = self.function(**given, **(checked.model_extra or {}))
+        if self._awaits is not None:
+            return self._awaits(result)
         return asyncio.run(result) if inspect.iscoroutine(result) else result
 
     def _meant(self, name: str, value: Any, texts: Mapping[str, str]) -> Any:
@@ -107,15 +129,15 @@ def methods_of(environment: Any) -> list[Callable]:
     return [getattr(environment, name) for name in names if name not in RESERVED and not name.startswith("_")]
 
 
-def toolbox(functions: Sequence[Callable], environment: Any = None) -> dict[str, Tool]:
-    """Tools by name: the functions, and an environment's methods.
+def toolbox(functions: Sequence[Callable], environment: Any = None, awaits: Loop | None = None) -> dict[str, Tool]:
+    """Tools by name: the functions, and an environment's methods, which are awaited by `awaits`.
 
     Raises:
         ValueError: as `Tool`, or two have the same name.
     """
     tools: dict[str, Tool] = {}
-    for function in [*functions, *(methods_of(environment) if environment is not None else [])]:
-        tool = Tool(function)
+    methods = methods_of(environment) if environment is not None else []
+    for tool in [*map(Tool, functions), *(Tool(method, awaits) for method in methods)]:
         if tool.name in tools:
             raise ValueError(f"tool {tool.name!r} is there twice")
         tools[tool.name] = tool
