@@ -79,6 +79,9 @@ def test_a_share_that_begins_high_can_still_pass_its_limit(name):
 def test_a_loss_below_zero_is_a_sign():
     found = find_collapse(entries([0.3, 0.2, 0.1, 0.0, -0.1, -0.2, -0.1, -0.1, -0.1], name="loss"))
     assert found.sign.name == "loss" and found.sign.falls
+    learns = [1.0 - 0.02 * i for i in range(40)] + [0.2] * 20
+    found = find_collapse(entries([*learns, -0.1, -0.2, -0.9, -0.9, -0.9], name="loss"))
+    assert 60 <= found.well < found.step, "that a loss falls is no sign"
 
 
 # ---- what is done --------------------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ def test_a_judge_of_places_is_found_out_by_reversing_the_list():
 
 
 def test_labelled_questions_are_read_back_as_they_were_written(tmp_path):
-    save(tmp_path / "q.jsonl", LABELLED)
-    assert load(tmp_path / "q.jsonl") == LABELLED
+    save(tmp_path / "labels" / "q.jsonl", LABELLED)
+    assert load(tmp_path / "labels" / "q.jsonl") == LABELLED
 
 
 def test_a_user_s_file_needs_only_what_a_judge_reads(tmp_path):

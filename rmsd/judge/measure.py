@@ -37,6 +37,7 @@ class Marks:
 def save(path: str | Path, labelled: Sequence[Labelled]) -> None:
     """One JSON object a line: a question's fields, and `relevant`, a list of positions."""
     lines = [json.dumps({**asdict(one.question), "relevant": sorted(one.relevant)}) + "\n" for one in labelled]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 

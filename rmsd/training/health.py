@@ -77,7 +77,7 @@ class Collapse(NamedTuple):
     step: int
     value: float
     start: float
-    well: int  # the last step with an entry at which the sign was not yet halfway to its limit
+    well: int  # the last step with an entry at which the sign was not yet halfway to its limit, a loss from 0
 
 
 class Collapsed(RuntimeError):
@@ -98,7 +98,8 @@ def find_collapse(history: Sequence[dict], signs: Sequence[Sign] = SIGNS) -> Col
         if steps[-1] < first + START + WINDOW - 1 or not sign.passes(now, limit):
             continue
         well, value = steps.pop(), now
-        while well >= first + START and sign.passes(value, (start + limit) / 2):
+        halfway = limit / 2 if sign.falls else (start + limit) / 2  # a loss falls in every run that is well
+        while well >= first + START and sign.passes(value, halfway):
             well = steps.pop()
             value = mean_of(history, sign.name, well - WINDOW + 1, well + 1)
         return Collapse(sign, history[-1]["step"], now, start, well)
