@@ -121,6 +121,28 @@ def test_both_models_without_mass_in_the_rest(backend, device, divergence, tail)
     budget.check_divergence(backend, student, teacher, device=device, **options_of(divergence, tail))
 
 
+@pytest.mark.parametrize("divergence", budget.DIVERGENCES)
+def test_a_ban_of_the_students_beside_a_teachers_as_low_as_a_float_can_be(backend, device, divergence):
+    """Which GPU kernels take for a ban as well."""
+    student, teacher, _ = inputs.far_apart((2, 40))
+    student[0, 5], teacher[0, 3] = -inputs.INF, torch.finfo(torch.float32).min
+    student = student.to(device).requires_grad_()
+    result = rk.token_divergence(student, teacher.to(device), divergence=divergence, backend=backend)
+    (grad,) = torch.autograd.grad(result.sum(), student)
+    assert not result.isnan().any() and not grad.isnan().any()
+
+
+def test_what_was_infinitely_apart_counts_for_nothing_once_its_weight_is_gone(backend, device):
+    if backend == "triton":
+        pytest.skip("its kernels take finfo.min for a ban, where the student has mass: a divergence of +inf")
+    student = torch.full((1, 4096), -1e4)
+    student[:, 3000:] = 1.0
+    teacher = torch.full((1, 4096), torch.finfo(torch.float32).min)
+    teacher[:, 0], teacher[:, 3000:] = 0.0, 2.0
+    result = rk.token_divergence(student.to(device), teacher.to(device), backend=backend)
+    torch.testing.assert_close(result.cpu(), rk.token_divergence(student.double(), teacher.double()).float())
+
+
 def gradient_support(backend, student, teacher, k):
     """Which logits have gradient under "renorm": exactly the support."""
     student = student.clone().requires_grad_()

@@ -62,7 +62,9 @@ struct Slope {
     if (divergence == kReverseKL) {
       // All that is the row's at once: log-sum-exps and c are numbers of size 10, and rounding each to fp32 cost 2e-6 of
       // a gradient that plain torch had to 2e-7. A token far below its maximum is rounded more and weighs less.
-      return p * ((stats.student.distance(s) - stats.teacher.distance(t)) - Vec(stats.offset));
+      // Kept above -inf, which a p of 0 would make NaN: a teacher's ban may be as low as a float can be.
+      const Vec slope = (stats.student.distance(s) - stats.teacher.distance(t)) - Vec(stats.offset);
+      return p * at::vec::clamp_min(slope, Vec(kLowest));
     }
     const Vec q = exp_nonpositive(at::vec::clamp_max(lt, Vec(0.f)));
     if (divergence == kForwardKL) return (q + p * mean_slope).neg();

@@ -43,8 +43,11 @@ inline void rescale(Scan& scan, float student_peak, float teacher_peak) {
   // The other side's origin moves too, even where that side has summed nothing yet and its origin was 0.
   const double student_moved = double(s.origin()) - (student_peak == -kInf ? 0.f : student_peak);
   const double teacher_moved = double(t.origin()) - (teacher_peak == -kInf ? 0.f : teacher_peak);
-  scan.student_cross = student_factor * (scan.student_cross + s.total * (student_moved - teacher_moved));
-  scan.teacher_cross = teacher_factor * (scan.teacher_cross + t.total * (teacher_moved - student_moved));
+  const double student_cross = scan.student_cross + s.total * (student_moved - teacher_moved);
+  const double teacher_cross = scan.teacher_cross + t.total * (teacher_moved - student_moved);
+  // What has no weight any more counts for nothing, though it was infinite.
+  scan.student_cross = student_factor > 0 ? student_factor * student_cross : 0;
+  scan.teacher_cross = teacher_factor > 0 ? teacher_factor * teacher_cross : 0;
   s.weighted = student_factor * (s.weighted + s.total * student_shift);
   t.weighted = teacher_factor * (t.weighted + t.total * teacher_shift);
   s.total *= student_factor;
