@@ -159,6 +159,8 @@ def _run(job: dict) -> Path:
     model, world = _base(job["seed"], **job["pretraining"])
     options = dict(job["options"])
     taught = lesson.Lesson(world, job["seed"], anchors=options.pop("anchors", False))
+    if options["kind"] == "distil":
+        options.setdefault("on_collapse", "warn")  # a model that collapses is marked like any other
     with contextlib.redirect_stdout(None):  # Trainer's line a step, of 150 a run
         marks = methods.train(model, taught, **options)
     path = _path(job)

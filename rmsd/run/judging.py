@@ -35,7 +35,7 @@ def judge(recipe: Recipe, questions: Path | None = None, prompts: int = 8) -> st
     for name, one in probe.judges().items():
         reads_contrast = hasattr(one, "contrasts")
         if reads_contrast and any(c.contrast is None for x in labelled for c in x.question.candidates):
-            probe.notes.append(f"{name} judge: the questions of the file do not hold the candidates' contrast")
+            probe.notes.append(f"{name}: the questions of the file do not hold the candidates' contrast")
             continue
         llm = llm_of(one)
         try:
