@@ -1,6 +1,7 @@
 """The learning suite's parts that decide what its tables say. The suite itself is `make learn`."""
 
 import inspect
+import json
 import random
 import re
 from functools import partial
@@ -301,6 +302,15 @@ def test_a_run_is_stopped_at_the_first_exam_that_drifts_too_far():
     assert marks_of.until_drift(marks, 0.3) == marks[:3]
     assert marks_of.until_drift(marks, 1.0) == marks and marks_of.until_drift(marks[:4], 1.0) == marks[:4]
     assert marks_of.until_drift(marks, None) == marks
+
+
+@pytest.mark.parametrize(("method", "collapse"), [("rmsd_context", "warn"), ("sft_own", None)])
+def test_a_model_that_collapses_ends_no_suite(world, model, tmp_path, monkeypatch, method, collapse):
+    monkeypatch.setattr(run, "_base", lambda seed: (model, world))
+    monkeypatch.setattr(run, "RUNS", tmp_path)
+    monkeypatch.setattr(run.methods, "train", lambda *_, **options: options)
+    made = json.loads(run._run(run.job(method, 0, 1e-4)).read_text())
+    assert made.get("on_collapse") == collapse
 
 
 def test_the_oracle_s_answers_are_questions_that_judges_are_measured_on(world, model, tmp_path, monkeypatch, capsys):
