@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import adapters
 import pytest
 import tiny
 import torch
@@ -18,7 +19,7 @@ from rmsd.answers.data import check_lengths, context_of
 from rmsd.answers.engines import TransformersEngine, engine_gap
 from rmsd.answers.prompts import Prompts, encode
 from rmsd.answers.rollout import generate, hidden_states
-from rmsd.answers.vllm_engine import check_vllm
+from rmsd.answers.vllm_engine import _is_plain_lora, check_vllm
 from rmsd.models.merging import merged_weights
 from rmsd.run.recipe import load_recipe, trainer_config
 
@@ -85,6 +86,32 @@ def test_merged_weights_are_peft_s_own_and_leave_the_model_alone(saved):
     assert merged.keys() == expected.keys()
     for name, weight in merged.items():
         torch.testing.assert_close(weight, expected[name].detach(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["LORA, DoRA", "LORA, a bias of its own", "LORA, tokens", "OFT"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_more_than_a_lora_is_merged_as_it_is_multiplied(name, tied):
+    model = get_peft_model(tiny.model("qwen2", tie_word_embeddings=tied), adapters.config(name))
+    assert not _is_plain_lora(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    before, plain = tiny.weights(model), tiny.model("qwen2", tie_word_embeddings=tied)
+    plain.load_state_dict(dict(merged_weights(model)) | ({"lm_head.weight": plain.lm_head.weight} if tied else {}))
+    torch.testing.assert_close(adapters.logits(plain), adapters.logits(model), rtol=0, atol=1e-5)
+    with model.disable_adapter():
+        untouched = dict(merged_weights(model))
+    assert tiny.same(tiny.weights(model), before)
+    fresh = tiny.weights(tiny.model("qwen2", tie_word_embeddings=tied))
+    assert untouched.keys() == fresh.keys() and tiny.same(untouched, fresh)
+
+
+def test_an_adapter_that_no_weight_stands_for_is_not_merged():
+    model = get_peft_model(tiny.model("qwen2"), adapters.config("LORA, invoked by tokens"))
+    with pytest.raises(NotImplementedError, match="does not support merging"):
+        dict(merged_weights(model))
 
 
 def test_quantised_weights_are_not_handed_to_an_engine_as_they_are_stored():

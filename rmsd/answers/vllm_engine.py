@@ -200,7 +200,8 @@ def _is_plain_lora(model: nn.Module) -> bool:
     config = model.peft_config[model.active_adapters[0]]
     if config.peft_type != "LORA":
         return False
-    more = (config.modules_to_save, config.use_dora, config.trainable_token_indices, config.target_parameters)
+    names = ("modules_to_save", "use_dora", "trainable_token_indices", "target_parameters", "lora_bias")
+    more = (getattr(config, name, None) for name in (*names, "alora_invocation_tokens"))  # not in every version
     return not any(more) and config.bias == "none" and _rank(config) <= max(_RANKS)
 
 
