@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import rmsd.step.scoring
 import rmsd.step.training
@@ -104,6 +105,20 @@ def test_kv_cache(kind):
     cache = model(input_ids=torch.zeros(3, 11, dtype=torch.int64), use_cache=True).past_key_values
     real = nbytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert kv_bytes(Sizes.of(model), rows=3, length=11, element=4) == real
+
+
+def test_layers_that_differ_and_layers_without_attention_are_counted():
+    """A dry run of Gemma 4 or of Mamba is a plan, not an AttributeError."""
+    layers = dict(layer_types=["sliding_attention", "full_attention"], global_head_dim=32)
+    model = tiny.model("gemma4_text", **layers, hidden_size_per_layer_input=8, vocab_size_per_layer_input=300)
+    cache = model(input_ids=torch.zeros(3, 11, dtype=torch.int64), use_cache=True).past_key_values
+    real = nbytes(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    sizes = Sizes.of(model)
+    assert sizes.head_dim == 32 and real < kv_bytes(sizes, rows=3, length=11, element=4) < 2 * real
+    with torch.device("meta"):
+        config = CONFIG_MAPPING["mamba"](vocab_size=300, hidden_size=64, num_hidden_layers=2)
+        sizes = Sizes.of(AutoModelForCausalLM.from_config(config))
+    assert sizes.body > 0 and kv_bytes(sizes, rows=3, length=11, element=4) == 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

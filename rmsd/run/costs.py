@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
         body = {n: w for n, w in model.named_parameters() if w.dim() > 1 and id(w) not in apart}
         linear = [weight for name, weight in body.items() if ".lora_" not in name]
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
+        heads = _most_of_layers(config, "num_attention_heads", 0)  # a state-space model has none
         return cls(
             total=_number(weights),
             trained=_number(trained),
@@ -81,10 +81,16 @@ class Sizes(NamedTuple):
             has_adapter=hasattr(model, "peft_config"),
             layers=config.num_hidden_layers,
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            kv_heads=_most_of_layers(config, "num_key_value_heads", heads),
+            head_dim=_most_of_layers(config, "head_dim", config.hidden_size // max(heads, 1)),
             element=head.element_size(),
         )
+
+
+def _most_of_layers(config, name: str, default: int) -> int:
+    """A config's number; the largest, where layers differ in it, as Gemma 4's do in the size of a head."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    return max(getattr(layer, name, None) or default for layer in layers)
 
 
 def _number(weights) -> int:
