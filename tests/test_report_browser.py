@@ -118,6 +118,16 @@ def test_marked_tokens_are_saved_as_labels_that_judges_are_measured_by(reader, t
     assert set(one.question.unwritten) == set(taste[:2]), "what a tool said is marked for a judge"
 
 
+def test_a_candidate_that_labels_cannot_hold_is_not_offered_as_one(reader, tmp_path):
+    line = rollout(1, 0, "rmsd", 30)
+    unknown, known = line["candidates"][:2]
+    line["teacher_logprob"][unknown] = None  # of a token that the teacher bans, as a jsd allows
+    reader.open(write_report([make_run(tmp_path / "run", rollouts=[line])]))
+    for position, marks in ((unknown, 0), (known, 1)):
+        reader.one(f'[data-index="{position}"]').click()
+        assert len(reader.all("#detail .mark")) == marks
+
+
 def test_the_answer_is_shown_token_by_token(reader, page):
     reader.open(page)
     expected = rollout_of(reader, 1, 0)

@@ -193,7 +193,7 @@ function scoredDetail(i, place) {
     ...(shown.divergence ? [["divergence", nats(shown.divergence[i])]] : []), // an engine that scores does not know it
     place,
   ]);
-  const mark = rank < 0 ? [] : [markButton(i)];
+  const mark = rank < 0 || gap === null ? [] : [markButton(i)]; // labels hold candidates with a gap alone
   const bars = element("div", "bars", ...bar("Student", shown.student[i]), ...bar("Teacher", shown.teacher[i]));
   return [element("div", "role", ...role), bars, wish, facts, ...mark];
 }
