@@ -108,6 +108,13 @@ def test_adapters_that_cannot_be_told_apart_are_refused_by_name(tmp_path):
         trainer(tmp_path, adapters.adapted("LORA, biases"), teacher="adapter_off")
 
 
+def test_a_continuation_that_could_not_be_made_is_refused_before_the_run(tmp_path):
+    for options in ({"continuation_steps": [1]}, {"continuation_metric": "loss"}):
+        with pytest.raises(ValueError, match=r"teacher='adapter_off' keeps no copy, .* must be a LoRA"):
+            trainer(tmp_path, adapters.adapted("IA3"), teacher="adapter_off", **options)
+        trainer(tmp_path, adapters.adapted("LORA"), teacher="adapter_off", **options)
+
+
 def logits(model):
     with torch.no_grad():
         return model(torch.tensor([[5, 6, 7]])).logits

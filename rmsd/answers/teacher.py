@@ -59,6 +59,7 @@ class Teacher:
                 "beside it: 'initial' keeps a copy"
             )
         self.kind, self.student, self.autocast, self._head_dtype = kind, model, autocast, head_dtype
+        self._by_adapter = by_adapter
         self.changed = False  # from the initial weights
         self.has_snapshot = False  # an adapter of its own
         self._averages: dict[str, Tensor] = {}  # fp32, of the weights below that
@@ -67,6 +68,16 @@ class Teacher:
             self._add_adapter()
         self.model = frozen_copy(model) if self.is_copy else model
         self.read_head()
+
+    def check_continuation(self) -> None:
+        """Raises ValueError where `snapshot` could not make the student the teacher."""
+        if self.kind == "live":
+            raise ValueError("a live teacher is the student already: continuation needs teacher=initial or ema")
+        if not self.is_copy and not self._by_adapter:
+            raise ValueError(
+                f"teacher={self.kind!r} keeps no copy, and a second adapter for a continuation must be a LoRA: take "
+                "teacher='initial'"
+            )
 
     def read_head(self) -> None:
         """Finds the head's transform. Raises ValueError as `OutputHead.of`."""
@@ -133,9 +144,8 @@ class Teacher:
         self.changed = True
 
     def snapshot(self) -> None:
-        """The student's weights become the teacher's. Raises ValueError for a live teacher, which always has them."""
-        if self.kind == "live":
-            raise ValueError("a live teacher is the student already: continuation needs teacher=initial or ema")
+        """The student's weights become the teacher's. Raises ValueError as `check_continuation`."""
+        self.check_continuation()
         if not self.is_copy and not self.has_snapshot:
             self._add_adapter()
         with torch.no_grad(), whole(self.student):

@@ -107,6 +107,8 @@ class RMSDTrainer(Trainer):
             self.teacher = Teacher(self.model, args.teacher, self.accelerator.autocast, self.head_dtype)
             if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
                 check_sharded_teacher(self.teacher.has_adapter, args, self.teacher.has_snapshot)
+            if args.continuation_steps or args.continuation_metric:
+                self.teacher.check_continuation()
             read_model(self)
         self.loss = LinearRMSDLoss(**args.loss_options).to(args.device)
         if args.forward_kl_above is not None:
