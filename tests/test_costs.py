@@ -185,7 +185,11 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case", ["full", "tied", "top-k", "checkpointing", "opsd", "lora", "lora, checkpointing", "brought", "no room"]
+    "case",
+    [
+        *("full", "tied", "top-k", "checkpointing", "opsd", "lora", "lora, checkpointing", "brought", "no room"),
+        *("guided", "lora, guided", "unkept", "forward KL"),
+    ],
 )
 def test_flops_are_those_of_a_real_step(tmp_path, counted, monkeypatch, case):
     """Exact but for two things, in which the plan is too high by less than a tenth and a fifth of two layers' training:
@@ -196,6 +200,8 @@ def test_flops_are_those_of_a_real_step(tmp_path, counted, monkeypatch, case):
     student.generation_config.eos_token_id = -1  # no answer ends early
     student = lora(student, ("q_proj", "down_proj")) if "lora" in case else student
     options = {"vocab_topk": 20} if case == "top-k" else {"method": "opsd"} if case == "opsd" else {}
+    options |= {"guided_rollouts": 1.0} if "guided" in case else {"unkept_kl": 0.1} if case == "unkept" else {}
+    options |= {"forward_kl_above": 0.0} if case == "forward KL" else {}
 
     def keeps_the_last(questions):
         return [sorted(candidate.position for candidate in question.candidates)[-3:] for question in questions]
@@ -221,14 +227,18 @@ def test_flops_are_those_of_a_real_step(tmp_path, counted, monkeypatch, case):
     planned = {
         "sampling": of_one.get("sampling the answer", 0),
         "reading": of_one.get("student reads its answer", 0),
-        "teacher": of_one["teacher reads the answer"],
+        "teacher": of_one["teacher reads the answer"] + of_one.get("teacher reads the answer, untold", 0),
         "scores": of_one["head: scores of every token, both models"],
         "wishes": of_one["head: what the teacher wants at the candidates"],
         "training": of_one["student's training forward"]
         + of_one["student's training backward"]
-        + of_one["head: loss of the kept tokens"],
+        + of_one["head: loss of the kept tokens"]
+        + of_one.get("head: loss of the tokens that are not kept", 0)
+        + of_one.get("head: forward KL of the kept tokens", 0),
     }
-    assert (planned.pop("sampling" if case == "brought" else "reading"), counted["reading"] > 0) == (0, not generated)
+    if "guided" not in case:
+        absent = planned.pop("sampling" if case == "brought" else "reading")
+        assert (absent, counted["reading"] > 0) == (0, not generated)
     ratio = {part: planned[part] * len(ROWS) / counted[part] for part in planned}
     room = 1.2 if "checkpointing" in case else 1.1 if "lora" in case else 1.0
     assert 1.0 - 1e-9 < ratio.pop("training") < room + 1e-9
@@ -266,6 +276,17 @@ def test_a_contrast_has_the_told_rows_answers_read_twice(tmp_path, engine_scores
     assert twice[more] == 0.5 * (plain["engine reads the answer as teacher"] if engine_scores else again)
     held, holds = memory(sizes, args, lengths), memory(sizes, args, lengths, contrasted=0.5)
     assert sum(holds["while rollouts are made"].values()) >= sum(held["while rollouts are made"].values())
+
+
+def test_what_the_teacher_writes_and_reads_again_is_held_too(tmp_path):
+    sizes, lengths = Sizes.of(tiny.model()), Lengths(10, 30, 6, 10, 30, 6)
+    args = RMSDConfig(output_dir=str(tmp_path))
+    plain = memory(sizes, args, lengths)
+    args.guided_rollouts, args.unkept_kl = 0.5, 0.1
+    held = memory(sizes, args, lengths)
+    cache, hidden = ("while rollouts are made", "KV cache"), ("throughout", "hidden states of all answers")
+    for (phase, part), more in ((cache, 36 / 16), (hidden, 3 / 2)):
+        assert held[phase][part] == more * plain[phase][part]
 
 
 # ---- requests ------------------------------------------------------------------------------------------------------

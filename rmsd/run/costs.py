@@ -121,12 +121,13 @@ def memory(
     rows, low = args.per_device_train_batch_size, args.bf16 or args.fp16
     element = 2 if low else sizes.element
     read = lengths.longest_prompt + lengths.longest_answer
+    written = read if not args.guided_rollouts else max(read, lengths.longest_teacher_prompt + lengths.longest_answer)
     throughout = {
         "student's weights": sizes.weight_bytes / shards,
         "optimizer's states": optimizer_bytes(sizes, args) / shards,
         "teacher": teacher_bytes(sizes, args),
         "evaluator's copy of the base head": sizes.vocab * sizes.hidden * sizes.element if args.do_eval else 0,
-        "hidden states of all answers": (1 if args.engine_scores else 2)
+        "hidden states of all answers": ((1 if args.engine_scores else 2) + bool(args.unkept_kl))
         * args.gradient_accumulation_steps
         * rows
         * lengths.longest_answer
@@ -151,7 +152,7 @@ def memory(
         rollouts["vllm's weights"] = sizes.weight_bytes
         rollouts["KV cache (engine_cache_gb)"] = args.engine_cache_gb * 2**30
     elif generated and not elsewhere:
-        rollouts["KV cache"] = kv_bytes(sizes, rows, read, element)
+        rollouts["KV cache"] = kv_bytes(sizes, rows, written, element)
     training = {
         "gradients": sizes.trained_bytes / shards,
         "activations": activation_bytes(sizes, args, rows * read, element),
@@ -230,22 +231,20 @@ def flops(
     row = 2 * sizes.vocab * sizes.hidden  # one row through the head
     kept = answer if args.method == "opsd" else min(args.num_kept, answer)
     parts = {}
+    # An adapter that is switched off multiplies nothing; a second one, as a continuation makes, does.
+    off = sizes.body_trained if sizes.has_adapter and args.teacher != "live" and not teacher_bytes(sizes, args) else 0
+    guided = args.guided_rollouts if generated else 0.0  # of told rows, for which all are taken
     if generated:
-        parts["sampling the answer"] = (
-            2 * sizes.body * (prompt + answer - 1)
-            + _attention(sizes, prompt, prompt)
-            + _attention(sizes, 1, (answer - 1) * (prompt + answer / 2))  # the t-th token reads prompt + t
-            + row * answer
-        )
+        by_student, by_teacher = _sampling(sizes, prompt, answer), _sampling(sizes, told, answer)
+        by_teacher -= 2 * off * (told + answer - 1)
+        parts["sampling the answer"] = (1 - guided) * by_student + guided * by_teacher + row * answer
     if args.engine_scores:  # with adapters merged, and the head over the prompt too
         for reader, length in {"student": prompt + answer, "teacher": told + answer}.items():
             if reader == "teacher" or not generated:
                 merged = 2 * sizes.body_trained * sizes.has_adapter
                 parts[f"engine reads the answer as {reader}"] = _forward(sizes, length) + (row - merged) * length
-    elif not generated or args.engine != "transformers":  # which records the hidden states as it samples
+    elif not generated or guided or args.engine != "transformers":  # which records the hidden states as it samples
         parts["student reads its answer"] = _forward(sizes, prompt + answer)
-    # An adapter that is switched off multiplies nothing; a second one, as a continuation makes, does.
-    off = sizes.body_trained if sizes.has_adapter and args.teacher != "live" and not teacher_bytes(sizes, args) else 0
     recomputed = 2 if args.gradient_checkpointing else 1
     backward = (2 * sizes.body + 2 * sizes.body_trained) * (prompt + answer)
     backward += 2 * _attention(sizes, prompt + answer, prompt + answer)
@@ -257,6 +256,12 @@ def flops(
         else:
             again += row * args.num_candidates
         parts["teacher reads it under the contrast context"] = contrasted * again
+    if args.forward_kl_above is not None:
+        parts["head: forward KL of the kept tokens"] = row * kept * _loss_products(sizes, args, kept, on_gpu)
+    if args.unkept_kl:
+        unkept = answer - kept
+        parts["teacher reads the answer, untold"] = _forward(sizes, prompt + answer) - 2 * off * (prompt + answer)
+        parts["head: loss of the tokens that are not kept"] = row * unkept * _loss_products(sizes, args, unkept, on_gpu)
     if args.engine_scores:
         parts["head: the engine's scores checked, both models"] = 2 * row * kept
     else:
@@ -267,6 +272,12 @@ def flops(
         "student's training backward": backward,
         "head: loss of the kept tokens": row * kept * _loss_products(sizes, args, kept, on_gpu),
     }
+
+
+def _sampling(sizes: Sizes, prompt: float, answer: float) -> float:
+    """But for the head. The answer's t-th token reads prompt + t, and the last one is not read."""
+    tokens = 2 * sizes.body * (prompt + answer - 1)
+    return tokens + _attention(sizes, prompt, prompt) + _attention(sizes, 1, (answer - 1) * (prompt + answer / 2))
 
 
 def _loss_products(sizes: Sizes, args: RMSDConfig, kept: float, on_gpu: bool) -> int:
