@@ -1,6 +1,9 @@
 """No module imports in a circle, not even by an import inside a function: what needs what can be read in one order."""
 
 import ast
+import re
+import sys
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -36,6 +39,23 @@ def test_no_module_imports_in_a_circle(package):
     graph = imported(ROOT / package)
     assert len(graph) > 20 and any(graph.values())
     TopologicalSorter(graph).prepare()
+
+
+def test_what_is_imported_wherever_the_package_is_used_is_a_requirement_of_its_own():
+    """Not one by accident, of another's newest version."""
+    named = set()
+    for path in (path for package in ("rmsd", "rmsd_kernels") for path in (ROOT / package).rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                named.add(node.module)
+    named = {name.partition(".")[0] for name in named} - sys.stdlib_module_names - {"rmsd_kernels"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {re.match(r"[\w-]+", text).group() for text in project["dependencies"]}
+    # What they bring has been theirs from the oldest version that is allowed.
+    brought = {"markupsafe": "jinja2", "safetensors": "transformers", "yaml": "pyyaml"}
+    assert "pydantic" in named and {brought.get(name, name) for name in named} <= required
 
 
 def test_a_circle_is_found_though_a_function_hides_it(tmp_path):
