@@ -122,6 +122,7 @@ def test_every_path_may_lie_in_the_home_directory(recipe, tmp_path, monkeypatch)
     assert paths == tuple(tmp_path / "x" / key for key in keys)
     assert trainer_config(read, read.output_dir).output_dir == str(read.output_dir)
     assert load_recipe(recipe, ["rollouts=~/x.jsonl"]).rollouts == tmp_path / "x.jsonl"
+    assert load_recipe(recipe, ["model=~/x"]).model == str(tmp_path / "x"), "transformers takes ~ for a hub id's"
 
 
 def test_a_value_the_trainer_refuses_is_named(recipe, tmp_path):

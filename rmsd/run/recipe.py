@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import typing
 from pathlib import Path
@@ -102,7 +103,7 @@ class QuantizationSection(_Section):
 class Recipe(_Section):
     """One run. `train` holds RMSDConfig's arguments, transformers' own among them."""
 
-    model: str = Field(
+    model: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         description="A folder, a hub id, a .gguf file, or a name that comes in wheels: " + ", ".join(WHEELS) + "."
     )
     task: str | None = _key(None, "A module of rmsd.tasks, or a Python file that defines TASK.")
