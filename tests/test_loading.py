@@ -209,6 +209,13 @@ def test_a_copy_that_another_process_finished_first_leaves_nothing_behind(tmp_pa
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
 
+def test_an_empty_cache_variable_is_as_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m.gguf").write_bytes(b"weights")
+    assert wheels._folder_of(str(tmp_path / "m.gguf")).parent == tmp_path / ".cache" / "rmsd"
+
+
 @pytest.mark.parametrize("text", ['{"peft_type": "LO', "[]", "\x00"])
 def test_a_torn_adapter_is_named(tmp_path, text):
     (tmp_path / "adapter_config.json").write_text(text)

@@ -125,7 +125,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rmsd"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmsd"  # empty is as unset
 
 
 def _installed_parts(name: str, wheels: Wheels) -> list[Path]:
