@@ -426,3 +426,14 @@ def test_a_head_under_fsdp2_is_gathered_and_its_gradient_comes_back_sharded_and_
         for wrapped in ("head and root", "root", "copies"):
             for name, parameter in whole.named_parameters():
                 torch.testing.assert_close(seen[wrapped, name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_bans_what_pads_its_vocabulary_is_served():
+    model = tiny.model("phi")
+    with torch.no_grad():
+        model.lm_head.bias[-4:] = -torch.inf
+    assert OutputHead.of(model).bias is model.lm_head.bias
+    with torch.no_grad():
+        model.lm_head.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="its logits cannot be rebuilt from hidden states"):
+        OutputHead.of(model)

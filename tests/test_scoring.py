@@ -36,6 +36,18 @@ def test_what_each_model_wants_at_the_candidates_and_what_the_top_k_leaves_out()
     )
 
 
+def test_nobody_wishes_for_what_a_head_bans():
+    """A vocabulary's padding may have a bias of -inf: 0 log 0 is 0, not the largest wish."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, told = torch.randn(2, 1, 3, 8, generator=generator)
+    bias = torch.zeros(50)
+    bias[:4] = -torch.inf
+    head = OutputHead(torch.randn(50, 8, generator=generator), bias, 1.0, None)
+    got = wishes(Reading(hidden, head), Reading(told, head), torch.tensor([[0, 1, 2]]))
+    p, q = head(hidden).softmax(-1), head(told).softmax(-1)
+    assert torch.equal(got.promoted, (q * (q / p).log()).nan_to_num(0.0).argmax(-1)) and (got.promoted > 3).all()
+
+
 def test_tail_mass_is_logged(tmp_path):
     logged = {}
     for vocab_topk in (5, None):

@@ -57,6 +57,7 @@ def wishes(
         student_logprobs = (student.head(student_hidden).float() / temperature).log_softmax(-1)
         teacher_logprobs = (teacher.head(teacher_hidden).float() / temperature).log_softmax(-1)
         wish = teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)
+        wish.nan_to_num_(0.0)  # 0 log 0 is 0
         found.append(torch.stack([x.argmax(-1) for x in (wish, student_logprobs, teacher_logprobs)]))
         if vocab_topk is None or vocab_topk >= wish.shape[-1]:
             tails.append(student_logprobs.new_zeros(len(wish)))
