@@ -3,6 +3,7 @@ counter of the products that run, activations by what autograd saves."""
 
 from collections import Counter
 
+import adapters
 import pytest
 import tiny
 import torch
@@ -19,7 +20,7 @@ from rmsd.answers.engines import TransformersEngine
 from rmsd.answers.prompts import encode, teacher_prompt
 from rmsd.answers.teacher import Teacher
 from rmsd.models.hidden import completion_hidden
-from rmsd.run.costs import Lengths, Sizes, activation_bytes, flops, judged_at_most, kv_bytes, memory
+from rmsd.run.costs import Lengths, Sizes, activation_bytes, flops, judged_at_most, kv_bytes, memory, teacher_bytes
 from rmsd_kernels.heads import projection
 
 # One length of prompt, and one of told prompt: FLOPs are counted without padding.
@@ -79,6 +80,19 @@ def test_bytes_of_weights_optimizer_and_teacher_are_those_of_a_real_step(tmp_pat
     assert throughout["optimizer's states"] == nbytes(s for s in states if s.dim()), "but for AdamW's step counters"
     if optim == "adamw_torch":
         assert states
+
+
+@pytest.mark.parametrize("teacher", ["initial", "adapter_off", "ema"])
+@pytest.mark.parametrize("name", ["LORA", "LORA, biases", "IA3"])
+def test_the_teacher_beside_any_adapter_takes_what_is_planned(tmp_path, name, teacher):
+    """A copy of the model where the adapter is no LoRA, or is not all that is trained."""
+    if (name, teacher) == ("LORA, biases", "adapter_off"):
+        return  # refused
+    student = adapters.adapted(name)
+    sizes, args = Sizes.of(student), RMSDConfig(output_dir=str(tmp_path), teacher=teacher)
+    made = Teacher(student, teacher)
+    own = [weight for name, weight in student.named_parameters() if ".teacher." in name]
+    assert teacher_bytes(sizes, args) == nbytes(made.model.parameters() if made.is_copy else own)
 
 
 def test_shards_divide_what_is_the_students_and_not_the_teachers(tmp_path):

@@ -52,7 +52,7 @@ class Teacher:
             _check_adapters(model)
         elif kind == "adapter_off":
             raise ValueError("teacher='adapter_off' needs a PEFT model; 'initial' keeps a copy of any other")
-        by_adapter = self.has_adapter and _trains_lora_alone(model)
+        by_adapter = self.has_adapter and trains_lora_alone(model)
         if kind == "adapter_off" and beside_adapter(model):
             raise ValueError(
                 f"teacher='adapter_off' needs all trained weights in the adapter, and {beside_adapter(model)} is "
@@ -252,7 +252,8 @@ def beside_adapter(model) -> str | None:
     )
 
 
-def _trains_lora_alone(model) -> bool:
+def trains_lora_alone(model) -> bool:
+    """Whether a second adapter can hold what a PEFT model's student learns; a teacher of another one is a copy."""
     kind = model.peft_config[model.active_adapters[0]].peft_type
     return kind == "LORA" and beside_adapter(model) is None
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from rmsd_kernels.heads.projection import default_workspace_mb, row_chunks
 
+from ..answers.teacher import trains_lora_alone
 from ..models.parts import head_module
 from ..step.wishes import ROWS_AT_ONCE
 from ..training.config import RMSDConfig
@@ -45,6 +46,7 @@ class Sizes(NamedTuple):
     hidden: int
     head_trained: bool
     has_adapter: bool
+    has_lora: bool  # which a second adapter for the teacher can stand beside
     layers: int
     heads: int
     kv_heads: int
@@ -79,6 +81,7 @@ class Sizes(NamedTuple):
             hidden=head.shape[1],
             head_trained=head.requires_grad,
             has_adapter=hasattr(model, "peft_config"),
+            has_lora=hasattr(model, "peft_config") and trains_lora_alone(model),
             layers=config.num_hidden_layers,
             heads=heads,
             kv_heads=_most_of_layers(config, "num_key_value_heads", heads),
@@ -181,10 +184,10 @@ def optimizer_bytes(sizes: Sizes, args: RMSDConfig) -> float:
 
 
 def teacher_bytes(sizes: Sizes, args: RMSDConfig) -> int:
-    """A frozen copy of the model; with an adapter nothing, or a second adapter once the teacher is not the initial
+    """A frozen copy of the model; with a LoRA nothing, or a second adapter once the teacher is not the initial
     model; beside either, where it is a moving average, 4 bytes for each of its weights of 2 (rmsd.answers.teacher)."""
-    if not sizes.has_adapter:
-        weights, held = sizes.total, 0 if args.teacher == "live" else sizes.weight_bytes
+    if not sizes.has_lora:
+        weights, held = sizes.total, 0 if args.teacher in ("live", "adapter_off") else sizes.weight_bytes
     else:
         moves = args.teacher == "ema" or args.continuation_steps or args.continuation_metric
         weights, held = sizes.trained, sizes.trained_bytes if moves else 0
