@@ -6,11 +6,13 @@ became of it: what it learned, what it kept, and its signs of health.
     python -m benchmarks.real --replay             # runs nothing; the limits of health beside runs that are kept
 
 Every run is `rmsd train recipes/qwen_coder_pinapple.yaml` with the changes that RUNS lists. A run that is there is
-read, and one that was interrupted is continued. On one AVX2 core a step takes about a minute.
+read, and one that was interrupted is continued. With --set it is a trial, with a folder of its own, and docs/real stays
+as it is. On one AVX2 core a step takes about a minute.
 """
 
 import argparse
 import gc
+import hashlib
 import json
 import subprocess
 import sys
@@ -98,8 +100,20 @@ KEPT = (  # of a log entry
 COUNTED = ("told", "told_with_word", "anchors", "anchors_with_word")
 DOCS = Path("docs/real")
 KEPT_RUNS = Path("tests/data/health")
+SET = "a trial: its marks are kept in RUNS/marks, and no page is written"  # of `--set`, wherever it is taken
 # What training itself ends in: marks of the method. A full disk, a judge that is gone are none.
 ENDS = ("training has collapsed", "the gradient was not finite")
+
+
+def trial(overrides: list[str]) -> str:
+    """What ends the name of a run with a caller's own overrides, and of its marks, so that it is never taken for a run
+    without, or with others."""
+    return f"-set-{hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]}" if overrides else ""
+
+
+def marks_folder(docs: Path, runs: Path, overrides: list[str]) -> Path:
+    """Where marks are kept: of a trial beside its run."""
+    return runs / "marks" if overrides else docs
 
 
 def train(run: Path, overrides: list[str], recipe: str = RECIPE) -> str | None:
@@ -237,16 +251,15 @@ def _facts(one: dict) -> str:
     return f"{sum(FACTS[question] in answers[question] for question in asked)} of {len(asked)}" if asked else ""
 
 
-def write(found: list[dict], base: dict) -> None:
-    """The JSON of every run, and the table between its marks in docs/real.md."""
-    DOCS.mkdir(parents=True, exist_ok=True)
+def write(found: list[dict], base: dict, folder: Path, suffix: str = "") -> None:
+    """The JSON of every run, and of the base model."""
+    folder.mkdir(parents=True, exist_ok=True)
     for one in found:
         text = json.dumps({**one, "steps": None}, indent=1, ensure_ascii=False)
         steps = ",\n  ".join(json.dumps(entry) for entry in one["steps"])
         text = text.replace('"steps": null', f'"steps": [\n  {steps}\n ]')
-        (DOCS / f"{one['run']}-{one['seed']}.json").write_text(text + "\n", encoding="utf-8")
-    (DOCS / "base.json").write_text(json.dumps(base, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    rewrite()
+        (folder / f"{one['run']}-{one['seed']}{suffix}.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "base.json").write_text(json.dumps(base, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def rewrite() -> None:
@@ -282,7 +295,7 @@ def main() -> None:
     parser.add_argument("--model", default=load_recipe(RECIPE).model, help="a folder, in place of the recipe's name")
     parser.add_argument("--human-eval", type=int, default=20, metavar="N", help="problems; 0 for none")
     parser.add_argument("--runs", type=Path, default=Path("runs/real"))
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value", help=SET)
     parser.add_argument("--no-write", action="store_true", help="print alone; docs/real stays")
     parser.add_argument("--replay", action="store_true", help="run nothing; the watch's limits beside the kept runs")
     options = parser.parse_args()
@@ -298,10 +311,10 @@ def main() -> None:
     except FileNotFoundError as error:
         print(f"skipped, nothing is run: {error}")
         return
-    found = []
+    found, suffix = [], trial(options.overrides)
     for seed in options.seeds:
         for name in options.only:
-            run = options.runs / f"{name}-{seed}"
+            run = options.runs / f"{name}-{seed}{suffix}"
             ended = None
             if not (run / "model").exists():
                 overrides = [f"model={options.model}", f"task={TASK}", f"seed={seed}", *RUNS[name], *options.overrides]
@@ -310,7 +323,9 @@ def main() -> None:
             found.append(marks(run, name, seed, ended, after))
             print(table(found[-1:], base).splitlines()[-1], ended or "", flush=True)
             if not options.no_write:
-                write(found, base)
+                write(found, base, marks_folder(DOCS, options.runs, options.overrides), suffix)
+                if not options.overrides:
+                    rewrite()
     print(table(found, base))
 
 

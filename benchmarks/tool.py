@@ -2,11 +2,12 @@
 
     python -m benchmarks.tool                                     # each method on seed 1: an hour of a core each
     python -m benchmarks.tool --only opsd sft rl --seeds 1 2 3
-    python -m benchmarks.tool --model FOLDER --runs FOLDER --human-eval 0 --set train.save_steps=2
+    python -m benchmarks.tool --model FOLDER --runs FOLDER --human-eval 0 --set train.max_steps=4    # a trial
     python -m benchmarks.tool --table                             # run nothing: docs/real.md's tables from what is kept
 
 A run is a folder under runs/tool and a file of marks under docs/episodes, written as it ends. A run that has its file
-is not run again, and one that was interrupted goes on from its last checkpoint.
+is not run again, and one that was interrupted goes on from its last checkpoint. With --set it is a trial: its folder
+has a name of its own, its marks are kept in runs/tool/marks, and no page is written.
 
 - `rmsd` and `opsd` are `rmsd train recipes/legacy_api.yaml`, the latter with method=opsd.
 - `sft` is trained on what a person writes who has the manual beside him: of each training request the right call, in
@@ -107,18 +108,19 @@ def train(method: str, recipe: Recipe, run: Path) -> None:
     baselines.reinforce(recipe, run, rows, num_generations=group, environment_factory=of_text(task.environment))
 
 
-def kept(method: str, seed: int) -> Path:
+def kept(method: str, seed: int, runs: Path, overrides: list[str]) -> Path:
     """The file of a run's marks."""
-    return DOCS / f"legacy_api-{'' if method == 'rmsd' else f'{method}-'}{seed}.json"
+    name = f"legacy_api-{'' if method == 'rmsd' else f'{method}-'}{seed}{real.trial(overrides)}.json"
+    return real.marks_folder(DOCS, runs, overrides) / name
 
 
-def run(method: str, seed: int, runs: Path, overrides: list[str], problems: int) -> dict:
+def run(method: str, seed: int, runs: Path, model: str, problems: int, overrides: list[str]) -> dict:
     """A run's marks; trained and checked where they are not there."""
-    path, folder = kept(method, seed), runs / f"{method}-{seed}"
+    path, folder = kept(method, seed, runs, overrides), runs / f"{method}-{seed}{real.trial(overrides)}"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     runs.mkdir(parents=True, exist_ok=True)
-    settings, began, ended = [f"seed={seed}", *overrides], time.monotonic(), None
+    settings, began, ended = [f"seed={seed}", f"model={model}", *overrides], time.monotonic(), None
     try:
         if not (folder / "model").exists():
             if method in ("rmsd", "opsd"):
@@ -129,7 +131,7 @@ def run(method: str, seed: int, runs: Path, overrides: list[str], problems: int)
         seconds = spent(folder, time.monotonic() - began)
     after = {} if ended else real.checked(folder, load_recipe(folder / "recipe.yaml").model, problems)
     marks = dict(counted(folder), method=method, ended=ended, seconds=round(seconds), **after)
-    DOCS.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(marks, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return marks
 
@@ -170,17 +172,17 @@ def main() -> None:
     parser.add_argument("--model", default=load_recipe(RECIPE).model, help="a folder, in place of the recipe's name")
     parser.add_argument("--human-eval", type=int, default=20, metavar="N", help="problems; 0 for none")
     parser.add_argument("--runs", type=Path, default=Path("runs/tool"))
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value", help=real.SET)
     parser.add_argument("--table", action="store_true", help="run nothing: write docs/real.md's tables")
     options = parser.parse_args()
     if options.human_eval and not options.table:
         human_eval.problems(0)  # before hours are spent
     for seed in [] if options.table else options.seeds:
         for method in options.only:
-            overrides = [f"model={options.model}", *options.overrides]
-            marks = run(method, seed, options.runs, overrides, options.human_eval)
+            marks = run(method, seed, options.runs, options.model, options.human_eval, options.overrides)
             print(f"{method}, seed {seed}: {marks.get('ended') or marks['evaluations'][-1]}", flush=True)
-            rewrite()
+            if not options.overrides:
+                rewrite()
     if options.table:
         rewrite()
 

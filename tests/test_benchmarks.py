@@ -171,6 +171,27 @@ def test_only_training_that_went_wrong_is_a_mark_of_its_method(said, ended, tmp_
         real.train(tmp_path / "run", [])
 
 
+def test_a_trial_of_the_real_model_leaves_the_page_and_other_runs_alone(tmp_path, monkeypatch):
+    trained, runs = [], tmp_path / "runs"
+    monkeypatch.setattr(real, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(real, "rewrite", lambda: pytest.fail("a page is written"))
+    monkeypatch.setattr(real, "train", lambda run, overrides: trained.append(run.name))
+    monkeypatch.setattr(real, "checked", lambda *_: {})
+    steps = [dict(step=1, tail_mass=0.0, repetition=0.0, student_entropy=0.0)]
+    made = dict(run="rmsd", seed=0, ended=None, evaluations=[], steps=steps)
+    monkeypatch.setattr(real, "marks", lambda *_: made)
+    asked = ["--only", "rmsd", "--human-eval", "0", "--runs", str(runs)]
+    for more in ([], ["train.max_steps=4"], ["train.max_steps=5"]):
+        if not more:
+            monkeypatch.setattr("sys.argv", ["real", *asked, "--no-write"])
+        else:
+            monkeypatch.setattr("sys.argv", ["real", *asked, "--set", *more])
+        real.main()
+    assert trained[0] == "rmsd-0" and len(set(trained)) == 3
+    assert sorted(path.stem for path in (runs / "marks").iterdir()) == sorted(["base", *trained[1:]])
+    assert not (tmp_path / "docs").exists()
+
+
 def test_a_step_that_ended_the_run_has_rollouts_and_no_entry(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(kind="train", step=1, loss=0.5)) + "\n")
     lines = [dict(step=step, privileged_context="x", tokens=["pinapple"]) for step in (1, 2)]

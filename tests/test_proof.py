@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
+from benchmarks.proof import __main__ as command
 from benchmarks.proof import baselines, run, table
 from benchmarks.proof.methods import METHODS, RATE_SEED, RATES, Job
 from benchmarks.proof.run import chosen_rate, jobs, marks_of
@@ -99,6 +100,30 @@ def test_the_time_before_an_interruption_counts(docs, tmp_path, monkeypatch):
         run.run(*asked)
     monkeypatch.setattr(run.baselines, "train", trained)
     assert run.run(*asked)["seconds"] == 150
+
+
+def test_a_trial_is_never_taken_for_a_run_without_overrides(docs, tmp_path, monkeypatch):
+    docs(seed=0, rate=1e-4)  # runs of 90 steps that are there
+    docs(seed=RATE_SEED, rate=RATES[0])
+    kept, trained, runs = sorted(tmp_path.iterdir()), [], tmp_path / "runs"
+    line = dict(kind="eval", step=4, target_sampled=0.0, target_only_sampled=0.0, specificity=1.0, drift=0.0)
+
+    def train(folder, overrides):
+        trained.append(folder.name)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(run.real, "train", train)
+    monkeypatch.setattr(run.real, "checked", lambda *_: {})
+    monkeypatch.setattr(command, "rewrite", lambda: pytest.fail("a page is written"))
+    asked = ["--only", "opsd", "--seeds", "0", "--human-eval", "0", "--runs", str(runs)]
+    for _ in range(2):  # the second time it is all there
+        monkeypatch.setattr("sys.argv", ["proof", *asked, "--set", "train.max_steps=4"])
+        command.main()
+    names = [f"opsd-{rate:g}-{seed}" for rate, seed in [*((rate, RATE_SEED) for rate in RATES), (RATES[0], 0)]]
+    assert [name.partition("-set-")[0] for name in trained] == names and all("-set-" in name for name in trained)
+    assert sorted(path.stem for path in (runs / "marks").iterdir()) == sorted(trained)
+    assert sorted(path for path in tmp_path.iterdir() if path != runs) == kept
 
 
 def test_the_table_holds_means_and_intervals_and_counts_runs_that_stopped(docs, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 from transformers import Trainer
 
 from benchmarks import tool
@@ -65,19 +66,24 @@ def settings(tokenizer, tmp_path, monkeypatch):
     tiny.model("qwen2", **size).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(tool, "DOCS", tmp_path / "docs")
-    return [
-        f"model={tmp_path / 'tiny'}",
+    small = [
         "train.max_completion_length=8",
+        "train.max_steps=2",
         "evaluate.max_new_tokens=4",
+        "evaluate.every=1",
         "train.save_steps=1",
         "train.per_device_train_batch_size=2",
         "train.use_cpu=true",
     ]
+    recipe = load_recipe(tool.RECIPE, small).model_dump(mode="json")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(tool, "RECIPE", tmp_path / "recipe.yaml")  # so that a run of it is no trial
+    return str(tmp_path / "tiny"), 0, []
 
 
 def test_fine_tuning_goes_on_and_is_kept_and_not_run_again(settings, tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "sft-0"
-    first = load_recipe(tool.RECIPE, [f"output_dir={folder}", "seed=0", *settings, "train.max_steps=1"])
+    first = load_recipe(tool.RECIPE, [f"output_dir={folder}", "seed=0", f"model={settings[0]}", "train.max_steps=1"])
     tool.train("sft", first, folder)
     shutil.rmtree(folder / "model")  # as if it had been interrupted after its checkpoint
     resumed, load = [], Trainer._load_from_checkpoint
@@ -87,7 +93,7 @@ def test_fine_tuning_goes_on_and_is_kept_and_not_run_again(settings, tmp_path, m
         return load(self, checkpoint, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "_load_from_checkpoint", loaded)
-    marks = tool.run("sft", 0, tmp_path / "runs", [*settings, "train.max_steps=2", "evaluate.every=1"], 0)
+    marks = tool.run("sft", 0, tmp_path / "runs", *settings)
     assert (folder / "model" / "adapter_config.json").exists() and resumed == ["checkpoint-1"]
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "train"] == [1, 2]
     assert marks["method"] == "sft" and marks["seed"] == 0 and marks["steps"] == []
@@ -95,8 +101,29 @@ def test_fine_tuning_goes_on_and_is_kept_and_not_run_again(settings, tmp_path, m
     assert json.loads((tmp_path / "docs" / "legacy_api-sft-0.json").read_text()) == marks
     shutil.rmtree(tmp_path / "runs")  # the marks alone are enough
     monkeypatch.setattr(tool, "train", None)
-    assert tool.run("sft", 0, tmp_path / "runs", settings, 0) == marks
+    assert tool.run("sft", 0, tmp_path / "runs", *settings) == marks
     assert "SFT on the right calls | 0 | 2 | 0.00 |" in tool.table([marks], {})
+
+
+def test_a_trial_is_never_taken_for_a_run_without_overrides(tmp_path, monkeypatch):
+    trained, runs = [], tmp_path / "runs"
+    monkeypatch.setattr(tool, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(tool, "train", lambda method, recipe, folder: trained.append(recipe.train["max_steps"]))
+    monkeypatch.setattr(tool, "counted", lambda _: dict(evaluations=[dict(steps=trained[-1])]))
+    monkeypatch.setattr(tool.real, "checked", lambda *_: {})
+    monkeypatch.setattr(tool, "load_recipe", lambda path, *more: load_recipe(tool.RECIPE, *more))
+    monkeypatch.setattr(tool, "rewrite", lambda: pytest.fail("a page is written"))
+
+    for _ in range(2):  # the second is the first's
+        for steps in ("4", "5"):
+            asked = ["--only", "sft", "--human-eval", "0", "--runs", str(runs), "--set", f"train.max_steps={steps}"]
+            monkeypatch.setattr("sys.argv", ["tool", *asked])
+            tool.main()
+    assert trained == [4, 5] and not (tmp_path / "docs").exists()
+    assert len(list((runs / "marks").glob("legacy_api-sft-1-set-*.json"))) == 2
+    assert tool.run("sft", 1, runs, "m", 0, [])["evaluations"] == [dict(steps=42)] and trained == [4, 5, 42]
+    assert {folder.name for folder in runs.iterdir()} > {"sft-1", "marks"} and len(list(runs.glob("sft-1*"))) == 3
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["legacy_api-sft-1.json"]
 
 
 def test_reinforcement_is_paid_by_the_service_itself(settings, tmp_path, monkeypatch):
@@ -115,7 +142,7 @@ def test_reinforcement_is_paid_by_the_service_itself(settings, tmp_path, monkeyp
         return {"role": "assistant", "content": "", "tool_calls": [call]}
 
     monkeypatch.setattr(grpo_trainer, "parse_response", parsed)
-    tool.run("rl", 0, tmp_path / "runs", [*settings, "train.max_steps=2"], 0)
+    tool.run("rl", 0, tmp_path / "runs", *settings)
     lines = read_lines(tmp_path / "runs" / "rl-0" / "metrics.jsonl")
     steps = [line for line in lines if line["kind"] == "train"]
     for line in steps:

@@ -8,5 +8,6 @@
 
 The model is Qwen2.5-Coder-0.5B-Instruct, the task the spelling "pinapple". A run is a folder under runs/proof and a
 small file of marks under docs/proof, written as it ends. A run that is there is not run again, one that was interrupted
-goes on. `methods` says what is run, `baselines` trains by other means than ours, `table` prints.
+goes on. With --set it is a trial: its folder has a name of its own, its marks are kept in runs/proof/marks, and no page
+is written. `methods` says what is run, `baselines` trains by other means than ours, `table` prints.
 """

@@ -1,6 +1,7 @@
 """See the package."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from rmsd.run import human_eval
@@ -25,15 +26,16 @@ def main() -> None:
     )
     parser.add_argument("--human-eval", type=int, default=164, metavar="N", help="problems; 0 for none")
     parser.add_argument("--runs", type=Path, default=Path("runs/proof"))
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value")
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value", help=real.SET)
     options = parser.parse_args()
     if options.table:
         rewrite()
         return
-    asked = quick_jobs() if options.quick else jobs(options.only, options.seeds)
+    marks_of = partial(kept_marks, runs=options.runs, overrides=options.overrides)
+    asked = quick_jobs() if options.quick else jobs(options.only, options.seeds, marks_of)
     if options.plan:
         for job in asked:
-            print(job.name, "done" if kept_marks(job) else "to run")
+            print(job.name, "done" if marks_of(job) else "to run")
         return
     if options.human_eval:
         human_eval.problems(0)  # before hours are spent
@@ -41,8 +43,10 @@ def main() -> None:
     for job in asked:
         marks = run(job, options.runs, options.model, options.human_eval, options.overrides)
         print(f"{job.name}: {marks['ended'] or marks['evaluations'][-1]}", flush=True)
-        rewrite()
-    print(table())
+        if not options.overrides:
+            rewrite()
+    if not options.overrides:
+        print(table())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What is run: a method, with or without anchors and a continuation, at a rate, on a seed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 RATES = (1e-4, 3e-4)  # of the LoRA adapter; each method takes the better one
 RATE_SEED = 9  # on which that is found, and which no table holds
@@ -71,7 +71,6 @@ class Job:
     rate: float
     seed: int
     steps: int = STEPS
-    extra: tuple[str, ...] = field(default=())  # a caller's own overrides
 
     @property
     def name(self) -> str:
@@ -90,7 +89,6 @@ class Job:
             f"train.max_steps={self.steps}",
             f"train.learning_rate={self.rate:g}",
             *method.overrides,
-            *self.extra,
         ]
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rmsd.run.recipe import load_recipe
@@ -34,13 +34,17 @@ def chosen_rate(method: str, marks_of=None) -> float | None:
     return max(found, key=lambda rate: -1.0 if found[rate]["ended"] else score(found[rate]))
 
 
-def jobs(names: list[str] | None = None, seeds: Iterable[int] = SEEDS) -> Iterator[Job]:
+def jobs(
+    names: list[str] | None = None,
+    seeds: Iterable[int] = SEEDS,
+    marks_of: Callable[[Job], dict | None] | None = None,
+) -> Iterator[Job]:
     """What is to be run, in order of worth: of each method its rates first, then the seeds at the better one. Asked for
     one at a time, since which rate is better is known only then."""
     for name in ordered(names):
         yield from (Job(name, rate, RATE_SEED) for rate in RATES)
         for seed in seeds:
-            if (rate := chosen_rate(name)) is not None:
+            if (rate := chosen_rate(name, marks_of)) is not None:
                 yield Job(name, rate, seed)
 
 
@@ -48,16 +52,22 @@ def quick_jobs() -> list[Job]:
     return [Job(name, LORA_LEARNING_RATE, 0, QUICK_STEPS) for name in ("rmsd_contrast", "opsd")]
 
 
-def kept_marks(job: Job) -> dict | None:
-    path = DOCS / f"{job.name}.json"
+def kept(job: Job, runs: Path, overrides: list[str]) -> Path:
+    """The file of a job's marks."""
+    return real.marks_folder(DOCS, runs, overrides) / f"{job.name}{real.trial(overrides)}.json"
+
+
+def kept_marks(job: Job, runs: Path = Path(), overrides: list[str] | None = None) -> dict | None:
+    path = kept(job, runs, overrides or [])
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def run(job: Job, runs: Path, model: str, problems: int, overrides: list[str]) -> dict:
     """The job's marks; trained, evaluated and written where they are not there."""
-    if (marks := kept_marks(job)) is not None:
+    if (marks := kept_marks(job, runs, overrides)) is not None:
         return marks
-    folder, kind = runs / job.name, METHODS[job.method].kind
+    path, folder = kept(job, runs, overrides), runs / f"{job.name}{real.trial(overrides)}"
+    kind = METHODS[job.method].kind
     runs.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     ended = None
@@ -72,8 +82,8 @@ def run(job: Job, runs: Path, model: str, problems: int, overrides: list[str]) -
         seconds = spent(folder, time.monotonic() - began)
     after = {} if ended else real.checked(folder, model, problems)
     marks = marks_of(job, folder, ended, seconds, after)
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / f"{job.name}.json").write_text(json.dumps(marks, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(marks, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return marks
 
 
