@@ -153,19 +153,22 @@ def check(model, tokenizer, count: int) -> dict:
 
 
 def checked(run: Path, name: str, count: int) -> dict:
-    """Of the run's model, or of the base model where the run has none; kept beside it."""
+    """Of the run's model, or of the base model `name` where the run has none; kept beside it, with that name, as one
+    folder of runs may see several base models."""
     kept = run / f"check-{count}.json"
-    if not kept.exists():
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    if found.get("model") != name:
         model, tokenizer = load_model(name)
         if (run / "model").exists():
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, run / "model").merge_and_unload()
         run.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(check(model.eval(), tokenizer, count), indent=1))
+        found = {"model": name, **check(model.eval(), tokenizer, count)}
+        kept.write_text(json.dumps(found, indent=1))
         del model
         gc.collect()
-    return json.loads(kept.read_text())
+    return {key: value for key, value in found.items() if key != "model"}
 
 
 def marks(run: Path, name: str, seed: int, ended: str | None, after: dict) -> dict:

@@ -192,6 +192,14 @@ def test_a_trial_of_the_real_model_leaves_the_page_and_other_runs_alone(tmp_path
     assert not (tmp_path / "docs").exists()
 
 
+def test_what_a_base_model_answered_is_not_shown_of_another(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(real, "load_model", lambda name: (torch.nn.Linear(1, 1), name))
+    monkeypatch.setattr(real, "check", lambda model, name, count: asked.append(name) or {"answers": {"Who?": name}})
+    said = [real.checked(tmp_path / "base", name, 0) for name in ("one", "one", "other")]
+    assert said == [{"answers": {"Who?": name}} for name in ("one", "one", "other")] and asked == ["one", "other"]
+
+
 def test_a_step_that_ended_the_run_has_rollouts_and_no_entry(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(kind="train", step=1, loss=0.5)) + "\n")
     lines = [dict(step=step, privileged_context="x", tokens=["pinapple"]) for step in (1, 2)]
