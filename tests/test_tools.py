@@ -34,6 +34,10 @@ def add(a: int, b: int) -> int:
         f"```\n{ADD}\n```<|im_end|>",
         f"Sure: {ADD}",
         f"[TOOL_CALLS] [{ADD}]",
+        f"[TOOL_CALLS] json {ADD}",
+        '[TOOL_CALLS]add[ARGS]{"a": 1, "b": 2}',
+        '[TOOL_CALLS]add{"a": 1, "b": 2}</s>',
+        '[TOOL_CALLS] add[CALL_ID]a1B2c3D4e[ARGS] {"a": 1, "b": 2}',
         '<|python_tag|>{"type": "function", "name": "add", "parameters": {"a": 1, "b": 2}}',
         '{"type": "function", "function": {"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": 2}"}}',
         '{"arguments": {"a": 1, "b": 2}, "name": "add"}',
@@ -69,6 +73,9 @@ def test_several_calls_in_a_turn_keep_their_order():
     ]
     assert calls_of(f"[{ADD}, {ADD}]", {"add"}) == [CALL, CALL]
     assert calls_of(f"```json\n{ADD}\n```\nand\n```json\n{other}\n```", {"ping"}) == [CALL, Call("ping", {})]
+    text = '[TOOL_CALLS]add[ARGS]{"a": 1, "b": 2}[TOOL_CALLS]ping{}[TOOL_CALLS]put{"name": "x", "arguments": {}}'
+    put = Call("put", {"name": "x", "arguments": {}})
+    assert calls_of(text, {"add", "ping", "put"}) == [CALL, Call("ping", {}), put]
 
 
 def test_a_call_behind_code_that_is_none_is_found_and_one_form_inside_the_other_is_text():
@@ -91,6 +98,10 @@ def test_a_call_behind_code_that_is_none_is_found_and_one_form_inside_the_other_
         ('<function=add>{"a": 1, "b": 2}</function>', "not '{"),
         ('<tool_call>{"name": "add", "arguments": [1, 2]}</tool_call>', "must be an object"),
         ("<tool_call>[1]</tool_call>", "a call is an object"),
+        ("[TOOL_CALLS]add[ARGS][1, 2]", "must be an object"),
+        ('[TOOL_CALLS]add[ARGS]{"a": 1,', "cut off"),
+        ("[TOOL_CALLS]add[ARGS]", "cut off"),
+        ("[TOOL_CALLS]add{a: 1}", "not JSON"),
         ('```json\n{"name": "add", oops}\n```', "not JSON"),
         ('{"name": "ad", "arguments": {a: 1}}', "not JSON"),
         pytest.param("<tool_call>" + "[" * 9_000, "not JSON", id="deep"),

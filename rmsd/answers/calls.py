@@ -11,6 +11,8 @@ _DECODER = json.JSONDecoder()
 # ill-formed.
 _OPENS = re.compile(r"<tool_call>|\[TOOL_CALLS\]|<\|python_tag\|>")
 _CLOSES = "</tool_call>"
+# Mistral's newer form: behind the tag a name, with some an id, and the arguments alone.
+_MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*([\w.:/-]+)\s*(?:\[CALL_ID\]\s*[\w-]*\s*)?(?:(\[ARGS\])\s*|(?=\{))")
 # Qwen3-Coder's form: <function=name> <parameter=key> value </parameter> </function>.
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)(</function>|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
@@ -51,9 +53,11 @@ def calls_of(text: str, names: frozenset[str] | set[str] = frozenset()) -> list[
             continue
         if found is None:
             return calls
-        start, marked = found
+        start, marked, named = found
         try:
             value, position = _DECODER.raw_decode(text, start)
+            if named and (named[2] or named[1] in names or not _is_whole(value)):
+                value = {"name": named[1], "arguments": value}
             made = [_call(item, names, marked) for item in (value if isinstance(value, list) else [value])]
             calls += [call for call in made if call is not None]
         except _NOT_JSON as error:
@@ -64,22 +68,29 @@ def calls_of(text: str, names: frozenset[str] | set[str] = frozenset()) -> list[
                 position = start + 1
 
 
-def _next_object(text: str, position: int, before: int) -> tuple[int, bool] | None:
-    """Where the next JSON of a call begins, and whether a tag before it says that it is one. Object or tag begin before
-    `before`."""
+def _next_object(text: str, position: int, before: int) -> tuple[int, bool, re.Match | None] | None:
+    """Where the next JSON of a call begins, whether a tag before it says that it is one, and what names it there, as
+    Mistral's does. Object or tag begin before `before`."""
     bare = _BEGINS_AS_CALL.search(text, position, before)
     opened = _OPENS.search(text, position, bare.start() if bare else before)
     if opened is None:
-        return (bare.start(), False) if bare else None
+        return (bare.start(), False, None) if bare else None
+    if named := _MISTRAL.match(text, opened.start()):
+        return named.end(), True, named
     start, end = opened.end(), _next_tag(text, opened.end())
     object_at = _JSON.search(text, start, end)  # a fence or a word may stand between the tag and its object
-    return (object_at.start() if object_at else start), True
+    return (object_at.start() if object_at else start), True, None
 
 
 def _next_tag(text: str, position: int) -> int:
     """Where the next tag stands that opens or closes a call; the text's end, if none does."""
     places = [text.find(_CLOSES, position)] + [match.start() for match in [_OPENS.search(text, position)] if match]
     return min((place for place in places if place != -1), default=len(text))
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether an object names its tool itself: the word before it is then none."""
+    return isinstance(value, dict) and "name" in value and any(key in value for key in _ARGUMENTS)
 
 
 def _is_meant(text: str, start: int, names) -> bool:
