@@ -98,6 +98,7 @@ def test_a_call_behind_code_that_is_none_is_found_and_one_form_inside_the_other_
         ('<function=add>{"a": 1, "b": 2}</function>', "not '{"),
         ('<tool_call>{"name": "add", "arguments": [1, 2]}</tool_call>', "must be an object"),
         ("<tool_call>[1]</tool_call>", "a call is an object"),
+        ("<tool_call>[]</tool_call>", "a call is an object"),
         ("[TOOL_CALLS]add[ARGS][1, 2]", "must be an object"),
         ('[TOOL_CALLS]add[ARGS]{"a": 1,', "cut off"),
         ("[TOOL_CALLS]add[ARGS]", "cut off"),

@@ -58,7 +58,7 @@ def calls_of(text: str, names: frozenset[str] | set[str] = frozenset()) -> list[
             value, position = _DECODER.raw_decode(text, start)
             if named and (named[2] or named[1] in names or not _is_whole(value)):
                 value = {"name": named[1], "arguments": value}
-            made = [_call(item, names, marked) for item in (value if isinstance(value, list) else [value])]
+            made = [_call(item, names, marked) for item in (value if isinstance(value, list) and value else [value])]
             calls += [call for call in made if call is not None]
         except _NOT_JSON as error:
             if marked or _is_meant(text, start, names):
