@@ -17,15 +17,23 @@ FUNCTION_WORDS = frozenset(
 _WORD = re.compile(r"\w+")
 
 
+def said_by(error: BaseException) -> str:
+    """An error's text; "" of one that raises when it is asked, which then says no more than its type."""
+    try:
+        return str(error)
+    except BaseException:  # a tool's own may raise anything
+        return ""
+
+
 def first_line(error: BaseException) -> str:
     """Of what an error says; with its type where it says nothing, or no more than a key."""
-    lines = str(error).strip().splitlines()
+    lines = said_by(error).strip().splitlines()
     return named_line(error) if isinstance(error, KeyError) or not lines else lines[0]
 
 
 def named_line(error: BaseException) -> str:
     """An error's type and the first line of what it says."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    return ": ".join([type(error).__name__, *said_by(error).strip().splitlines()[:1]])
 
 
 def words_of(text: str) -> set[str]:

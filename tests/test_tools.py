@@ -7,6 +7,7 @@ import time
 import pytest
 
 from rmsd.answers.calls import Call, calls_of
+from rmsd.answers.environments import run_each
 from rmsd.answers.tools import ToolLimits, methods_of, run_turns, toolbox
 
 ADD = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
@@ -190,6 +191,21 @@ def test_a_tool_that_raises_ends_in_a_message(error):
 
     message, counts = made(fail)
     assert message == f"Error: {str(error) or type(error).__name__}" and counts == {"calls": 1, "raised": 1}
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise SystemExit("no words")
+
+
+def test_an_error_that_cannot_be_read_is_no_call_that_hangs():
+    def fail() -> str:
+        """Fails."""
+        raise Mute
+
+    assert made(fail, limits=ToolLimits(seconds=0.5)) == ("Error: Mute", {"calls": 1, "raised": 1})
+    (outcome,) = run_each([fail], 0.5)
+    assert isinstance(outcome, RuntimeError) and str(outcome) == "Mute"
 
 
 def test_tools_that_hang_are_left_behind_together_and_the_others_answers_stay():

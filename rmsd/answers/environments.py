@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..words import said_by
 from .prompts import tools_of
 from .tools import Loop, Tool, ToolLimits, text_of, toolbox
 
@@ -173,7 +174,7 @@ def run_each(functions: Sequence[Callable[[], Any]], seconds: float) -> list[Any
         try:
             outcome = functions[i]()
         except BaseException as error:  # SystemExit too: an environment ends no run
-            outcome = error if str(error) else RuntimeError(type(error).__name__)
+            outcome = error if said_by(error) else RuntimeError(type(error).__name__)
         outcomes[i] = outcome
         done[i].set()
 

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError, create_model
 from transformers.utils import get_json_schema
 
-from ..words import first_line
+from ..words import first_line, said_by
 from .calls import Call
 
 # An environment's methods that are not tools: what TRL calls, and what is ours alone.
@@ -227,7 +227,7 @@ def _answer(tools: Mapping[str, Tool], call: Call, limits: ToolLimits) -> tuple[
     try:
         content, happened = text_of(tools[call.name](call.arguments, call.texts), limits.characters), []
     except BaseException as error:  # SystemExit too: a tool ends no run
-        content, happened = f"Error: {str(error)[: limits.characters] or type(error).__name__}", ["raised"]
+        content, happened = f"Error: {said_by(error)[: limits.characters] or type(error).__name__}", ["raised"]
     if len(content) > limits.characters:
         return f"{content[: limits.characters]} ... (the rest is left out)", [*happened, "shortened"]
     return content, happened
