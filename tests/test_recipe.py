@@ -404,6 +404,7 @@ def test_errors_are_one_line_and_a_nonzero_exit(recipe, tmp_path):
         (("train", recipe, "train.learning_rat=1"), "did you mean 'train.learning_rate'"),
         (("train", recipe, f"model={tmp_path}"), "cannot be loaded"),
         (("eval", recipe, "--model", tmp_path / "none"), "does not exist"),
+        (("eval", recipe, "--problems", "3"), "--problems are a benchmark's"),
         (("report", tmp_path), str(tmp_path)),
     ):
         result = rmsd(*arguments)

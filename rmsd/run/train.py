@@ -111,6 +111,8 @@ def evaluate(
     nothing to do with it; returns a table."""
     if benchmark not in (None, "humaneval"):
         raise ValueError(f"benchmark must be humaneval, not {benchmark!r}")
+    if problems is not None and benchmark is None:
+        raise ValueError("--problems are a benchmark's: name it with --benchmark, or leave them out")
     if recipe.task is None and benchmark is None:
         raise ValueError("eval needs a recipe with a task: its prompts and graders are what is evaluated")
     folder = model or str(recipe.output_dir / "model")
