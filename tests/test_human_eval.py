@@ -18,11 +18,13 @@ RIGHT = "def last(numbers: List[int]) -> int:\n    return numbers[-1]\n"
     [
         f"Here it is:\n```python\n{RIGHT}```\nIt takes the last.",
         f"```\n{RIGHT}```",
+        f"```python3\n{RIGHT}```\nIt takes the last.",
+        f"```py \n{RIGHT}```\nIt takes the last.",
         f"```python\n{RIGHT}",  # the answer ran into its limit
         RIGHT,
         "    return numbers[-1]\n",
     ],
-    ids=["fenced", "no language", "unfinished", "bare", "body"],
+    ids=["fenced", "no language", "python3", "py", "unfinished", "bare", "body"],
 )
 def test_a_right_answer_passes_in_whatever_shape(answer):
     assert passes(PROBLEM, answer)

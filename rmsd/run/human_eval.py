@@ -93,7 +93,7 @@ def passes(problem: dict, answer: str) -> bool:
 def program(problem: dict, answer: str) -> str:
     """The first code block, behind the imports and functions that the problem brings; an unfinished block ends where
     the answer does. Code without the function's head is its body."""
-    block = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    block = re.search(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL | re.IGNORECASE)
     code = block.group(1) if block else answer
     if f"def {problem['entry_point']}" not in code:
         return problem["prompt"] + code
