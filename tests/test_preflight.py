@@ -1,6 +1,7 @@
 """What preflight says of a recipe before it is run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -8,7 +9,7 @@ from test_measure import ANSWERS
 
 from rmsd.run.check import check
 from rmsd.run.judging import judge
-from rmsd.run.preflight import Findings, preflight, verdict
+from rmsd.run.preflight import Findings, _obedience, preflight, verdict
 from rmsd.run.recipe import load_recipe
 from rmsd.training.trainer import RMSDTrainer
 
@@ -42,6 +43,16 @@ def test_what_is_done_untold_is_no_lesson():
 def test_a_lesson_that_spreads_wants_anchors():
     assert "No anchors: told, it does so in 40%" in found(0.9, leaks=0.4)
     assert "No anchors" not in found(0.9, leaks=0.4, anchors=5) and "No anchors" not in found(0.9, leaks=0.05)
+
+
+def test_columns_of_graders_with_short_names_stand_apart():
+    graders = {"a": str.isupper, "b": bool}
+    task = SimpleNamespace(graders=graders, requests=[], target_prompts=["Why?"], unrelated_prompts=[])
+    told = [{"prompt": "Why?", "privileged_context": "Because."}]
+    probe = SimpleNamespace(task=task, told=told, told_prompt=str, answers=lambda prompts: ["No."] * len(prompts))
+    _, heads, row = _obedience(probe, 1, Findings()).splitlines()[:3]
+    assert heads.split() == ["a", "b"] and row.split() == ["0.00", "1.00", "untold"]
+    assert [heads.index(name) for name in "ab"] == [row.index(share) + 3 for share in ("0.00", "1.00")]
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def _obedience(probe: Probe, prompts: int, found: Findings) -> str:
     else:
         some = spread(probe.told, prompts)
         asked, groups = [row["prompt"] for row in some], {"each row's own": list(map(probe.told_prompt, some))}
-    width = max(map(len, task.graders)) + 2
+    width = max(len("0.00"), *map(len, task.graders)) + 2
     lines = [f"obedience: share of greedy answers, {len(asked)} prompts a phrasing"]
     lines.append("   " + "".join(f"{name:>{width}}" for name in task.graders))
     for number, (name, prompts_of) in enumerate([("untold", asked), *groups.items()]):
