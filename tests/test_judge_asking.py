@@ -88,6 +88,8 @@ def test_the_same_question_is_asked_in_the_same_words_and_another_in_its_own_ord
     orders = {tuple(edit[-2:] for _, edit in EDIT.findall(judge().prompt(question(name)))) for name in "abcde"}
     assert len(orders) > 1, "its content draws the order"
     assert judge().fingerprint != judge(shuffle=False).fingerprint, "an answer kept for one list is not of the other"
+    other = LLMJudge("m", base_url="http://127.0.0.1:9/v1", max_retries=0, timeout=5)
+    assert judge().fingerprint != other.fingerprint, "nor is one server's of another that has a model of that name"
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -116,7 +116,8 @@ class LLMJudge:
             asked.append("backwards")
         if self.ask == "each":
             asked = [SYSTEM, EXAMPLES, NEUTRAL, self.log_odds]
-        return json.dumps([self.model, self.temperature, self.max_tokens, *asked])
+        # A name is a server's own: another may serve another model by it.
+        return json.dumps([self.model, str(self._client.base_url), self.temperature, self.max_tokens, *asked])
 
     @property
     def tokens(self) -> int:
