@@ -3,7 +3,8 @@
     python -m benchmarks.episodes runs/legacy_api                                         # of a run's folder
     python -m benchmarks.episodes runs/legacy_api --write docs/episodes/legacy_api-1.json  # and keep the counts
 
-Counted are the rollouts that a run records, the first `recorded_rollouts` of a step. `--page` makes the table between
+Counted are the rollouts that a run records, the first `recorded_rollouts` of a step. One whose environment died was
+neither solved nor not: it is left out, and counted as `dropped`. `--page` makes the table between
 the marks of docs/real.md of counts that were kept.
 """
 
@@ -32,6 +33,9 @@ def counted(run: Path) -> dict:
         told = bool(rollout["privileged_context"].strip())
         kind = "guided" if rollout.get("guided") else "own" if told else "anchors"
         count = steps.setdefault(rollout["step"], Counter())
+        if rollout["episode"].get("dropped"):
+            count["dropped"] += 1
+            continue
         count[kind] += 1
         count[f"{kind}_shown"] += shows(_written(rollout))
         count[f"{kind}_solved"] += bool(rollout["episode"].get("solved"))

@@ -237,6 +237,8 @@ def test_episodes_are_counted_by_whose_they_are_and_what_the_model_itself_wrote(
         dict(step=1, privileged_context="x", tokens=refused, unwritten=[1], episode={"solved": 0}),
         dict(step=6, privileged_context="x", tokens=["otter"], episode={"solved": 1}),
         dict(step=6, privileged_context="", tokens=["maple"], episode={}),
+        dict(step=6, privileged_context="x", tokens=["otter"], episode={"dropped": 1}),
+        dict(step=7, privileged_context="x", tokens=[], episode={"dropped": 1}, guided=True),
     ]
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "metrics.jsonl").write_text(json.dumps(dict(kind="eval", step=0, solved_greedy=0.0)) + "\n")
@@ -244,8 +246,9 @@ def test_episodes_are_counted_by_whose_they_are_and_what_the_model_itself_wrote(
     assert found["evaluations"] == [dict(step=0, solved_greedy=0.0)]
     assert episodes.table([found]).splitlines()[2:] == [
         "| 4 | 1 to 5 | 0 of 1 | 0 of 1 | 1 of 1 | 0 of 0 |",
-        "| 4 | 6 to 6 | 1 of 1 | 1 of 1 | 0 of 0 | 1 of 1 |",
+        "| 4 | 6 to 7 | 1 of 1 | 1 of 1 | 0 of 0 | 1 of 1 |",
     ]
+    assert [step.get("dropped", 0) for step in found["steps"]] == [0, 1, 1], "of environments that died"
 
 
 def test_the_pages_tables_are_those_of_the_runs_that_are_kept():
