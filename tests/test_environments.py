@@ -138,6 +138,28 @@ def test_a_rollout_whose_environment_died_is_dropped_and_counted(tmp_path):
     assert sum("dropped" in line["episode"] for line in read_lines(tmp_path / "rollouts.jsonl")) == 1
 
 
+class Longwinded(Counter):
+    def reset(self, prompt=None, **row):
+        return "It is so. " * 100 if "services" in str(prompt) else super().reset(**row)
+
+
+def test_a_reset_that_says_more_than_the_model_holds_drops_its_rollout(tmp_path):
+    """gpt2's positions are a table: a token past its end is an error."""
+    made = tiny.trainer(
+        tmp_path,
+        talkative("gpt2"),
+        [RunRecord(tmp_path)],
+        rows=ROWS,
+        called=dict(environment_factory=Longwinded),
+        **OPTIONS,
+        max_steps=1,
+    )
+    made.train()
+    entry = made.state.log_history[0]
+    assert entry["dropped_rollouts"] == 1 and entry["kept_sequences"] == 3
+    assert not any("It is so." in line["prompt"] for line in read_lines(tmp_path / "rollouts.jsonl"))
+
+
 def test_a_step_whose_environments_all_died_trains_nothing(tmp_path):
     made = trainer(tmp_path, rows=[ROWS[2]] * 4, factory=Dying, max_steps=1)
     before = weights(made.model)

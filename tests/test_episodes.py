@@ -190,6 +190,23 @@ def test_a_rollout_whose_environment_died_is_dropped_and_the_others_stay():
     Broken.forever.set()
 
 
+def test_what_a_reset_says_is_cut_and_held_against_what_a_model_holds():
+    class Says(Counter):
+        def reset(self, **row):
+            return "123456"
+
+    played = Episodes(TOKENIZER, Environments(environment_factory=Says, limits=ToolLimits(characters=5)))
+
+    def reader(row):
+        return list(row["prompt"])
+
+    (episode,), prompts = played.start([ROW], [(reader, len("Which tool?12345"))])
+    assert not episode.died and prompts == [list("Which tool?12345")]
+    (episode,), prompts = played.start([ROW], [(reader, 99), (reader, len("Which tool?1234"))])
+    assert "a prompt of 16 tokens, and 15" in episode.died and episode.row == ROW and prompts == [list("Which tool?")]
+    assert episode.numbers == {"dropped": 1}
+
+
 def test_a_tool_of_no_environment_that_hangs_is_left_and_the_rollout_goes_on():
     forever = threading.Event()
 

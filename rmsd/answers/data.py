@@ -205,11 +205,11 @@ def _is_of_text(message: dict) -> bool:
     return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
 
 
-def context_of(config, args) -> float:
+def context_of(config, args=None) -> float:
     """Tokens that a model of this config can train on, infinity where it does not say. An engine that reads answers
     writes one more after each."""
     context = getattr(config, "max_position_embeddings", None) or math.inf
-    return (context if context > 0 else math.inf) - args.engine_scores  # XLNet's is -1
+    return (context if context > 0 else math.inf) - (args.engine_scores if args else 0)  # XLNet's is -1
 
 
 def check_lengths(rows: Iterable[dict], prompts: Prompts, longest: int, context: int, vocab: int) -> tuple[int, int]:

@@ -125,7 +125,7 @@ class Environments:
         said = awaits(environment.reset(**given))
         row = dict(row)
         if said is not None:
-            row["prompt"] = _appended(row["prompt"], text_of(said, self.limits.characters))
+            row["prompt"] = _appended(row["prompt"], text_of(said, self.limits.characters)[: self.limits.characters])
         return Episode(row, _chosen(toolbox(self._functions, environment, awaits), row), environment, awaits)
 
     def finish(self, episodes: Sequence[Episode]) -> None:

@@ -65,6 +65,23 @@ class Episodes:
                 self.suffix.difference,
             )
 
+    def start(
+        self, rows: Sequence[dict], readers: Sequence[tuple[Callable[[dict], list[int]], float]]
+    ) -> tuple[list[Episode], list[list[int]]]:
+        """The rows' episodes, and each one's prompt as the first of `readers` has it; beside each reader stands how
+        many tokens a prompt may have. One whose environment said more in its reset has died, and its row stays as is.
+        """
+        episodes = self.environments.start(rows)
+        for i, (row, episode) in enumerate(zip(rows, episodes, strict=True)):
+            if episode.row["prompt"] == row["prompt"]:
+                continue  # whose length is known
+            lengths = [(len(ids_of(episode.row)), most) for ids_of, most in readers]
+            if over := [f"{length} tokens, and {most} leave" for length, most in lengths if length > most]:
+                episode.awaits.close()
+                why = f"reset: what it said makes a prompt of {over[0]} room for an answer"
+                episodes[i] = Episode(dict(row), {}, died=why)
+        return episodes, [readers[0][0](episode.row) for episode in episodes]
+
     def play(
         self,
         write: Write,

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from ..answers.data import context_of
 from ..answers.engines import TransformersEngine
 from ..answers.episodes import Episodes
 from ..answers.prompts import Prompts
@@ -50,13 +51,15 @@ class Solving:
         solved = tokens = 0
         counts: Counter = Counter()
         for start in range(0, len(requests), self.batch_size):
-            played = self.episodes.environments.start(requests[start : start + self.batch_size])
             encoded = self._prompts.teacher if told else self._prompts.student
+            some = requests[start : start + self.batch_size]
+            most = context_of(model.config.get_text_config()) - 1
+            played, prompt_ids = self.episodes.start(some, [(encoded, most)])
             with self._engine.turns():
                 rollouts = self.episodes.play(
                     partial(self._engine, temperature=temperature),
                     played,
-                    [encoded(episode.row) for episode in played],
+                    prompt_ids,
                     seed=self.seed + start,
                     device=model.device,
                     **self._options,

@@ -1,5 +1,6 @@
 """Write: the answers of a micro-batch."""
 
+import math
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +27,7 @@ def write(
     *,
     teacher: Teacher | None = None,
     guided_rollouts: float = 0.0,
+    context: tuple[float, float] = (math.inf, math.inf),  # tokens that who writes and who reads as the teacher hold
     max_new_tokens: int,
     eos_ids: list[int],
     seed: Sequence[int],  # B, one for each answer
@@ -48,9 +50,10 @@ def write(
         batch.rollouts = rollouts_of(batch.rows, batch.prompt_ids, prompts.tokenizer, pad_id, device)
         return batch
     if episodes is not None:
-        batch.episodes = episodes.environments.start(batch.rows)
+        own, told = (most - max_new_tokens for most in context)
+        readers = [(prompts.student, own), (prompts.teacher, told), (lambda row: prompts.contrast(row) or [], told)]
+        batch.episodes, batch.prompt_ids = episodes.start(batch.rows, readers)
         batch.rows = [episode.row for episode in batch.episodes]  # an environment may have added to a row's prompt
-        batch.prompt_ids = list(map(prompts.student, batch.rows))
     batch.guided = guided_rows(batch.rows, guided_rollouts, seed) if guided_rollouts else None
     guided = batch.guided or []
     own = [i for i in range(len(batch.rows)) if i not in guided]

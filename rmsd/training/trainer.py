@@ -140,6 +140,9 @@ class RMSDTrainer(Trainer):
         if self.episodes:  # what an environment says at its start, and its feedback, is known only then
             read, told = (min(context, length + 2 * args.max_tool_output) for length in (read, told))
         length = max(read, told) + 1 if args.engine_scores else read
+        made_for = length - args.engine_scores  # an engine that is not the model itself
+        own = context if args.engine == "transformers" else made_for
+        self.context = own, made_for if args.engine_scores else context
         with whole(self.model):
             self.engine = engine_for(args, self.model, max_length=length, autocast=self.accelerator.autocast)
 
@@ -194,6 +197,7 @@ class RMSDTrainer(Trainer):
                 self.episodes,
                 teacher=self.teacher,
                 guided_rollouts=args.guided_rollouts,
+                context=self.context,
                 max_new_tokens=args.max_completion_length,
                 eos_ids=self.eos_ids,
                 temperature=args.sampling_temperature,
