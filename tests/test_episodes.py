@@ -305,6 +305,9 @@ def test_the_context_may_be_made_of_what_happened():
     write = stub([call("add", n=1)], ["Done."])
     (episode,), _ = play(write, [ROW], Environments(environment_factory=Counter, context_after=context_after))
     assert episode.row["privileged_context"] == "zorblat: ['assistant', 'tool', 'assistant']"
+    halved = Environments(environment_factory=Counter, context_after=lambda row, transcript: "half \ud83d")
+    (episode,), _ = play(stub([call("add", n=1)], ["Done."]), [ROW], halved)
+    assert episode.row["privileged_context"] == "half ?", "half a character is no text"
     (episode,), rollouts = play(
         stub([call("add", n=1)], ["Done."]), [ROW], Environments([add_two], context_after=broken)
     )

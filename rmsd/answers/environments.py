@@ -147,6 +147,7 @@ class Environments:
             context = self._context_after(episode.row, list(episode.transcript))
             if not isinstance(context, str):
                 raise TypeError(f"the privileged context must be a string, not {type(context).__name__}")
+            context = text_of(context, len(context))
         elif (feedback := _called(episode, "feedback")) is not None:
             said = text_of(feedback, self.limits.characters)[: self.limits.characters]
             context = "\n\n".join(text for text in (context, said) if text.strip())
