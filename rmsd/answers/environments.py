@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..words import said_by
-from .prompts import tools_of
+from .prompts import SAID, tools_of
 from .tools import Loop, Tool, ToolLimits, text_of, toolbox
 
 Factory = Callable[[], Any]
@@ -125,7 +125,8 @@ class Environments:
         said = awaits(environment.reset(**given))
         row = dict(row)
         if said is not None:
-            row["prompt"] = _appended(row["prompt"], text_of(said, self.limits.characters)[: self.limits.characters])
+            said = text_of(said, self.limits.characters)[: self.limits.characters]
+            row |= {"prompt": _appended(row["prompt"], said), SAID: [said]}
         return Episode(row, _chosen(toolbox(self._functions, environment, awaits), row), environment, awaits)
 
     def finish(self, episodes: Sequence[Episode]) -> None:
@@ -148,8 +149,10 @@ class Environments:
             if not isinstance(context, str):
                 raise TypeError(f"the privileged context must be a string, not {type(context).__name__}")
             context = text_of(context, len(context))
+            episode.row[SAID] = [*episode.row.get(SAID, ()), context]
         elif (feedback := _called(episode, "feedback")) is not None:
             said = text_of(feedback, self.limits.characters)[: self.limits.characters]
+            episode.row[SAID] = [*episode.row.get(SAID, ()), said]
             context = "\n\n".join(text for text in (context, said) if text.strip())
         return None if reward is None else float(reward), context
 

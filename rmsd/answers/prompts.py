@@ -7,7 +7,7 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,8 +15,12 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 
+from .turns import cut_at, markers_of
+
 Prompt = str | list[dict[str, str]]
 
+# Of an episode's row: the texts in it that its environment made. Nothing in them becomes a token of the template's own.
+SAID = "said_by_environment"
 TEACHER_TEMPLATE = "{privileged_context}\n\n{prompt}"
 PLACES = ("user", "system")  # the teacher's message that holds the privileged context
 # What a template may write otherwise than it stands, for good reasons, is not looked for: thinking dropped from the
@@ -45,6 +49,9 @@ class Prompts:
         """None for an anchor, whose teacher is told nothing, and where there are no contrast contexts."""
         if self.contrasts is None or not is_told(row):
             return None
+        said = row.get(SAID)
+        if said and not (row.get("contrast_context") or row.get("contrast_prompt")):  # made of what was said
+            row = {**row, SAID: [*said, self.contrasts.context(row)]}
         return self._encoded(row, self.contrasts.prompt(row, self.template, self.place))
 
     def student(self, row: dict) -> list[int]:
@@ -55,7 +62,7 @@ class Prompts:
 
     def _encoded(self, row: dict, prompt: Prompt) -> list[int]:
         shown = self.tools(row) if self.tools else tools_of(row)
-        return encode(self.tokenizer, prompt, shown, row.get("chat_template_kwargs"))
+        return encode(self.tokenizer, prompt, shown, row.get("chat_template_kwargs"), row.get(SAID) or ())
 
 
 def is_told(row: dict) -> bool:
@@ -112,13 +119,20 @@ def tools_of(row: dict) -> list[dict] | None:
     return (json.loads(tools) if isinstance(tools, str) else tools) or None
 
 
-def encode(tokenizer, prompt: Prompt, tools: list[dict] | None = None, variables: dict | None = None) -> list[int]:
+def encode(
+    tokenizer,
+    prompt: Prompt,
+    tools: list[dict] | None = None,
+    variables: dict | None = None,
+    said: Sequence[str] = (),
+) -> list[int]:
     """Token ids of a prompt through the tokenizer's chat template, up to where the answer begins. Without a template
     a string is taken as it stands.
 
     Args:
         tools: JSON schemas of what the model may call, for the template.
         variables: of the template.
+        said: texts in the prompt that an environment made: what looks like a marker there is plain text.
 
     Raises:
         ValueError: chat messages, tools or variables but no template that takes them; a template that leaves out what
@@ -130,8 +144,10 @@ def encode(tokenizer, prompt: Prompt, tools: list[dict] | None = None, variables
     if tokenizer.chat_template:
         check_variables(tokenizer, variables or {})
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages, cut = _cut(tokenizer, messages, said) if said else (messages, None)
         text = _rendered(tokenizer, messages, tools, variables or {})
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pieces = text.split(cut) if cut else [text]
+        ids = [id for piece in pieces for id in tokenizer(piece, add_special_tokens=False)["input_ids"]]
         if _ends(tokenizer, ids):
             _warn_once(
                 f"prompts end with {tokenizer.eos_token!r}, the end-of-sequence token: the chat template seems "
@@ -151,6 +167,22 @@ def encode(tokenizer, prompt: Prompt, tools: list[dict] | None = None, variables
     if not ids:
         raise ValueError(f"the prompt {prompt_text(prompt)!r} has no tokens")
     return ids
+
+
+def _cut(tokenizer, messages: list[dict], said: Sequence[str]) -> tuple[list[dict], str]:
+    """The messages with a mark in each marker of what was `said`, where the text is to be encoded apart; and the mark,
+    a character of private use that they do not hold."""
+    everything = "".join(message["content"] or "" for message in messages)
+    cut = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in everything)
+    markers = markers_of(tokenizer)
+    texts = {text: cut_at(markers, text, cut) for text in sorted(map(str.strip, said), key=len, reverse=True)}
+    made = []
+    for message in messages:
+        content = message["content"]
+        for text, safe in texts.items():  # the longest first: one may hold another
+            content = content.replace(text, safe) if content and safe != text else content
+        made.append({**message, "content": content})
+    return made, cut
 
 
 def _rendered(tokenizer, messages: list[dict], tools: list[dict] | None, variables: dict) -> str:

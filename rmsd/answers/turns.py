@@ -6,6 +6,7 @@ text that the template itself would write after the model's end-of-turn token, t
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
@@ -13,6 +14,19 @@ from jinja2 import TemplateError
 _QUESTION = {"role": "user", "content": "Question"}
 _TURN = "Turn-of-the-model"  # stands for what the model wrote, and is found again in what the template makes of it
 _CUT = "\ue000"  # private use: no text has it, and no template changes it
+
+
+def markers_of(tokenizer) -> re.Pattern:
+    """Each place where the text of an added token begins, so that overlapping ones are found too; and our own."""
+    added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    marks = [_TURN, *(token for token in added if len(token) > 1)]
+    return re.compile("|".join(f"(?={re.escape(mark)})" for mark in marks))
+
+
+def cut_at(markers: re.Pattern, text: str, cut: str) -> str:
+    """With `cut` behind the first character of each marker."""
+    places = [0, *(match.start() + 1 for match in markers.finditer(text)), len(text)]
+    return cut.join(text[start:end] for start, end in pairwise(places))
 
 
 class TurnSuffix:
@@ -37,10 +51,7 @@ class TurnSuffix:
             raise ValueError("tools need a chat template: the tokenizer has none")
         if tokenizer.eos_token is None:
             raise ValueError("tools need an end-of-sequence token that ends the model's turns: the tokenizer has none")
-        added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        # At each place where the text of an added token begins, so that overlapping ones are found too; and our own.
-        marks = [_TURN, *(token for token in added if len(token) > 1)]
-        self._markers = re.compile("|".join(f"(?={re.escape(mark)})" for mark in marks))
+        self._markers = markers_of(tokenizer)
         probe = [{"role": "tool", "name": "probe", "content": "Result"}]
         self._ending = tokenizer.eos_token
         once = self._suffix_text(probe)
@@ -67,10 +78,7 @@ class TurnSuffix:
 
     def _cut(self, text: str) -> str:
         """With a mark behind the first character of each marker: encoded apart, its two parts are plain text."""
-        text = text.replace(_CUT, "\ufffd")
-        for match in reversed(list(self._markers.finditer(text))):
-            text = f"{text[: match.start() + 1]}{_CUT}{text[match.start() + 1 :]}"
-        return text
+        return cut_at(self._markers, text.replace(_CUT, "\ufffd"), _CUT)
 
     def _suffix_text(self, messages: Sequence[dict[str, str]], rounds: int = 1) -> str:
         turn = {"role": "assistant", "content": _TURN}
