@@ -112,6 +112,20 @@ def test_an_adapters_folder_is_the_adapter_on_its_base_and_is_trained_on(tmp_pat
         skeleton(load_recipe(recipe, ["lora.r=4"]))
 
 
+def test_a_folder_may_be_named_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, _ = load_model(saved(tmp_path / "base"))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    tiny.tokenizer().save_pretrained(tmp_path / "adapter")
+    recipe = tmp_path / "recipe.yaml"
+    for name, has_adapter in (("~/adapter", True), ("~/base", False)):
+        recipe.write_text(f"model: {name}\ntask: house_tool\n")
+        for made in (load_model(name)[0], skeleton(load_recipe(recipe))[0]):
+            assert hasattr(made, "peft_config") == has_adapter
+    with pytest.raises(FileNotFoundError, match="model '~/none' cannot be loaded: the folder does not exist"):
+        load_model("~/none")
+
+
 # ---- GGUF files and wheels -----------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -42,7 +43,7 @@ def load_model(
     )
     if base := adapted(name):
         return _with_adapter(name, base, options)
-    path = converted(name) if is_gguf(name) else name
+    path = converted(name) if is_gguf(name) else os.path.expanduser(name)
     try:
         model = with_attention(
             lambda **attention: AutoModelForCausalLM.from_pretrained(
@@ -58,7 +59,7 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"model {name!r} cannot be loaded: {_reason(error, name)}") from error
+        raise FileNotFoundError(f"model {name!r} cannot be loaded: {_reason(error, str(path))}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -119,12 +120,12 @@ def adapted(name: str) -> str | None:
 def _with_adapter(name: str, base: str, options: dict):
     from transformers import AutoTokenizer
 
-    peft = _peft()
+    peft, folder = _peft(), Path(name).expanduser()
     model, tokenizer = load_model(base, **options)
     try:
-        if (Path(name) / "tokenizer_config.json").exists():  # a run saves its own, with the template it used
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options["trust_remote_code"])
-        return peft.PeftModel.from_pretrained(model, name, is_trainable=True), tokenizer
+        if (folder / "tokenizer_config.json").exists():  # a run saves its own, with the template it used
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True), tokenizer
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise FileNotFoundError(

@@ -1,5 +1,6 @@
 """A model without its weights: on the meta device, made from its config, or from the recipe where there is none."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ def skeleton(recipe: Recipe):
         ValueError: the recipe's `architecture` is not the model's.
     """
     place, options, offline = (
-        adapted(recipe.model) or recipe.model,
+        adapted(recipe.model) or os.path.expanduser(recipe.model),
         {"trust_remote_code": recipe.trust_remote_code},
         False,
     )
@@ -56,7 +57,7 @@ def skeleton(recipe: Recipe):
         if adapted(recipe.model):
             from peft import PeftConfig, get_peft_model
 
-            adapter = PeftConfig.from_pretrained(recipe.model)
+            adapter = PeftConfig.from_pretrained(os.path.expanduser(recipe.model))
             adapter.inference_mode = False
             model = get_peft_model(model, adapter)
         return with_lora(model, recipe.lora) if recipe.lora else model, tokenizer, source
