@@ -139,6 +139,7 @@ def test_a_value_the_trainer_refuses_is_named(recipe, tmp_path):
         ("max_continuations=-1", "max_continuations must be at least 0, not -1"),
         ("recorded_rollouts=-1", "recorded_rollouts must be at least 0, not -1"),
         ("logging_steps=7", "save_steps must be a multiple of logging_steps 7, not 500"),
+        ("save_steps=.inf", "save_steps must be a finite number, not inf"),
         ("top_k=-1", "top_k must be at least 0, not -1"),
         ("top_p=7.0", r"top_p must lie in \(0, 1\], not 7.0"),
     ],
@@ -149,7 +150,7 @@ def test_a_value_that_no_run_could_mean_is_refused_before_the_run(recipe, tmp_pa
 
 
 def test_no_steps_and_no_epochs_are_no_run(recipe, tmp_path):
-    with pytest.raises(ValueError, match="num_train_epochs must be above 0, not 0"):
+    with pytest.raises(ValueError, match="num_train_epochs must be above 0 and finite, not 0"):
         trainer_config(load_recipe(recipe, ["train.max_steps=-1", "train.num_train_epochs=0"]), tmp_path)
 
 

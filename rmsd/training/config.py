@@ -200,11 +200,14 @@ class RMSDConfig(TrainingArguments):
             self.use_cpu = True
         if self.greater_is_better is None and lower_is_better(self.metric_for_best_model or ""):
             self.greater_is_better = False  # transformers takes whatever is no loss for a score
+        for name in ("logging_steps", "save_steps", "eval_steps", "warmup_steps"):  # int() of them would name no key
+            if isinstance(value := getattr(self, name), float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, not {value}")
         super().__post_init__()
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, not {self.max_steps}")
-        if self.max_steps == -1 and not self.num_train_epochs > 0:
-            raise ValueError(f"num_train_epochs must be above 0, not {self.num_train_epochs}")
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs must be above 0 and finite, not {self.num_train_epochs}")
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
         check_criterion(self.criterion)
