@@ -279,6 +279,17 @@ def test_a_run_that_drifts_too_far_is_stopped_and_says_so(recipe, tmp_path, capl
     assert evaluated(tmp_path / "whole")[-1] == 6
 
 
+def test_a_run_that_was_stopped_by_its_drift_is_not_trained_on_where_it_is_resumed(recipe, tmp_path, monkeypatch):
+    steps = ["train.max_steps=3", "train.learning_rate=0.1", "evaluate.every=1"]
+    train(load_recipe(recipe, [*steps, "evaluate.max_drift=1e-6"]))
+    with monkeypatch.context() as patched:
+        patched.setattr("rmsd.run.train.load_model", lambda *a, **k: pytest.fail("nothing is to be loaded"))
+        with pytest.raises(ValueError, match=r"stopped at step 1: drift is .*max_drift=1e-06: raise it .*-1 "):
+            train(load_recipe(recipe, [*steps, "evaluate.max_drift=1e-6", "resume=true"]))
+    train(load_recipe(recipe, [*steps, "evaluate.max_drift=1e6", "resume=true"]))
+    assert evaluated(tmp_path / "run") == [0, 1, 2, 3]
+
+
 def test_the_score_weighs_target_against_specificity_and_drift(recipe, tmp_path):
     train(load_recipe(recipe, ["train.max_steps=1"]))
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")

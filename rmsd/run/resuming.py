@@ -37,11 +37,13 @@ def check_resumed(recipe: Recipe, checkpoint: Path) -> None:
     checkpoint on: rates, schedule, steps, losses, judge, evaluation.
 
     Raises:
-        ValueError: a key differs that a resumed run would not heed, or there is nothing left to train.
+        ValueError: a key differs that a resumed run would not heed, there is nothing left to train, or the run had
+            drifted further than the recipe allows.
     """
     steps, done = recipe.train.get("max_steps", -1), int(checkpoint.name.rpartition("-")[2])
     if 0 < steps < done:
         raise ValueError(f"{checkpoint} is of step {done}: train.max_steps={steps} leaves nothing to train")
+    _check_drift(recipe, checkpoint)
     begun = recipe.output_dir / "recipe.yaml"
     if not begun.exists():
         return
@@ -57,6 +59,20 @@ def check_resumed(recipe: Recipe, checkpoint: Path) -> None:
                 f"resume=true cannot change {key}: the run was begun with {_shown(was)}, the recipe says "
                 f"{_shown(wanted)}; set it back, or begin a new run from model={checkpoint}"
             )
+
+
+def _check_drift(recipe: Recipe, checkpoint: Path) -> None:
+    """Trainer looks at nothing before it has made a step, and DriftLimit not before the next evaluation."""
+    most = recipe.evaluate.max_drift
+    if recipe.task is None or most is None:
+        return
+    history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    last = next((entry for entry in reversed(history) if "eval_drift" in entry), None)
+    if last and not last["eval_drift"] <= most:  # nor is no number
+        raise ValueError(
+            f"the run was stopped at step {last['step']}: drift is {last['eval_drift']:.3f} nats a token, more than "
+            f"evaluate.max_drift={most:g}: raise it to train on; {checkpoint} holds the weights"
+        )
 
 
 def save_recipe(recipe: Recipe) -> None:
