@@ -97,6 +97,22 @@ def test_tools_that_the_template_or_the_row_cannot_hold_are_refused():
             check_row({"prompt": "Hi", "privileged_context": "", "tools": tools}, "row 3")
 
 
+def test_a_call_of_a_tool_may_have_no_text_and_is_not_told_the_context():
+    """The teacher's message would read "None"."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    asked = {"role": "user", "content": "Which?"}
+    system = {"role": "system", "content": "Be brief."}
+    for messages, at in (([asked, call], 0), ([system, call], 0), ([call, asked, call], 1)):
+        row = {"prompt": messages, "privileged_context": "It is x."}
+        check_row(row, "row 3")
+        told = prompts.teacher_prompt(row)
+        assert told[at]["content"] == "It is x.\n\n" + messages[at]["content"]
+        assert [message for i, message in enumerate(told) if i != at] == [m for m in messages if m is not messages[at]]
+    with pytest.raises(ValueError, match="row 3: prompt holds calls of tools alone"):
+        check_row({"prompt": [call], "privileged_context": ""}, "row 3")
+    assert prompts.prompt_text([call]) == ""
+
+
 def test_a_tables_nulls_in_tools_are_refused(tmp_path, monkeypatch):
     """In a column of one type each schema is given the others' keys."""
     monkeypatch.setattr(tiny.tokenizer(), "chat_template", WITH_TOOLS)

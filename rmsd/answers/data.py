@@ -147,6 +147,8 @@ def check_row(row: dict, where: str) -> None:
             raise ValueError(f"{where}: {column} must be a string or a list of messages with role and content")
         elif not all(map(_is_of_text, prompt)):
             raise ValueError(f"{where}: {column} holds a message whose content is not text")
+        elif all(message["content"] is None for message in prompt):
+            raise ValueError(f"{where}: {column} holds calls of tools alone, and no message with a text")
     for column in (
         "prompt",
         "teacher_prompt",

@@ -72,8 +72,8 @@ def is_told(row: dict) -> bool:
 
 def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE, place: str = "user") -> Prompt:
     """The prompt that also holds the privileged context: given whole by the row's own `teacher_prompt`, or put by
-    `template` around the last user message or, with place="system", around the system message, which is made where
-    there is none."""
+    `template` around the last user message (the last with a text, where there is none) or, with place="system", around
+    the system message, which is made where there is none."""
     if row.get("teacher_prompt"):
         return of_text(row["teacher_prompt"])
     prompt, context = of_text(row["prompt"]), row["privileged_context"]
@@ -82,12 +82,13 @@ def teacher_prompt(row: dict, template: str = TEACHER_TEMPLATE, place: str = "us
     if place == "system":
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         has_system = messages[0]["role"] == "system"
-        own = messages[0]["content"] if has_system else ""
+        own = (messages[0]["content"] or "") if has_system else ""
         told = template.format(privileged_context=context, prompt=own).strip()
         return [{"role": "system", "content": told}, *messages[has_system:]]
     if isinstance(prompt, str):
         return template.format(privileged_context=context, prompt=prompt)
-    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
+    texts = [i for i, message in enumerate(prompt) if message["content"] is not None]  # a call of tools may have none
+    last = max((i for i in texts if prompt[i]["role"] == "user"), default=texts[-1])
     told = template.format(privileged_context=context, prompt=prompt[last]["content"])
     return [*prompt[:last], {**prompt[last], "content": told}, *prompt[last + 1 :]]
 
@@ -98,7 +99,7 @@ def prompt_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
-        return prompt[0]["content"]
+        return prompt[0]["content"] or ""
     return "\n".join(f"{message['role']}: {message['content'] or ''}" for message in prompt)
 
 
