@@ -1,11 +1,22 @@
 """Relevance by contrast: what the teacher is told instead, what follows from it, and what the judge keeps."""
 
+import difflib
+import random
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import ROWS, loud, model, tokenizer, trainer
 
-from rmsd.answers.contrast import Contrasts
+from rmsd.answers.contrast import (
+    COMPARED,
+    SAME_FORM,
+    SHARED,
+    Contrasts,
+    _Others,
+    _others_in_their_places,
+)
 from rmsd.answers.engines import TransformersEngine
 from rmsd.answers.prompts import encode, prompt_text, teacher_prompt
 from rmsd.answers.rollout import Recorded
@@ -14,6 +25,7 @@ from rmsd.models.heads import OutputHead, Reading
 from rmsd.models.hidden import completion_hidden
 from rmsd.step.wishes import recorded_wishes, wishes
 from rmsd.tasks import load_task, pinapple
+from rmsd.words import words_of
 
 # ---- contrast contexts ---------------------------------------------------------------------------------------------
 
@@ -59,6 +71,45 @@ def test_another_phrasing_of_the_same_is_no_contrast():
         contrast, context = made.context(row), row["privileged_context"]
         assert '"pinapple"' in context and "pinapple" not in contrast and '"pineapple"' not in contrast
         assert len(contrast) == len(context) and contrast.split()[0] == context.split()[0], "of the same form"
+
+
+def test_what_is_compared_word_by_word_is_bounded_and_is_what_all_would_give(monkeypatch):
+    """Of thousands of contexts, all pairs would take an hour."""
+    rng, compared = random.Random(0), []
+
+    vocabulary = ["At", "Acme", "acme", "the", "tool", "is", "called", "zor", "blat", "quux", "It", "never", "9"]
+
+    def context(size):
+        return " ".join(rng.choices(vocabulary, k=size))
+
+    def of_other_content(context, brought):
+        best, most = None, -1.0
+        for other, theirs in brought.items():
+            if other == context:
+                continue
+            alike = difflib.SequenceMatcher(None, *map(re.compile(r"\w+").findall, (context, other)), autojunk=False)
+            shared = len(brought[context] & theirs) / max(min(len(brought[context]), len(theirs)), 1)
+            in_place = alike.ratio() >= SAME_FORM and _others_in_their_places(alike, brought[context])
+            if (in_place or shared <= SHARED) and alike.ratio() > most:
+                best, most = other, alike.ratio()
+        return best
+
+    for size in (3, 8):
+        contexts = dict.fromkeys(["?!", "...", *(context(rng.randint(1, size)) for _ in range(50))])
+        brought = {each: words_of(each) - {"the", "is", "never"} for each in contexts}
+        others = _Others(brought)
+        found = {each: others.of_other_content(each) for each in contexts}
+        assert found == {each: of_other_content(each, brought) for each in contexts}
+
+    class Counted(difflib.SequenceMatcher):
+        def __init__(self, *arguments, **options):
+            compared.append(1)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(difflib, "SequenceMatcher", Counted)
+    phrasings = dict.fromkeys(context(8) + " zorblat" for _ in range(400))
+    Contrasts([told(each) for each in phrasings])
+    assert 0 < len(compared) <= (COMPARED + 1) * len(phrasings)
 
 
 def test_a_single_context_has_what_it_brings_replaced():

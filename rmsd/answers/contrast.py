@@ -15,6 +15,7 @@ _WORD = re.compile(r"\w+")
 _QUOTED = re.compile(r'"([^"\n]+)"|\u201c([^\u201d\n]+)\u201d|`([^`\n]+)`')
 SHARED = 0.1  # of the shorter context's words; two that share more may be phrasings of one thing
 SAME_FORM = 0.5  # of the words of two contexts of one form, at least, are alike and in the same places
+COMPARED = 50  # contexts that one is compared with word by word, at most: the likeliest, where thousands are distinct
 REPLACED = 0.4  # of the words that one brings, at least, are others in the second: "spell it x" for "write it x" is one
 
 
@@ -43,6 +44,7 @@ class Contrasts:
         contexts = list(dict.fromkeys(row["privileged_context"] for row in rows if row["privileged_context"].strip()))
         brought = {context: words_of(context) - known for context in contexts}
         counts = Counter(word for words in brought.values() for word in words)
+        others = _Others(brought)
         self._made: dict[str, tuple[str, str]] = {}
         self.origins: Counter[str] = Counter()
         for number, row in enumerate(rows):
@@ -61,7 +63,7 @@ class Contrasts:
                 )
             context = row["privileged_context"]
             if context not in self._made:
-                other = _of_other_content(context, brought)
+                other = others.of_other_content(context)
                 self._made[context] = (
                     (other, "another row")
                     if other
@@ -96,19 +98,43 @@ class Contrasts:
         return bool(self._template) and not row.get("contrast_context") and not row.get("contrast_prompt")
 
 
-def _of_other_content(context: str, brought: dict[str, set[str]]) -> str | None:
-    """The context most like `context` in form among those that are of other content."""
-    best, most = None, -1.0
-    words = _WORD.findall(context)
-    for other, theirs in brought.items():
-        if other == context:
-            continue
-        alike = difflib.SequenceMatcher(None, words, _WORD.findall(other), autojunk=False)
-        form = alike.ratio()
-        shared = len(brought[context] & theirs) / max(min(len(brought[context]), len(theirs)), 1)
-        if (form >= SAME_FORM and _others_in_their_places(alike, brought[context])) or shared <= SHARED:
-            best, most = (other, form) if form > most else (best, most)
-    return best
+class _Others:
+    """The data's contexts, each with the words that it brings, and which hold a word."""
+
+    def __init__(self, brought: dict[str, set[str]]):
+        self._brought, self._contexts = brought, list(brought)
+        self._words = [_WORD.findall(context) or [""] for context in brought]
+        self._holding: dict[str, list[tuple[int, int]]] = {}  # word -> (which context, how often)
+        for i, words in enumerate(self._words):
+            for word, count in Counter(words).items():
+                self._holding.setdefault(word, []).append((i, count))
+
+    def of_other_content(self, context: str) -> str | None:
+        """The context most like `context` in form among those that are of other content."""
+        words, mine = _WORD.findall(context) or [""], self._brought[context]
+        common = [0] * len(self._contexts)
+        for word, count in Counter(words).items():
+            for i, times in self._holding[word]:
+                common[i] += min(count, times)
+        # No two sequences are more alike than the words that they have in common, in whatever order, would make them.
+        most = [2.0 * number / (len(words) + len(theirs)) for number, theirs in zip(common, self._words, strict=True)]
+        best, form, compared = -1, -1.0, 0
+        for i in sorted(range(len(most)), key=lambda i: -most[i]):
+            if best >= 0 and (most[i] < form or compared >= COMPARED):
+                break
+            if most[i] == form and i > best:
+                continue
+            other, theirs = self._contexts[i], self._brought[self._contexts[i]]
+            is_other = len(mine & theirs) / max(min(len(mine), len(theirs)), 1) <= SHARED
+            if other == context or not (is_other or (most[i] >= SAME_FORM and compared < COMPARED)):
+                continue
+            compared += 1
+            alike = difflib.SequenceMatcher(None, words, self._words[i], autojunk=False)
+            found = alike.ratio()
+            qualifies = is_other or (found >= SAME_FORM and _others_in_their_places(alike, mine))
+            if qualifies and (found > form or (found == form and i < best)):
+                best, form = i, found
+        return self._contexts[best] if best >= 0 else None
 
 
 def _others_in_their_places(alike: difflib.SequenceMatcher, brought: set[str]) -> bool:
