@@ -5,6 +5,7 @@ import tiny
 import torch
 from tiny import trainer
 
+import rmsd.loss
 from rmsd import LinearRMSDLoss, RMSDConfig, RMSDLoss
 from rmsd.step.training import gap_weights, unkept_of
 from rmsd.training.record import RunRecord, read_lines
@@ -128,6 +129,23 @@ def test_the_forward_kl_is_added_where_the_teacher_is_unsure(tmp_path):
     assert nowhere == plain and everywhere == pytest.approx(plain + forward, rel=1e-5)
     half = batch.scores.teacher_entropy[batch.keep].median().item()
     assert plain < loss_and_batch(forward_kl_above=half)[0] < everywhere
+
+
+def test_tokens_that_the_forward_kl_leaves_out_are_counted_and_no_less_after_a_resume(tmp_path, monkeypatch):
+    divergence = rmsd.loss.linear_token_divergence
+
+    def poisoned(*heads, **options):
+        return divergence(*heads, **options) * (float("inf") if options["divergence"] == "forward_kl" else 1.0)
+
+    monkeypatch.setattr("rmsd.loss.linear_token_divergence", poisoned)
+    options = dict(forward_kl_above=-1.0, save_strategy="steps", save_steps=1)
+    made = [trainer(tmp_path, **options), trainer(tmp_path, **options)]
+    made[0].train()
+    made[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for each in made:
+        first, second = (entry for entry in each.state.log_history if "loss" in entry)
+        assert first["nonfinite_rows"] == first["kept_tokens"] > 0
+        assert second["nonfinite_rows"] == first["kept_tokens"] + second["kept_tokens"]
 
 
 @pytest.mark.parametrize(

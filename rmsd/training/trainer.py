@@ -113,6 +113,7 @@ class RMSDTrainer(Trainer):
         self.loss = LinearRMSDLoss(**args.loss_options).to(args.device)
         if args.forward_kl_above is not None:
             self.forward_kl = LinearRMSDLoss(**{**args.loss_options, "divergence": "forward_kl"}).to(args.device)
+            self.forward_kl.nonfinite_rows = self.loss.nonfinite_rows  # one count, for the log; in both, twice
         batch = args.per_device_train_batch_size * args.world_size
         if args.dataloader_drop_last and len(train_dataset) < batch:
             raise ValueError(f"dataloader_drop_last leaves nothing of {len(train_dataset)} rows in batches of {batch}")
