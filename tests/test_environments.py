@@ -187,14 +187,31 @@ class Recording(TransformersEngine):
 
     def __init__(self, off=0.0):
         super().__init__()
-        self.off = off
+        self.off, self.tokens = off, []
 
     def __call__(self, prompt_ids, **options):
         written = super().__call__(prompt_ids, **options)
         logprobs = OutputHead.of(self._model)(written.student_hidden).float().log_softmax(-1)
         own, top = logprobs.gather(-1, written.completion_ids.unsqueeze(-1)).squeeze(-1), logprobs.topk(2)
+        self.tokens.append(int(written.completion_mask.sum()))
         recorded = Recorded(own + self.off, top.indices, top.values)
         return Rollouts(prompt_ids, written.completion_ids, written.completion_mask, recorded=recorded)
+
+
+def test_the_logged_gap_is_a_mean_over_the_tokens_of_an_entry_s_micro_batches(tmp_path):
+    class OffByCalls(Recording):
+        def __call__(self, prompt_ids, **options):
+            self.off += 0.1
+            return super().__call__(prompt_ids, **options)
+
+    options = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=2)
+    made = tiny.trainer(tmp_path, talkative(), max_completion_length=30, **options)
+    made.engine = OffByCalls()
+    made.train()
+    (gap,) = (entry["engine_gap"] for entry in made.state.log_history if "loss" in entry)
+    tokens = made.engine.tokens
+    assert len(set(tokens)) > 1, "of answers of several lengths"
+    assert gap == pytest.approx(sum(0.1 * n * count for n, count in enumerate(tokens, 1)) / sum(tokens), abs=1e-3)
 
 
 def test_an_engine_that_records_is_checked_over_all_turns_of_an_episode(tmp_path):

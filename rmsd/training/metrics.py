@@ -49,6 +49,7 @@ class StepMetrics:
         self._unkept: Tensor | None = None
         self.steps = 0  # since the last entry
         self.own: dict[str, float] = {}
+        self._gaps: dict[str, tuple[float, int]] = {}  # of an engine: a sum of nats, and of how many tokens
         self._asked: dict[str, int] = {}
         self.skipped_steps = 0  # in the whole run, on every rank alike
 
@@ -63,7 +64,7 @@ class StepMetrics:
             cut = [bool(episode.counts["cut"]) for episode in batch.episodes]
             ended = ~to_device(cut, ids.device)
         repeated, ngrams = repeated_ngrams(ids, mask)
-        self.own |= batch.engine_gaps
+        self.add_gaps(batch.engine_gaps, int(batch.rollouts.on_host.completion_mask.sum()))
         self.add_seconds("judge_seconds", batch.judge_seconds)
         numbers = {
             "rollout_tokens": mask.sum(),
@@ -102,6 +103,12 @@ class StepMetrics:
     def add_seconds(self, name: str, seconds: float) -> None:
         self.own[name] = self.own.get(name, 0.0) + seconds
 
+    def add_gaps(self, gaps: dict[str, float], tokens: int) -> None:
+        """Means over so many tokens."""
+        for name, gap in gaps.items():
+            total, count = self._gaps.get(name, (0.0, 0))
+            self._gaps[name] = total + gap * tokens, count + tokens
+
     def add_asked(self, llm: LLMJudge) -> None:
         """Requests to a model that judges, and tokens that it read and wrote, since the last time."""
         asked = {"judge_requests": llm.stats["requests"], "judge_tokens": llm.tokens}
@@ -121,6 +128,7 @@ class StepMetrics:
                 del sums[name]  # of none it is no number
         means = {name: sums[name] / max(sums[count], 1.0) for name, count in _MEANS.items() if name in sums}
         entry = {name: number for name, number in sums.items() if not name.startswith("_")}
-        entry |= {**means, "skipped_steps": self.skipped_steps, **self.own}
-        self._sums, self.own, self._unkept, self.steps = {}, {}, None, 0
+        gaps = {name: total / count for name, (total, count) in self._gaps.items()}
+        entry |= {**means, "skipped_steps": self.skipped_steps, **self.own, **gaps}
+        self._sums, self.own, self._gaps, self._unkept, self.steps = {}, {}, {}, None, 0
         return entry

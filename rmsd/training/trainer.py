@@ -261,7 +261,8 @@ class RMSDTrainer(Trainer):
         # FSDP leaves the head's weight whole after the forward, until the backward.
         student, teacher = Reading(hidden, self.student_head()), Reading(teacher_hidden, self.teacher.head)
         if self.args.engine_scores:
-            self.metrics.own |= kept_engine_gaps(batch, part, student, teacher, self.loss)
+            gaps = kept_engine_gaps(batch, part, student, teacher, self.loss)
+            self.metrics.add_gaps(gaps, int(part.keep.sum()))
         # Data parallel training averages gradients over ranks; ours are shares of a sum.
         scale = self.accelerator.num_processes
         weights = gap_weights(batch, part, self.args.gap_weight)
