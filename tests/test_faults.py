@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from rmsd.judge import CachedJudge, Candidate, MagnitudeJudge, Question
 from rmsd.models.loading import load_model
 from rmsd.training.checkpoint import last_whole_checkpoint
-from rmsd.training.faults import NonfiniteGradients, saving
+from rmsd.training.faults import NonfiniteGradients, saving, skipped_in_a_row
 from rmsd.training.record import RunRecord, read_lines
 
 # ---- a full disk ---------------------------------------------------------------------------------------------------
@@ -148,14 +148,14 @@ class Poison(TrainerCallback):
         self.seen = {}
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.seen[state.global_step] = weights(model)
-        if state.global_step == 0:
+        if not self.seen:
 
             def poison(parameter):
                 if state.global_step + 1 in self.steps:
                     parameter.grad[0, 0] = self.value
 
             next(model.parameters()).register_post_accumulate_grad_hook(poison)
+        self.seen[state.global_step] = weights(model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -204,7 +204,7 @@ def test_counts_of_the_whole_run_go_on_where_it_is_resumed(tmp_path):
 
 def test_ranks_but_the_first_count_what_is_their_own(tmp_path, monkeypatch):
     made = trainer(tmp_path)
-    made.state.log_history = [{"loss": 1.0, "skipped_steps": 2, "nonfinite_rows": 7.0}, {"eval_drift": 0.0}]
+    made.state.log_history = [{"step": 3, "skipped_steps": 2, "nonfinite_rows": 7.0}, {"eval_drift": 0.0}]
     faults = NonfiniteGradients(made.metrics, made.loss, made.accelerator)
     for first, rows in ((True, 7), (False, 0)):
         monkeypatch.setattr(type(made.accelerator), "is_main_process", first)
@@ -220,6 +220,32 @@ def test_too_many_such_steps_in_a_row_stop_the_run_and_keep_its_checkpoints(tmp_
         made.train()
     assert "\n" not in str(error.value)
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+def test_steps_in_a_row_are_counted_across_a_resume(tmp_path):
+    options = dict(max_steps=9, max_skipped_steps=2, save_strategy="steps", save_steps=1)
+    begun = trainer(tmp_path, callbacks=[Poison(3, 4)], **{**options, "max_steps": 4})
+    begun.train()
+    resumed = trainer(tmp_path, callbacks=[Poison(5)], **options)
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row, up to step 5 \(max_skipped_steps=2\)"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize(
+    ("entries", "step", "skipped"),
+    [
+        ([], 0, 0),
+        ([(1, 1), (2, 1), (3, 2), (4, 3)], 4, 2),
+        ([(1, 1), (2, 2)], 2, 2),
+        ([(1, 1), (2, 1)], 2, 0),
+        ([(2, 1), (4, 3)], 4, 2),  # of the first two steps either
+        ([(2, 2), (4, 3)], 4, 0),  # of the last two either
+        ([(2, 2)], 3, 0),
+    ],
+)
+def test_skips_in_a_row_by_the_log(entries, step, skipped):
+    history = [{"step": at, "skipped_steps": count} for at, count in entries] + [{"step": step, "eval_drift": 0.0}]
+    assert skipped_in_a_row(history, step) == skipped
 
 
 # ---- what a model folder may do ------------------------------------------------------------------------------------

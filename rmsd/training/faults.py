@@ -1,8 +1,10 @@
 """Faults that a run survives, or that end it in one clear line."""
 
 import contextlib
+import itertools
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ log = logging.getLogger("rmsd")
 
 class NonfiniteGradients(TrainerCallback):
     """Skips an optimiser step whose gradient holds a NaN or an infinity; counts it as `skipped_steps` in the log. On a
-    resume this count and that of nonfinite_rows go on from the log's.
+    resume this count, that of nonfinite_rows and that of skips in a row go on from the log's.
 
     Args:
         metrics: counts `skipped_steps`.
@@ -36,6 +38,7 @@ class NonfiniteGradients(TrainerCallback):
         self.in_a_row = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.in_a_row = skipped_in_a_row(state.log_history, state.global_step)
         counted = next((entry for entry in reversed(state.log_history) if "skipped_steps" in entry), None)
         if counted is None:
             return
@@ -63,6 +66,19 @@ class NonfiniteGradients(TrainerCallback):
         log.warning("step %d is skipped: its gradient is not finite", state.global_step + 1)
         # Without gradients an optimiser leaves parameters, their decay and its own state alone.
         model.zero_grad(set_to_none=True)
+
+
+def skipped_in_a_row(history: Sequence[dict], step: int) -> int:
+    """Steps up to `step` that were skipped one after the other, by the log's entries; of an entry of several steps, not
+    all of which were, it is not known which, and the last are taken for well."""
+    counted = [(0, 0), *((entry["step"], entry["skipped_steps"]) for entry in history if "skipped_steps" in entry)]
+    skipped = 0
+    if counted[-1][0] == step:  # what came after the last entry is not known either
+        for (first, before), (last, after) in reversed([*itertools.pairwise(counted)]):
+            if after - before < last - first:
+                break
+            skipped += last - first
+    return skipped
 
 
 @contextlib.contextmanager
