@@ -1,7 +1,10 @@
 """The command line: `rmsd preflight | judge | train | eval | report | check | keys | env`."""
 
+import atexit
+import contextlib
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -239,13 +242,19 @@ def main() -> None:
 
 def _leave(message: str, code: int = 1) -> None:
     """One of several processes leaves at once, for the others wait for it in a collective operation: a launcher stops
-    them when it sees it gone, and threads that still wait for a judge would keep it."""
+    them when it sees it gone. Nor does a single one wait for threads that a judge may keep."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     # On a line of its own, not behind a progress bar, which another process may have drawn.
     prefix = f"\nrmsd: rank {os.environ.get('RANK', 0)}: " if several else "rmsd: "
     tqdm.write(prefix + message, file=sys.stderr)
-    if several:
-        sys.stderr.flush()
+    own = (threading.main_thread(), threading.current_thread())
+    waiting = any(not (thread.daemon or thread in own) for thread in threading.enumerate())
+    if waiting and not several:
+        atexit._run_exitfuncs()  # what an exit does but for joining threads
+    if waiting or several:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

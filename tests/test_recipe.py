@@ -422,6 +422,7 @@ def test_ctrl_c_says_how_to_go_on(recipe, monkeypatch, capsys, command, hint):
     monkeypatch.setattr("rmsd.run.train.train", interrupted)
     monkeypatch.setattr("rmsd.run.train.evaluate", interrupted)
     monkeypatch.setattr(sys, "argv", ["rmsd", command, str(recipe)])
+    monkeypatch.setattr("threading.enumerate", list)  # of threads that other tests have left it would take its leave
     with pytest.raises(SystemExit) as left:
         main()
     said = capsys.readouterr().err

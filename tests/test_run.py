@@ -309,3 +309,22 @@ def test_waiting_threads_sleep_unless_the_user_would_have_them_spin(asked):
     environment |= {"OMP_WAIT_POLICY": asked} if asked else {}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["False", asked or "PASSIVE"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"), [("OSError('x')", 1, "x"), ("KeyboardInterrupt", 130, "interrupted")]
+)
+def test_a_process_that_fails_leaves_though_a_judge_hangs(error, code, line):
+    program = (
+        "import atexit, concurrent.futures, time\n"
+        "from rmsd import cli\n"
+        "def app():\n"
+        "    concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 120)\n"
+        "    print('begun')\n"
+        "    atexit.register(print, 'ended')\n"
+        f"    raise {error}\n"
+        "cli.app = app\n"
+        "cli.main()\n"
+    )
+    left = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (left.returncode, left.stdout, left.stderr) == (code, "begun\nended\n", f"rmsd: {line}\n")

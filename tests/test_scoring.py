@@ -1,5 +1,6 @@
 """Candidates and wishes: from hidden states, and from what an engine recorded, without one."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -149,3 +150,23 @@ def test_as_many_are_kept_of_each_turn():
     assert batch.kept == [[0, 1, 2, 8]]
     judge_as_scored([batch], None, tokenizer(), max_kept=3, per_turn=True)
     assert batch.kept == [[*range(6), *range(8, 12)]], "without a judge every written token is"
+
+
+def test_an_error_does_not_wait_for_a_judge_that_hangs():
+    batch = of_two_turns("logprob_gap", 6, lambda hidden: hidden + hidden.flip(-1))
+    asked, released, seen = threading.Event(), threading.Event(), []
+
+    def hanging(questions):
+        asked.set()
+        seen.append(released.wait(20))
+        return [[] for _ in questions]
+
+    def interrupted():
+        yield batch
+        asked.wait(20)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge_as_scored(interrupted(), hanging, tokenizer(), max_kept=3)
+    assert not seen, "it hangs still"
+    released.set()

@@ -106,7 +106,8 @@ def judge_as_scored(
     per_turn: bool = False,
 ) -> None:
     """Has every micro-batch judged: the judge reads one while the next is written and scored."""
-    with ThreadPoolExecutor(1) as executor:
+    executor = ThreadPoolExecutor(1)
+    try:
         asked = []
         for batch in scored:
             batch.questions = questions_of(batch, tokenizer, max_kept, min_gap, per_turn)
@@ -116,6 +117,8 @@ def judge_as_scored(
                     answer.result()  # a judge that has failed ends the step before more is written
         for answer in asked:
             answer.result()
+    finally:  # where it unwinds by an error or Ctrl-C, a judge that hangs is not waited for
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def ask(judge: Judge, questions: Sequence[Question]) -> list[list[int]]:
