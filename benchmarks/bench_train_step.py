@@ -99,6 +99,9 @@ class RecordedRollouts:
     def sleep(self) -> None:
         pass
 
+    def finish(self) -> None:
+        pass
+
     def __call__(self, prompt_ids, **options) -> Rollouts:
         return in_order(self.rollouts, prompt_ids)
 

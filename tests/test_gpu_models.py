@@ -152,6 +152,8 @@ class Replayed:
     def sleep(self):
         pass
 
+    finish = sleep
+
     @contextlib.contextmanager
     def turns(self):
         yield

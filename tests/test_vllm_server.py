@@ -146,6 +146,35 @@ def test_the_weights_before_are_dropped_once_the_next_are_there(vllm, tmp_path):
     assert vllm.posted[-1][1]["model"] == "base"
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["its own folder", "a folder that may be shared"])
+def test_a_run_leaves_nothing_where_it_ends_and_its_own_folder_without_what_a_killed_one_left(
+    monkeypatch, tmp_path, named
+):
+    drawn, client = Drawn(max_model_len=256), httpx.Client
+    monkeypatch.setattr(httpx, "Client", lambda **options: client(transport=httpx.MockTransport(drawn), **options))
+    folder = tmp_path / "shared" if named else tmp_path / "run" / "engine"
+    left, other = folder / f"rmsd-{'0a' * 16}", folder / "rmsd-notes"
+    for each in (left, other):
+        each.mkdir(parents=True)
+    drawn.loaded.add(left.name)
+    options = dict(engine="vllm_server", engine_url=URL, engine_folder=str(folder) if named else None)
+    tiny.trainer(tmp_path / "run", lora(), **options).train()
+    assert {*folder.iterdir()} == ({left, other} if named else {other})
+    assert drawn.loaded == ({left.name} if named else set())
+
+
+def test_a_server_that_is_gone_is_not_waited_for_at_the_end(vllm, tmp_path):
+    model = lora()
+    made = engine(tmp_path, model)
+    made.sync(model)
+    vllm.away = [httpx.ConnectError("refused")]
+    made.finish()
+    assert not vllm.away and not list(tmp_path.iterdir())
+    made.sync(model)
+    made([[5, 6]], **OPTIONS)
+    assert [each.name for each in tmp_path.iterdir()] == [vllm.posted[-1][1]["model"]]
+
+
 def test_options_of_the_server_are_checked(tmp_path):
     with pytest.raises(ValueError, match="engine_url must begin with http"):
         RMSDConfig(output_dir=str(tmp_path), engine_url="localhost:8000")

@@ -41,6 +41,9 @@ class Engine(Protocol):
     def sleep(self) -> None:
         """Lets go of memory that training can use: nothing is asked of it until the next sync."""
 
+    def finish(self) -> None:
+        """Training has ended: what the engine keeps outside this process is removed. It may begin again by a sync."""
+
     def turns(self) -> contextlib.AbstractContextManager:
         """Calls inside are turns of the same rollouts: an engine may keep what it has read of them."""
 
@@ -59,6 +62,9 @@ class TransformersEngine:
 
     def sleep(self) -> None:
         """It holds nothing."""
+
+    def finish(self) -> None:
+        """Nor does it leave anything."""
 
     @contextlib.contextmanager
     def turns(self):
@@ -90,6 +96,7 @@ def engine_for(args, model: nn.Module, *, max_length: int, autocast: Callable = 
         max_length=max_length,
         seconds=args.engine_seconds,
         num_top=num_top,
+        own_folder=not args.engine_folder,
     )
 
 

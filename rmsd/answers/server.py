@@ -1,5 +1,6 @@
 """A vLLM server as a client sees it: asked again while it is away, and what it says against a request in one line."""
 
+import contextlib
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ class VLLMServer:
         Raises:
             ConnectionError: in one line, it stays away for `seconds`, or takes longer to answer.
         """
-        url = self.url + path.removeprefix("/v1") if path.startswith("/v1") else self.url.removesuffix("/v1") + path
+        url = self._at(path)
         ask = partial(self._client.get, url) if body is None else partial(self._client.post, url, json=body)
         started, wait, told = time.monotonic(), 0.5, False
         while True:
@@ -62,6 +63,14 @@ class VLLMServer:
                 told = True
             time.sleep(wait)
             wait = min(2 * wait, 10.0)
+
+    def tell(self, path: str, body: dict) -> None:
+        """Posts what may be lost: a server that is away is not waited for."""
+        with contextlib.suppress(httpx.HTTPError):
+            self._client.post(self._at(path), json=body, timeout=5.0)
+
+    def _at(self, path: str) -> str:
+        return self.url + path.removeprefix("/v1") if path.startswith("/v1") else self.url.removesuffix("/v1") + path
 
     def base_model(self, max_length: int) -> str:
         """The name of the model that it was started with. It is not waited for: a run has not begun yet.

@@ -130,6 +130,9 @@ class VLLMEngine:
             self._llm.sleep(level=1)
             self._asleep = True
 
+    def finish(self) -> None:
+        """Its files go with the process."""
+
     def __call__(
         self,
         prompt_ids: list[list[int]],

@@ -6,6 +6,7 @@ base model that it was started with; of any other student all weights, in files 
 
 import contextlib
 import logging
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from .vllm_engine import answers_read, recorded_of, rollouts_of_lists
 log = logging.getLogger("rmsd")
 
 _LEAST = -9999.0  # what the server writes for the logarithm of 0
+_VERSION = re.compile(r"rmsd-[0-9a-f]{32}")  # what is sent once, by its folder's name
 _RELOADS = 3  # of the same weights, for one batch
 _Answer = TypeVar("_Answer")
 
@@ -47,6 +49,7 @@ class VLLMServerEngine:
         max_length: tokens of a prompt and its answer together, at most.
         seconds: that the server may take for an answer, or to come back after it was away.
         num_top: likeliest tokens recorded at every position.
+        own_folder: it is this run's alone, so what is left there of one that was killed is removed.
 
     An answer follows from the weights and its own seed, so what was asked of a server that died is asked again once it
     is back, and comes out the same. A server that has restarted is sent the weights again: an adapter has a name that
@@ -58,7 +61,15 @@ class VLLMServerEngine:
     """
 
     def __init__(
-        self, model: nn.Module, *, url: str, folder: str | Path, max_length: int, seconds: float, num_top: int = 0
+        self,
+        model: nn.Module,
+        *,
+        url: str,
+        folder: str | Path,
+        max_length: int,
+        seconds: float,
+        num_top: int = 0,
+        own_folder: bool = False,
     ):
         self._server, self._folder, self._num_top = VLLMServer(url, seconds), Path(folder), num_top
         self._device = next(model.parameters()).device
@@ -69,6 +80,7 @@ class VLLMServerEngine:
         else:
             self._check_full(model)
         self._name, self._held, self._stale = self._base, None, None
+        self._own_folder = own_folder
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 
@@ -79,12 +91,32 @@ class VLLMServerEngine:
         state = PartialState()
         state.wait_for_everyone()
         if state.is_main_process:
+            if self._own_folder:
+                self._remove_left()
             self._name, self._held = self._written(model)
             self._load()
             if self._stale and self._stale != self._held:
                 self._forget(self._stale)
         self._name, self._held = broadcast_object_list([(self._name, self._held)])[0]
         self._stale = self._held
+
+    def finish(self) -> None:
+        """The run has ended: what it sent last is removed. The next sync, if there is one, sends all anew."""
+        if self._held and PartialState().is_main_process:
+            self._remove(self._held)
+        self._name, self._held, self._stale = self._base, None, None
+
+    def _remove_left(self) -> None:
+        """Once, before anything of this run is there."""
+        self._own_folder = False
+        for folder in self._folder.glob("rmsd-*"):
+            if _VERSION.fullmatch(folder.name) and folder.is_dir():
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        if self._by_adapter:
+            self._server.tell("/v1/unload_lora_adapter", {"lora_name": folder.name})
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _written(self, model: nn.Module) -> tuple[str, Path | None]:
         """What the server will call the model's weights, and the folder that they were written to."""

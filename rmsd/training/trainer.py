@@ -158,6 +158,7 @@ class RMSDTrainer(Trainer):
             checkpoint = self.watch.checkpoint_to_go_on_from(self.args, self.state)
             self.args.eval_on_start = False  # an entry of a step that none is due at would count towards a plateau
             output = super().train(resume_from_checkpoint=str(checkpoint))
+        self.engine.finish()
         return output
 
     # ---- the step, in the order the data flows ---------------------------------------------------------------------
