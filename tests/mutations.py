@@ -295,7 +295,8 @@ MUTATIONS = {
     "rmsd_kernels/cpu/scan.h": [
         ("s.total *= student_factor;", ""),
         ("t.total *= teacher_factor;", "t.total *= student_factor;"),
-        ("scan.student_cross = student_factor * (scan.student_cross + s.total * (student_moved - teacher_moved));", ""),
+        ("scan.student_cross + s.total * (student_moved - teacher_moved);", "scan.student_cross;"),
+        ("student_factor > 0 ? student_factor * student_cross : 0", "student_factor * student_cross"),
         ("s.weighted = student_factor * (s.weighted + s.total * student_shift);", ""),
         ("student_cross / student.total - student.log_total() + teacher.log_total()", "student_cross / student.total"),
         ("scan.teacher_misses |= student[i] > -kInf && teacher[i] == -kInf;", ""),
@@ -342,6 +343,7 @@ MUTATIONS = {
         ("teacher_log_total - one + mean_slope", "teacher_log_total - one"),
         ("scan.teacher.log_total() + divergence)", "scan.teacher.log_total())"),
         ("stats.student.distance(s) - stats.teacher.distance(t)", "s - t"),
+        ("at::vec::clamp_min(slope, Vec(kLowest))", "slope"),
         ("Normaliser(student_rest.peak, std::log(student_rest.total) - log_q)",
          "Normaliser(student_rest.peak, std::log(student_rest.total))"),
         ("stats.mean_slope = -1.f;", "stats.mean_slope = 1.f;"),
