@@ -205,9 +205,13 @@ def test_the_other_methods_train_evaluate_and_are_resumed(kind, tmp_path, monkey
         "train.use_cpu=true",
     ]
     folder = tmp_path / "run"
+    folder.mkdir()  # as a run leaves it that is killed before its first checkpoint
+    (folder / "metrics.jsonl").write_text(json.dumps(dict(kind="eval", step=0)) + "\n")
     for steps in (1, 2):  # the second goes on from the first's checkpoint
         recipe = load_recipe("recipes/qwen_coder_pinapple.yaml", [*settings, f"train.max_steps={steps}"])
         baselines.train(kind, recipe, folder)
+        if steps == 1:
+            (folder / "checkpoint-2").mkdir()  # and one that is killed while it writes its second
     assert (folder / "model" / "adapter_config.json").exists()
     lines = read_lines(folder / "metrics.jsonl")
     evaluated = [line["step"] for line in lines if line["kind"] == "eval"]

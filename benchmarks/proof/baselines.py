@@ -171,7 +171,7 @@ def _trained(recipe: Recipe, run: Path, made: Callable[..., Trainer]) -> None:
     """Leaves in the run's folder what `rmsd train` leaves: recipe.yaml, metrics.jsonl and the adapter. The steps, the
     rate and its schedule, the batch, evaluations and checkpoints are the recipe's."""
     args = trainer_config(recipe, run).with_learning_rate(has_adapter=True)
-    begun = last_whole_checkpoint(run) is not None
+    begun = last_whole_checkpoint(run)
     set_seed(recipe.seed)
     base, tokenizer = load(recipe, args.device)
     environments = environments_of(callable_of(recipe, load_task(recipe.task)), args)
@@ -188,7 +188,7 @@ def _trained(recipe: Recipe, run: Path, made: Callable[..., Trainer]) -> None:
         logging_steps=1,
         eval_strategy="steps",
         eval_steps=args.eval_steps,
-        eval_on_start=not begun,
+        eval_on_start=begun is None,
         save_steps=args.save_steps,
         save_total_limit=1,
         report_to="none",
@@ -196,10 +196,11 @@ def _trained(recipe: Recipe, run: Path, made: Callable[..., Trainer]) -> None:
         use_cpu=args.use_cpu,
         disable_tqdm=True,
     )
-    given = dict(processing_class=tokenizer, evaluator=evaluator, callbacks=[RunRecord(run, resume=True)])
+    given = dict(processing_class=tokenizer, evaluator=evaluator, callbacks=[RunRecord(run, resume=begun is not None)])
     run.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     (run / "recipe.yaml").write_text(text, encoding="utf-8")
     trainer = made(base, tokenizer, args, options, given)
-    trainer.train(resume_from_checkpoint=begun)
+    # By name: transformers would take the newest, which a kill may have left torn.
+    trainer.train(resume_from_checkpoint=begun and str(begun))
     trainer.save_model(str(run / "model"))
