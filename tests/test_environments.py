@@ -160,6 +160,20 @@ def test_a_reset_that_says_more_than_the_model_holds_drops_its_rollout(tmp_path)
     assert not any("It is so." in line["prompt"] for line in read_lines(tmp_path / "rollouts.jsonl"))
 
 
+def test_a_context_made_after_the_rollout_that_the_model_cannot_hold_drops_it(tmp_path):
+    """The tiny model has 256 positions; past them it would read nonsense, and an engine would end the run."""
+
+    def context_after(row, transcript):
+        return "It came to one. " * (60 if "services" in row["prompt"] else 1)
+
+    made = trainer(tmp_path, max_steps=1, trainer=dict(context_after=context_after))
+    made.train()
+    entry = made.state.log_history[0]
+    assert entry["dropped_rollouts"] == 1 and entry["kept_sequences"] == 3
+    (dropped,) = (line for line in read_lines(tmp_path / "rollouts.jsonl") if line["episode"].get("dropped"))
+    assert dropped["privileged_context"] == ROWS[3]["privileged_context"]
+
+
 def test_a_step_whose_environments_all_died_trains_nothing(tmp_path):
     made = trainer(tmp_path, rows=[ROWS[2]] * 4, factory=Dying, max_steps=1)
     before = weights(made.model)

@@ -1,5 +1,7 @@
 """The client of a vLLM server, against answers that are made up; vllm_server_cases.py runs a real one."""
 
+import threading
+
 import httpx
 import pytest
 import tiny
@@ -25,8 +27,8 @@ def vllm(monkeypatch):
     return made
 
 
-def lora():
-    return get_peft_model(tiny.model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+def lora(**more):
+    return get_peft_model(tiny.model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **more))
 
 
 def engine(tmp_path, model, **changed):
@@ -117,6 +119,31 @@ def test_a_server_that_restarted_empty_is_sent_the_weights_again(vllm, tmp_path,
     vllm.forgets = 9
     with pytest.raises(ConnectionError, match="has lost the weights 3 times"):
         made([[5, 6]], **OPTIONS)
+
+
+def test_an_adapter_that_tokens_switch_on_is_refused(vllm, tmp_path):
+    """The server would apply it at every token."""
+    with pytest.raises(ValueError, match="use engine=transformers"):
+        engine(tmp_path, lora(alora_invocation_tokens=[5]))
+
+
+def test_where_a_request_fails_those_under_way_are_not_waited_for(vllm, tmp_path, monkeypatch):
+    made = engine(tmp_path, lora())
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def completed(body):
+        if body["prompt"] == [5]:
+            begun.wait(60)
+            raise ConnectionError("refused")
+        begun.set()
+        may_end.wait(20)
+        ended.set()
+
+    monkeypatch.setattr(made, "_completed", completed)
+    with pytest.raises(ConnectionError, match="refused"):
+        made([[5], [6]], **OPTIONS)
+    assert not ended.is_set()
+    may_end.set()
 
 
 def test_of_a_quantised_student_the_adapter_alone_is_sent(vllm, tmp_path):

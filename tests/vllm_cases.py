@@ -83,6 +83,14 @@ def test_greedy_answers_are_generate_s_and_follow_the_weights(tied):
     assert not torch.equal(engine(PROMPTS, **options()).completion_ids, before)
 
 
+def test_an_id_that_the_model_s_config_names_alone_ends_no_answer():
+    """transformers' generate is told which ids end an answer, and vLLM must go by the same."""
+    model = student()
+    model.config.eos_token_id = generate(model, PROMPTS, **options()).completion_ids[0, 1].item()
+    assert model.config.eos_token_id not in options()["eos_ids"]
+    assert_same_answers(built(model), model)
+
+
 def change_adapter(model, seed):
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():

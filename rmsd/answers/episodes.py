@@ -17,7 +17,7 @@ from .turns import TurnSuffix
 log = logging.getLogger("rmsd")
 
 Write = Callable[..., Rollouts]  # an engine: prompt_ids, max_new_tokens=, seed= -> an answer each
-
+Reader = tuple[Callable[[dict], list[int]], float]  # a row's prompt as somebody reads it, and its tokens at most
 
 # (tokens, ...) each of what the engine records as it writes: hidden states, and the tensors of Recorded. None: it does
 # not.
@@ -65,9 +65,7 @@ class Episodes:
                 self.suffix.difference,
             )
 
-    def start(
-        self, rows: Sequence[dict], readers: Sequence[tuple[Callable[[dict], list[int]], float]]
-    ) -> tuple[list[Episode], list[list[int]]]:
+    def start(self, rows: Sequence[dict], readers: Sequence[Reader]) -> tuple[list[Episode], list[list[int]]]:
         """The rows' episodes, and each one's prompt as the first of `readers` has it; beside each reader stands how
         many tokens a prompt may have. One whose environment said more in its reset has died, and its row stays as is.
         """
@@ -75,11 +73,9 @@ class Episodes:
         for i, (row, episode) in enumerate(zip(rows, episodes, strict=True)):
             if episode.row["prompt"] == row["prompt"]:
                 continue  # whose length is known
-            lengths = [(len(ids_of(episode.row)), most) for ids_of, most in readers]
-            if over := [f"{length} tokens, and {most} leave" for length, most in lengths if length > most]:
+            if over := _over(episode.row, readers):
                 episode.awaits.close()
-                why = f"reset: what it said makes a prompt of {over[0]} room for an answer"
-                episodes[i] = Episode(dict(row), {}, died=why)
+                episodes[i] = Episode(dict(row), {}, died=f"reset: {over}")
         return episodes, [readers[0][0](episode.row) for episode in episodes]
 
     def play(
@@ -93,9 +89,11 @@ class Episodes:
         eos_ids: Sequence[int],
         seed: int | Sequence[int],
         device,
+        tellers: Sequence[Reader] = (),
     ) -> Rollouts:
         """The episodes' rollouts, up to `max_new_tokens` each, what their tools said included. The episodes' own
-        transcripts, counts, rewards and feedback are written into them.
+        transcripts, counts, rewards and feedback are written into them. `tellers` are the teacher's prompts: one that
+        what happened has made too long ends its episode as one whose environment died, with the context from before.
 
         A rollout whose environment died has no token that the model wrote: nothing of it is scored or trained on.
         """
@@ -119,7 +117,12 @@ class Episodes:
                 tokens[i].add(ids, turn, _records(written, row, len(ids)))
                 calls[i] = self._read(episodes[i], ids, turn, ended=bool(ids) and ids[-1] in eos_ids)
             active = self._answered(episodes, tokens, {i: made for i, made in calls.items() if made}, max_new_tokens)
+        before = [episode.row.get("privileged_context", "") for episode in episodes]
         self.environments.finish(episodes)
+        for episode, context in zip(episodes, before, strict=True):
+            told_more = episode.row.get("privileged_context", "") != context
+            if told_more and (over := _over(episode.row, tellers)):
+                episode.died, episode.row["privileged_context"] = f"its end: {over}", context
         return _rollouts(tokens, [bool(episode.died) for episode in episodes], pad_id, device)
 
     def _read(self, episode: Episode, ids: list[int], turn: int, ended: bool) -> list:
@@ -155,6 +158,13 @@ class Episodes:
             tokens[i].read(said)
             going_on.append(i)
         return going_on
+
+
+def _over(row: dict, readers: Sequence[Reader]) -> str | None:
+    """How a row's prompt is longer than one of its readers can read; None where it is not."""
+    lengths = ((len(ids_of(row)), most) for ids_of, most in readers)
+    over = next((f"{length} tokens, and {most} leave" for length, most in lengths if length > most), None)
+    return over and f"what it said makes a prompt of {over} room for an answer"
 
 
 def _records(written: Rollouts, row: int, length: int) -> _Records:

@@ -239,8 +239,11 @@ class VLLMServerEngine:
                 cache_salt=self._held.name if self._held else "base",
             )
             bodies = [{**fixed, **each, "prompt": ids} for ids, each in zip(prompt_ids, sampling, strict=True)]
-            with ThreadPoolExecutor(min(len(bodies), REQUESTS), thread_name_prefix="engine") as pool:
+            pool = ThreadPoolExecutor(min(len(bodies), REQUESTS), thread_name_prefix="engine")
+            try:
                 return list(pool.map(self._completed, bodies))
+            finally:  # where it unwinds by an error or Ctrl-C, what is under way is not waited for
+                pool.shutdown(wait=False, cancel_futures=True)
 
         return self._with_weights(ask)
 
@@ -264,7 +267,13 @@ class VLLMServerEngine:
     # ---- what it can be sent -----------------------------------------------------------------------------------------
 
     def _check_adapter(self, model) -> None:
-        kind = getattr(model.peft_config[model.active_adapters[0]].peft_type, "value", None)
+        adapter = model.peft_config[model.active_adapters[0]]
+        kind = getattr(adapter.peft_type, "value", None)
+        if getattr(adapter, "alora_invocation_tokens", None):
+            raise ValueError(
+                "engine=vllm_server is sent a LoRA adapter that is on at every token, and alora_invocation_tokens "
+                "switch this one on within a prompt: use engine=transformers"
+            )
         if kind != "LORA" or beside_adapter(model):
             what = f"{beside_adapter(model)} is trained beside it" if kind == "LORA" else f"it is {kind}"
             raise ValueError(f"engine=vllm_server is sent a LoRA adapter alone, and {what}: use engine=vllm")

@@ -44,15 +44,16 @@ def write(
             return writer(ids, seed=seeds, **options, **sampling)
         played = [batch.episodes[i] for i in rows]
         with writer.turns():
-            return episodes.play(partial(writer, **sampling), played, ids, seed=seeds, device=device, **options)
+            turn = partial(writer, **sampling)
+            return episodes.play(turn, played, ids, seed=seeds, device=device, tellers=tellers, **options)
 
     if batch.rows[0].get("completion") is not None:
         batch.rollouts = rollouts_of(batch.rows, batch.prompt_ids, prompts.tokenizer, pad_id, device)
         return batch
     if episodes is not None:
         own, told = (most - max_new_tokens for most in context)
-        readers = [(prompts.student, own), (prompts.teacher, told), (lambda row: prompts.contrast(row) or [], told)]
-        batch.episodes, batch.prompt_ids = episodes.start(batch.rows, readers)
+        tellers = [(prompts.teacher, told), (lambda row: prompts.contrast(row) or [], told)]
+        batch.episodes, batch.prompt_ids = episodes.start(batch.rows, [(prompts.student, own), *tellers])
         batch.rows = [episode.row for episode in batch.episodes]  # an environment may have added to a row's prompt
     batch.guided = guided_rows(batch.rows, guided_rollouts, seed) if guided_rollouts else None
     guided = batch.guided or []
