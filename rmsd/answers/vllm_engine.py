@@ -151,6 +151,7 @@ class VLLMEngine:
             SamplingParams(
                 max_tokens=max_new_tokens,
                 stop_token_ids=eos_ids,
+                ignore_eos=True,  # those of the model's config, which need not be ours
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
