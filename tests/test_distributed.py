@@ -10,6 +10,8 @@ from budget import assert_within_budget, plain_torch, rounding_of
 from sharded import NAMES, ROWS, SHARDS, UPSTREAM, V, sampled_ids
 
 import rmsd_kernels
+from rmsd_kernels.heads import topk
+from rmsd_kernels.options import complete_options
 from rmsd_kernels.reference import TokenScores, token_divergence, token_scores
 
 CASES = sharded.cases()
@@ -83,6 +85,25 @@ def test_the_merge_is_exact(name, world, ranks):
     joined = (got[0]["grads"][0], *(torch.cat([seen["grads"][i] for seen in got]) for i in (1, 2)))
     for have, want in zip(joined, grads, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-11)
+
+
+def test_a_rest_whose_mass_underflows_has_its_gradient_of_a_forward_kl():
+    """p_j Q / P, where p_j and P are e^-100 and the teacher's Q is not."""
+    student, teacher = torch.tensor([[3.0, 0.0, *range(-100, -110, -1)]]), torch.linspace(-1, 1, 12).view(1, -1)
+    wanted = dict(divergence="forward_kl", vocab_topk=2)
+    options = complete_options("a test", student, 12, **wanted)
+    shards = [(student[:, part], teacher[:, part]) for part in (slice(6), slice(6, 12))]
+    sent = [topk.shard_candidates(*shard, 2, 2, options) for shard in shards]
+    merged = topk.MergedTopK(torch.stack([partial for partial, _ in sent]).double(), [2, 2], options)
+    got = [
+        topk.shard_topk_gradient(
+            shards[i][0], merged.student_lse, merged.by_other[:, i], merged.by_candidate[:, i], sent[i][1], options
+        )
+        for i in range(2)
+    ]
+    exact = student.double().requires_grad_()
+    (want,) = torch.autograd.grad(token_divergence(exact, teacher.double(), **wanted).sum(), exact)
+    torch.testing.assert_close(torch.cat(got, -1), want.float())
 
 
 def test_cases_hold_what_they_are_for():

@@ -125,5 +125,7 @@ def shard_topk_gradient(
 ) -> Tensor:
     """(n, V_i) gradient of the whole row's divergence by the shard's scaled logits."""
     student, _ = scaled_pair(student_logits, student_logits, options)
-    grad = less_lse(student, student_lse).exp() * by_other.to(student.dtype).unsqueeze(-1)
+    # p_j by_other as one exponential: by_other is as large as Q / P in a forward KL, and fp32 may hold neither factor.
+    size = less_lse(student, student_lse - by_other.abs().log()).exp()
+    grad = size * by_other.sign().to(student.dtype).unsqueeze(-1)
     return grad.scatter(-1, ids, by_candidate.to(grad.dtype))
