@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rmsd.run.skeleton
 from rmsd.answers.data import checked_rows
 from rmsd.answers.prompts import encode, fix_template_variables
+from rmsd.cli import main
 from rmsd.judge import LLMJudge
 from rmsd.models.wheels import is_gguf, readable
 from rmsd.run.judges import build_judge
@@ -140,12 +140,13 @@ def test_all_weights_on_eight_devices():
     assert f"are {held:.1f} GiB on each" in QWEN.read_text() and held < 80 * 0.9
 
 
-def test_the_command_line_prints_the_plan(recipe):
-    command = [sys.executable, "-m", "rmsd", "train", str(recipe), "dry_run=true", "judge.kind=context"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("plan (a dry run") and "context: no requests" in result.stdout
-    assert "parameters\n" in result.stdout and "by the model's own config" in result.stdout
+def test_the_command_line_prints_the_plan(recipe, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rmsd", "train", str(recipe), "dry_run=true", "judge.kind=context"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().out
+    assert not left.value.code and said.startswith("plan (a dry run") and "context: no requests" in said
+    assert "parameters\n" in said and "by the model's own config" in said
 
 
 # ---- what it refuses -----------------------------------------------------------------------------------------------
