@@ -92,6 +92,14 @@ def test_another_optimizers_state_is_refused_without_a_recipe_too(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_a_run_that_is_resumed_from_its_last_step_makes_no_other(tmp_path):
+    options = dict(save_strategy="steps", save_steps=1, max_steps=1, per_device_train_batch_size=1)
+    tiny.trainer(tmp_path, **options).train()
+    resumed = tiny.trainer(tmp_path, **options)  # of four rows, so within an epoch
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 1 and not (tmp_path / "checkpoint-2").exists()
+
+
 @pytest.mark.parametrize("place", ["file", "/proc/x"])
 def test_a_folder_that_cannot_be_one_is_named_before_a_model_is_loaded(begun, tmp_path, monkeypatch, place):
     monkeypatch.setattr("rmsd.run.train.load_model", lambda *a, **k: pytest.fail("nothing is to be loaded"))

@@ -166,6 +166,8 @@ class RMSDTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Prompts become rollouts, scored and judged, for all of a step's micro-batches before the first backward: the
         loss is a mean over the sequences that keep a token, and their number must be known first."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            return [], None  # resumed from its last step: Trainer counts steps when they are made, and makes one more
         rows, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not rows:
             return [], None
