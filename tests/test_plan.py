@@ -10,6 +10,7 @@ import tiny
 import torch
 import yaml
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rmsd.run.skeleton
@@ -175,6 +176,16 @@ def test_what_would_stop_the_run_stops_the_dry_run(recipe, overrides, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         train(load_recipe(recipe, ["dry_run=true", *overrides]))
     assert message in str(error.value)
+
+
+def test_an_adapter_s_folder_is_planned_as_the_run_takes_it(recipe, folder, tmp_path):
+    """Its teacher may be the model without it, and a second one has no shards."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    own = f"model={tmp_path / 'adapter'}"
+    assert "(LoRA)" in str(planned(recipe, own, "train.teacher=adapter_off"))
+    with pytest.raises(ValueError, match="cannot keep a second adapter"):
+        planned(recipe, own, "train.fsdp=true", "train.continuation_steps=[1]")
 
 
 def test_architecture_stands_in_for_a_hub_that_is_away_not_for_a_model_that_it_does_not_have(recipe, monkeypatch):

@@ -52,6 +52,16 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
     ]
 
 
+def test_where_and_what_a_run_wrote_makes_no_series_of_its_own(tmp_path):
+    """As by --quiet, or by a tracker's name that holds the seed."""
+    wrote = ({"disable_tqdm": True, "recorded_rollouts": 0}, {"report_to": "wandb", "run_name": "2"})
+    runs = [
+        read_run(make_run(tmp_path / f"{seed}", seed=seed, recipe={"train": {"max_steps": 30, **more}}))
+        for seed, more in enumerate(({}, *wrote))
+    ]
+    assert [one.members for one in group(runs)] == ["3 seeds"]
+
+
 def test_judges_make_series_of_their_own(tmp_path):
     runs = [read_run(make_run(tmp_path / judge, judge=judge)) for judge in ("context", "magnitude")]
     assert [one.label for one in group(runs)] == ["RMSD · context judge", "RMSD · magnitude judge"]

@@ -11,8 +11,10 @@ import yaml
 
 METHODS = {"rmsd": "RMSD", "opsd": "OPSD"}
 JUDGES = {"llm": "LLM"}
-# Keys that say where or how often a run wrote, or which seed it had, not what it did.
+# Beginnings of keys that say where or how often a run wrote, or which seed it had, not what it did.
 _INCIDENTAL = ("seed", "output_dir", "resume", "judge.cache", "judge.replay", "train.save_", "train.logging_")
+_INCIDENTAL += ("train.disable_tqdm", "train.recorded_rollouts", "train.report_to", "train.run_name", "train.hub_")
+_INCIDENTAL += ("train.push_to_hub",)
 
 
 @dataclass

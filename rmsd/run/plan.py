@@ -63,10 +63,11 @@ class Plan:
             FileNotFoundError, ValueError: what would stop the run itself once its weights are loaded, in one line.
         """
         model, tokenizer, source = skeleton(recipe)
-        if args.teacher == "adapter_off" and not recipe.lora:
+        has_adapter = hasattr(model, "peft_config")  # by a lora section, or the model's own
+        if args.teacher == "adapter_off" and not has_adapter:
             raise ValueError("teacher='adapter_off' needs a lora section; 'initial' keeps a copy of any other model")
         if args.fsdp:
-            check_sharded_teacher(bool(recipe.lora), args)
+            check_sharded_teacher(has_adapter, args)
         tools = environments.schemas if environments else None
         if tokenizer and environments:
             Episodes(tokenizer, environments)  # which refuses a chat template that is not one of tools
@@ -152,7 +153,7 @@ class Plan:
         stored = "4 bits, " if self.recipe.quantization else ""
         yield "model", f"{self.recipe.model}, {stored}{self.recipe.dtype}: {self.sizes.total:,} parameters"
         yield "", self.source
-        yield "trained", f"{self.sizes.trained:,}" + (" (LoRA)" if self.recipe.lora else "")
+        yield "trained", f"{self.sizes.trained:,}" + (" (LoRA)" if self.sizes.has_lora else "")
         yield "data", f"{rows:,} rows: {told:,} with privileged context, {rows - told:,} anchors"
         prompt = f"prompt {lengths.prompt:.0f} (longest {lengths.longest_prompt})"
         teacher = f"teacher's {lengths.teacher_prompt:.0f} (longest {lengths.longest_teacher_prompt})"
