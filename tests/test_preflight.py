@@ -7,9 +7,10 @@ import pytest
 import tiny
 from test_measure import ANSWERS
 
+from rmsd.judge import Candidate, Question
 from rmsd.run.check import check
 from rmsd.run.judging import judge
-from rmsd.run.preflight import Findings, _obedience, preflight, verdict
+from rmsd.run.preflight import Findings, _gap, _obedience, preflight, verdict
 from rmsd.run.recipe import load_recipe
 from rmsd.training.trainer import RMSDTrainer
 
@@ -53,6 +54,17 @@ def test_columns_of_graders_with_short_names_stand_apart():
     _, heads, row = _obedience(probe, 1, Findings()).splitlines()[:3]
     assert heads.split() == ["a", "b"] and row.split() == ["0.00", "1.00", "untold"]
     assert [heads.index(name) for name in "ab"] == [row.index(share) + 3 for share in ("0.00", "1.00")]
+
+
+def test_what_the_largest_gaps_hold_is_of_each_answer_s_own():
+    """Not of all answers' together, of which one with many large gaps would have nearly all."""
+
+    def answer(gap):
+        return Question("", "", ("a",) * 4, tuple(Candidate(i, "a", "b", "a", "b", gap) for i in range(4)), 2)
+
+    probe = SimpleNamespace(args=SimpleNamespace(min_gap=0.1, num_kept=2))
+    said = _gap(probe, [answer(-3.0), answer(0.2)], 2, {"rollout_tokens": 8.0}, Findings())
+    assert said.endswith("the largest 2 of each answer hold 50% of it")
 
 
 @pytest.fixture

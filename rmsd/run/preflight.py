@@ -143,15 +143,16 @@ def _under(probe: Probe, prompts: list, contexts: list[str]) -> list:
 
 
 def _gap(probe: Probe, questions: list[Question], answers: int, logged: dict, found: Findings) -> str:
-    sizes = sorted((abs(c.gap) for question in questions for c in question.candidates), reverse=True)
+    of_answers = [sorted((abs(c.gap) for c in question.candidates), reverse=True) for question in questions]
+    sizes, most = [size for answer in of_answers for size in answer], probe.args.num_kept
     tokens = int(logged["rollout_tokens"])
     found.gap = sum(sizes) / max(tokens, 1)
-    largest = sum(sizes[: 5 * len(questions)]) / max(sum(sizes), 1e-9)
+    largest = sum(sum(answer[:most]) for answer in of_answers) / max(sum(sizes), 1e-9)
     return (
         f"gap: {found.gap:.2f} nats a token, of {tokens} tokens in {answers} answers untold\n"
         f"  {len(sizes)} candidates of {probe.args.min_gap:g} nats or more (train.min_gap); "
-        f"{sum(s > 0.5 for s in sizes)} above 0.5, {sum(s > 2.0 for s in sizes)} above 2; five an answer hold "
-        f"{largest:.0%} of it"
+        f"{sum(s > 0.5 for s in sizes)} above 0.5, {sum(s > 2.0 for s in sizes)} above 2; "
+        f"the largest {most} of each answer hold {largest:.0%} of it"
     )
 
 
