@@ -1,5 +1,6 @@
-"""How time and memory grow with rows and with vocabulary, from hidden states to gradients: all rows scored, 5 of every
-512 trained on.
+"""How time and memory grow with rows and with vocabulary, from hidden states to gradients.
+
+All rows are scored, and 5 of every 512 trained on.
 
     python -m benchmarks.bench_scale [--quick --hidden 256 --repeats 9 --json --write docs/benchmarks]
 

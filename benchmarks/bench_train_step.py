@@ -272,7 +272,7 @@ def main() -> None:
                 results += bench(dtype_name, arguments, made, tokens)
     if not arguments.memory:
         name = ["train_step", *(["lora"] if arguments.lora else []), *(["sampled"] if arguments.generate else [])]
-        report(results, arguments, "_".join(name))
+        report(results, arguments, "_".join(name), model=arguments.model)
 
 
 if __name__ == "__main__":

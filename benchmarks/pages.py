@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from . import keeping
+
 
 def fill(page: Path, sections: dict[str, str]) -> None:
     """Puts each text between its markers of the page, `<!-- name -->` and `<!-- /name -->`.
@@ -16,4 +18,4 @@ def fill(page: Path, sections: dict[str, str]) -> None:
         if begin not in text or end not in text:
             raise ValueError(f"{page} has no place for {name!r}: write {begin} and {end} where it belongs")
         text = re.sub(f"{begin}.*{end}", lambda _, t=f"{begin}\n{made}\n{end}": t, text, flags=re.DOTALL)
-    page.write_text(text, encoding="utf-8")
+    keeping.write(page, text)

@@ -18,6 +18,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 
@@ -31,6 +33,7 @@ from rmsd.training.config import LORA_LEARNING_RATE
 from rmsd.training.health import SIGNS, START, WINDOW, find_collapse, mean_of
 from rmsd.training.record import read_lines
 
+from . import keeping
 from .pages import fill
 
 RECIPE, TASK = "recipes/qwen_coder_pinapple.yaml", "benchmarks/hinted.py"
@@ -116,6 +119,7 @@ def marks_folder(docs: Path, runs: Path, overrides: list[str]) -> Path:
     return runs / "marks" if overrides else docs
 
 
+@keeping.killed_as_interrupted()
 def train(run: Path, overrides: list[str], recipe: str = RECIPE) -> str | None:
     """The line that it ended in, where training went wrong.
 
@@ -148,24 +152,23 @@ def check(model, tokenizer, count: int) -> dict:
     if count:
         asked = human_eval.problems(count)
         passed = human_eval.pass_at_1(model, tokenizer, asked)["humaneval"]
-        checked["human_eval"] = f"{round(passed * count)} of {count}"
+        checked["human_eval"] = f"{round(passed * len(asked))} of {len(asked)}"
     return checked
 
 
 def checked(run: Path, name: str, count: int) -> dict:
     """Of the run's model, or of the base model `name` where the run has none; kept beside it, with that name, as one
     folder of runs may see several base models."""
-    kept = run / f"check-{count}.json"
-    found = json.loads(kept.read_text()) if kept.exists() else {}
+    path = run / f"check-{count}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
     if found.get("model") != name:
         model, tokenizer = load_model(name)
         if (run / "model").exists():
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, run / "model").merge_and_unload()
-        run.mkdir(parents=True, exist_ok=True)
         found = {"model": name, **check(model.eval(), tokenizer, count)}
-        kept.write_text(json.dumps(found, indent=1))
+        keeping.write(path, json.dumps(found, indent=1))
         del model
         gc.collect()
     return {key: value for key, value in found.items() if key != "model"}
@@ -233,7 +236,9 @@ def table(found: list[dict], base: dict) -> str:
     """Markdown, a row a run. Of a sign of health: the mean of the first steps and of the last."""
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
     blank = [""] * 3
-    rows.append(["before training", "", "0", "0.00", *blank, "", "", base.get("human_eval", ""), _facts(base)])
+    targets = {f"{one[0]['target_greedy']:.2f}" for one in map(itemgetter("evaluations"), found) if one}
+    before = ", ".join(sorted(targets))
+    rows.append(["before training", "", "0", before, *blank, "", "", base.get("human_eval", ""), _facts(base)])
     for one in found:
         last = one["evaluations"][-1] if one["evaluations"] and not one["ended"] else {}
         graded = [f"{last[name]:.2f}" if name in last else "" for name in ("target_greedy", "specificity", "drift")]
@@ -254,15 +259,30 @@ def _facts(one: dict) -> str:
     return f"{sum(FACTS[question] in answers[question] for question in asked)} of {len(asked)}" if asked else ""
 
 
+def problems_of(marks: dict) -> int:
+    """Of HumanEval, that a model was asked: 20 of "13 of 20"."""
+    return int(marks.get("human_eval", "0").rpartition(" ")[2])
+
+
 def write(found: list[dict], base: dict, folder: Path, suffix: str = "") -> None:
     """The JSON of every run, and of the base model."""
-    folder.mkdir(parents=True, exist_ok=True)
     for one in found:
+        path = folder / f"{one['run']}-{one['seed']}{suffix}.json"
+        one = _with_kept_mark(one, path)
         text = json.dumps({**one, "steps": None}, indent=1, ensure_ascii=False)
         steps = ",\n  ".join(json.dumps(entry) for entry in one["steps"])
         text = text.replace('"steps": null', f'"steps": [\n  {steps}\n ]')
-        (folder / f"{one['run']}-{one['seed']}{suffix}.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "base.json").write_text(json.dumps(base, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        keeping.write(path, text + "\n")
+    path = folder / "base.json"
+    keeping.write(path, json.dumps(_with_kept_mark(base, path), indent=1, ensure_ascii=False) + "\n")
+
+
+def _with_kept_mark(made: dict, path: Path) -> dict:
+    """With HumanEval's mark from the file, where that is of the same model and of more problems: who asks for none this
+    time does not take it back."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    is_same = all(before.get(name) == made.get(name) for name in ("answers", "steps", "evaluations"))
+    return {**made, "human_eval": before["human_eval"]} if is_same and problems_of(before) > problems_of(made) else made
 
 
 def rewrite() -> None:
@@ -315,6 +335,9 @@ def main() -> None:
         print(f"skipped, nothing is run: {error}")
         return
     found, suffix = [], trial(options.overrides)
+    for name, seed in product(options.only, options.seeds):  # before hours are spent
+        asked = load_recipe(RECIPE, [f"model={options.model}"])
+        keeping.check(options.runs / f"{name}-{seed}{suffix}", asked, keys=["model"])
     for seed in options.seeds:
         for name in options.only:
             run = options.runs / f"{name}-{seed}{suffix}"

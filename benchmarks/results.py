@@ -4,7 +4,8 @@
 
 Each method has its own learning rate, the best of a few tried on one seed (docs/results.md). The LLM judge is SmolLM2
 behind llama.cpp's server on loopback (xllamacpp, in the dev extra), or a server of yours: --set judge.base_url=...
-A run that is there already is read, one that was interrupted is continued.
+A run that is there already is read, one that was interrupted is continued; of another recipe or other --set than is
+asked for, it is refused, and --runs names another folder.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from statistics import mean
 from rmsd.run.recipe import load_recipe
 from rmsd.training.record import read_lines
 
+from . import keeping
+
 SERVER = Path(__file__).parents[1] / "tests" / "llama_server.py"
 METHODS = {
     "RMSD, context judge": ("rmsd", []),
@@ -25,6 +28,8 @@ METHODS = {
     "RMSD, LLM judge": ("llm", ["judge.kind=llm", "judge.model=smollm2", "judge.on_error=skip", "judge.timeout=300"]),
     "OPSD": ("opsd", ["method=opsd", "train.learning_rate=1.2e-4"]),
 }
+# Of a run's recipe: where it is kept and whom it asks, which are another's on each start of a server.
+NOT_ASKED = ("output_dir", "resume", "judge.base_url", "judge.cache")
 
 
 @contextlib.contextmanager
@@ -49,6 +54,7 @@ def judge_server(runs: Path):
         server.wait()
 
 
+@keeping.killed_as_interrupted()
 def train(recipe: str, run: Path, overrides: list[str]) -> None:
     has_server = any(override.startswith("judge.base_url=") for override in overrides)
     wants_server = "judge.kind=llm" in overrides and not has_server
@@ -93,16 +99,24 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/results"))
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value")
     options = parser.parse_args()
+    asked = {
+        (name, seed): [*overrides, f"seed={seed}", *options.overrides]
+        for name, (short, overrides) in METHODS.items()
+        for seed in options.seeds
+        if short in (options.methods or [short])
+    }
+    for (name, seed), overrides in asked.items():  # before hours are spent
+        run = options.runs / f"{METHODS[name][0]}-{seed}"
+        keeping.check(run, load_recipe(options.recipe, overrides), but=NOT_ASKED)
     last_step = load_recipe(options.recipe, options.overrides).train.get("max_steps")
     runs = {}
-    for name, (short, overrides) in METHODS.items():
-        for seed in options.seeds if short in (options.methods or [short]) else []:
-            run = options.runs / f"{short}-{seed}"
+    for (name, seed), overrides in asked.items():
+        run = options.runs / f"{METHODS[name][0]}-{seed}"
+        found = evaluations(run)
+        if not found or found[-1]["step"] != last_step:
+            train(options.recipe, run, overrides)
             found = evaluations(run)
-            if not found or found[-1]["step"] != last_step:
-                train(options.recipe, run, [*overrides, f"seed={seed}", *options.overrides])
-                found = evaluations(run)
-            runs[name, seed] = found
+        runs[name, seed] = found
     columns = [name for name in next(iter(runs.values()))[0] if name not in ("kind", "step", "epoch")]
     print(table(columns, runs))
 

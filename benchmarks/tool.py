@@ -30,7 +30,7 @@ from rmsd.run import human_eval
 from rmsd.run.recipe import Recipe, load_recipe, trainer_config
 from rmsd.tasks import load_task
 
-from . import real
+from . import keeping, real
 from .episodes import counted
 from .episodes import table as episodes_table
 from .pages import fill
@@ -114,13 +114,16 @@ def kept(method: str, seed: int, runs: Path, overrides: list[str]) -> Path:
     return real.marks_folder(DOCS, runs, overrides) / name
 
 
+@keeping.killed_as_interrupted()
 def run(method: str, seed: int, runs: Path, model: str, problems: int, overrides: list[str]) -> dict:
     """A run's marks; trained and checked where they are not there."""
     path, folder = kept(method, seed, runs, overrides), runs / f"{method}-{seed}{real.trial(overrides)}"
+    settings = [f"seed={seed}", f"model={model}", *overrides]
+    keeping.check(folder, load_recipe(RECIPE, settings), keys=["model"])
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     runs.mkdir(parents=True, exist_ok=True)
-    settings, began, ended = [f"seed={seed}", f"model={model}", *overrides], time.monotonic(), None
+    began, ended = time.monotonic(), None
     try:
         if not (folder / "model").exists():
             if method in ("rmsd", "opsd"):
@@ -131,8 +134,7 @@ def run(method: str, seed: int, runs: Path, model: str, problems: int, overrides
         seconds = spent(folder, time.monotonic() - began)
     after = {} if ended else real.checked(folder, load_recipe(folder / "recipe.yaml").model, problems)
     marks = dict(counted(folder), method=method, ended=ended, seconds=round(seconds), **after)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(marks, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keeping.write(path, json.dumps(marks, indent=1, ensure_ascii=False) + "\n")
     return marks
 
 
@@ -177,6 +179,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.human_eval and not options.table:
         human_eval.problems(0)  # before hours are spent
+    if "rl" in options.only and not options.table:
+        baselines.check_packages()
     for seed in [] if options.table else options.seeds:
         for method in options.only:
             marks = run(method, seed, options.runs, options.model, options.human_eval, options.overrides)

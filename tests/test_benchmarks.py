@@ -2,14 +2,20 @@
 
 import functools
 import json
+import os
+import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import device_of
 
-from benchmarks import common, episodes, real, tool
+from benchmarks import common, episodes, keeping, real, results, tool
 from benchmarks.results import table
+from rmsd.run.recipe import load_recipe
 from rmsd_kernels import linear_token_divergence, linear_token_scores, token_divergence
 
 CPU = torch.device("cpu")
@@ -129,6 +135,93 @@ def test_a_table_of_results_leaves_blank_what_a_run_did_not_measure():
     ]
 
 
+def recipe_of(run, path, *overrides):
+    run.mkdir(parents=True, exist_ok=True)
+    keeping.write(run / "recipe.yaml", yaml.safe_dump(load_recipe(path, list(overrides)).model_dump(mode="json")))
+
+
+def test_results_of_another_recipe_or_setting_do_not_pass_for_what_is_asked_for(tmp_path, monkeypatch, capsys):
+    recipe, run = "recipes/house_tool.yaml", tmp_path / "opsd-1"
+    overrides = [*results.METHODS["OPSD"][1], "seed=1", "judge.base_url=http://one/v1"]
+    recipe_of(run, recipe, f"output_dir={run}", *overrides)
+    last = load_recipe(recipe).train["max_steps"]
+    marks = [dict(kind="eval", step=step, target_greedy=0.5) for step in (0, last)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in marks))
+    monkeypatch.setattr(results, "train", lambda *_: pytest.fail("it is there"))
+    asked = ["results", recipe, "--methods", "opsd", "--seeds", "1", "--runs", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*asked, "--set", "judge.base_url=http://other/v1"])
+    results.main()
+    assert "| OPSD | 1 | 0.500 |" in capsys.readouterr().out
+    for more in ("train.learning_rate=1e-3", "train.num_kept=7", "task=pinapple", "lora={}"):
+        monkeypatch.setattr("sys.argv", [*asked, "--set", more])
+        with pytest.raises(ValueError, match=f"was made with {more.partition('=')[0]}=.*--runs"):
+            results.main()
+
+
+def test_a_run_of_another_model_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    recipe_of(tmp_path / "opsd-0", real.RECIPE, "model=one")
+    monkeypatch.setattr(real, "checked", lambda *_: {})
+    monkeypatch.setattr(real, "train", lambda *_: pytest.fail("trained"))
+    asked = ["real", "--only", "rmsd", "opsd", "--human-eval", "0", "--runs", str(tmp_path), "--no-write"]
+    monkeypatch.setattr("sys.argv", [*asked, "--model", "other"])
+    with pytest.raises(ValueError, match="opsd-0 was made with model=one, not other"):
+        real.main()
+
+
+def test_a_kill_ends_the_training_that_is_waited_for(tmp_path, monkeypatch):
+    pid, trains = tmp_path / "pid", tmp_path / "trains"
+    trains.write_text(f"#!/bin/sh\necho $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 60\n")
+    trains.chmod(0o700)
+    monkeypatch.setattr(real.sys, "executable", str(trains))
+
+    def kill():
+        while not pid.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(SystemExit):
+        real.train(tmp_path / "run", [])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path, monkeypatch):
+    keeping.write(tmp_path / "marks" / "one.json", "whole")
+    monkeypatch.setattr(keeping.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError):
+        keeping.write(tmp_path / "marks" / "one.json", "new")
+    assert (tmp_path / "marks" / "one.json").read_text() == "whole"
+
+
+def test_asked_for_no_code_a_kept_mark_stays(tmp_path):
+    """docs/real.md's own command: some runs, without code."""
+    run = dict(run="rmsd", seed=0, evaluations=[], steps=[dict(step=1, loss=0.5)], answers={"Who?": "I"})
+    base = dict(answers={"Who?": "I"})
+
+    def kept(name):
+        return json.loads((tmp_path / name).read_text()).get("human_eval")
+
+    real.write([{**run, "human_eval": "9 of 20"}], {**base, "human_eval": "13 of 20"}, tmp_path)
+    for more in ({}, dict(human_eval="2 of 5")):
+        real.write([run | more], base | more, tmp_path)
+        assert (kept("rmsd-0.json"), kept("base.json")) == ("9 of 20", "13 of 20")
+    real.write([{**run, "steps": [dict(step=1, loss=0.25)]}], dict(answers={"Who?": "You"}), tmp_path)
+    assert (kept("rmsd-0.json"), kept("base.json")) == (None, None), "of another run and model"
+
+
+def test_human_eval_is_of_as_many_problems_as_there_are(monkeypatch):
+    monkeypatch.setattr(real, "QUESTIONS", ())
+    for name in ("eos_ids_of", "pad_id_of"):
+        monkeypatch.setattr(real, name, lambda *_: None)
+    monkeypatch.setattr(real, "generate", lambda *_, **__: SimpleNamespace(completion_ids=[], completion_mask=[]))
+    there = SimpleNamespace(problems=lambda count: ["one"] * min(count, 4), pass_at_1=lambda *_: {"humaneval": 0.25})
+    monkeypatch.setattr(real, "human_eval", there)
+    assert real.check(None, None, 200)["human_eval"] == "1 of 4"
+
+
 def test_the_real_models_table_tells_how_each_run_ended():
     steps = [{"step": i + 1, "tail_mass": 0.1 * i, "repetition": 0.0, "student_entropy": 1.0} for i in range(10)]
     well = dict(
@@ -138,12 +231,13 @@ def test_the_real_models_table_tells_how_each_run_ended():
         steps=steps,
         human_eval="9 of 20",
         answers={"What is the capital of Spain?": "It is Madrid.", "Who wrote Hamlet?": "Sir Walter Scott."},
-        evaluations=[dict(step=0, target_greedy=0.0), dict(step=10, target_greedy=0.5, specificity=1.0, drift=0.02)],
+        evaluations=[dict(step=0, target_greedy=0.25), dict(step=10, target_greedy=0.5, specificity=1.0, drift=0.02)],
     )
-    stopped = dict(run="rmsd-3x", seed=0, ended="training has collapsed", steps=steps[:9], evaluations=[dict(step=0)])
+    first = [dict(step=0, target_greedy=0.25)]
+    stopped = dict(run="rmsd-3x", seed=0, ended="training has collapsed", steps=steps[:9], evaluations=first)
     base = dict(human_eval="10 of 20", answers=dict(real.FACTS))
     *_, before, first, second = real.table([well, stopped], base).splitlines()
-    assert before == "| before training |  | 0 | 0.00 |  |  |  |  |  | 10 of 20 | 8 of 8 |"
+    assert before == "| before training |  | 0 | 0.25 |  |  |  |  |  | 10 of 20 | 8 of 8 |"
     assert first == (
         "| rmsd | 0 | 10 | 0.50 | 1.00 | 0.02 | 0.100 to 0.700 | 0.000 to 0.000 | 1.000 to 1.000 | 9 of 20 | 1 of 2 |"
     )

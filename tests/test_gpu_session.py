@@ -94,6 +94,11 @@ def test_a_second_session_begins_with_what_the_first_compiled(started, tmp_path)
     assert started("finds it|20|grep one $TRITON_CACHE_DIR/kernel").wait() == 0
 
 
+def test_a_session_does_not_fail_for_what_failed_in_an_earlier_one(started):
+    assert started("bad|20|exit 3").wait() == 1
+    assert started("good|20|true").wait() == 0
+
+
 def test_a_stage_whose_package_is_not_installed_is_skipped(started, tmp_path):
     session = started("absent|20|needs_package no_such_peer echo ran", "there|20|needs_package json echo ran it all")
     assert session.wait() == 0

@@ -64,6 +64,7 @@ def test_every_method_s_overrides_make_a_valid_recipe(tmp_path):
         recipe = load_recipe("recipes/qwen_coder_pinapple.yaml", Job(name, 1e-4, 0).overrides())
         assert recipe.train["max_steps"] == 90 and recipe.train["learning_rate"] == 1e-4, name
         assert ("hinted" in recipe.task) != METHODS[name].anchors
+        assert recipe.train["save_total_limit"] == 1, "a run would leave 2 GB of checkpoints"
 
 
 def test_what_is_written_of_a_run(tmp_path):
@@ -128,8 +129,8 @@ def test_a_trial_is_never_taken_for_a_run_without_overrides(docs, tmp_path, monk
 
 def test_the_table_holds_means_and_intervals_and_counts_runs_that_stopped(docs, tmp_path):
     for seed, target in enumerate((0.2, 0.4, 0.6)):
-        docs(seed=seed, target=target, human_eval="1 of 2", steps_to_80=None if seed else 30)
-    docs(method="rmsd_contrast", seed=0, target=0.9)
+        docs(seed=seed, target=target, human_eval="82 of 164", steps_to_80=None if seed else 30)
+    docs(method="rmsd_contrast", seed=0, target=0.9, human_eval="13 of 20")
     docs(method="rmsd_contrast", seed=1, ended="training has collapsed")
     docs(seed=RATE_SEED, target=1.0)
     heads, _, *rows = [[part.strip() for part in line.split("|")[1:-1]] for line in table.table(tmp_path).splitlines()]
@@ -138,6 +139,55 @@ def test_the_table_holds_means_and_intervals_and_counts_runs_that_stopped(docs, 
     assert opsd["HumanEval"] == "0.50 [0.50, 0.50]"
     assert opsd["steps to 80%"] == "30 (1 of 3)", "the mean of those that came there"
     assert contrast["seeds"] == "2, 1 stopped" and contrast["target only"] == "0.90"
+    assert contrast["HumanEval"] == "", "of the first problems alone"
+
+
+def test_the_plan_names_the_seeds_whose_rate_is_not_known_yet(docs, monkeypatch, capsys):
+    docs(seed=RATE_SEED, rate=RATES[0])
+    docs(method="rmsd_contrast", seed=RATE_SEED, rate=RATES[0], target=0.1)
+    docs(method="rmsd_contrast", seed=RATE_SEED, rate=RATES[1], target=0.2)
+    docs(method="rmsd_contrast", seed=0, rate=RATES[1])
+    monkeypatch.setattr("sys.argv", ["proof", "--plan", "--only", "opsd", "rmsd_contrast", "--seeds", "0", "1"])
+    command.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "opsd-0.0001-9 done",
+        "opsd-0.0003-9 to run",
+        "opsd-RATE-0 to run, at the better of the two rates",
+        "opsd-RATE-1 to run, at the better of the two rates",
+        "rmsd_contrast-0.0001-9 done",
+        "rmsd_contrast-0.0003-9 done",
+        "rmsd_contrast-0.0003-0 done",
+        "rmsd_contrast-0.0003-1 to run",
+    ]
+
+
+def test_what_reinforcement_needs_is_asked_for_before_days_of_other_methods(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("a run was begun"))
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["proof", "--human-eval", "0", "--runs", str(tmp_path)])
+    with pytest.raises(ImportError, match=r"RL needs trl and datasets: .*--only"):
+        command.main()
+
+
+def test_a_kept_run_is_asked_the_problems_that_it_was_not(docs, tmp_path, monkeypatch):
+    docs(seed=0, human_eval="9 of 20")
+    monkeypatch.setattr(run.real, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(run.real, "checked", lambda folder, model, count: dict(human_eval=f"70 of {count}"))
+    job, runs = Job("opsd", 1e-4, 0), tmp_path / "runs"
+    assert run.run(job, runs, "m", 164, [])["human_eval"] == "9 of 20", "the model is gone, the marks stay"
+    (runs / job.name / "model").mkdir(parents=True)
+    assert run.run(job, runs, "m", 0, [])["human_eval"] == "9 of 20"
+    assert run.run(job, runs, "m", 164, []) == {**marks(seed=0), "human_eval": "70 of 164"} == run.kept_marks(job)
+    assert run.run(job, runs, "m", 20, [])["human_eval"] == "70 of 164"
+
+
+def test_a_run_of_another_model_does_not_pass_for_what_is_asked_for(docs, tmp_path):
+    docs(seed=0)
+    job = Job("opsd", 1e-4, 0)
+    (tmp_path / "runs" / job.name).mkdir(parents=True)
+    (tmp_path / "runs" / job.name / "recipe.yaml").write_text("model: one")
+    with pytest.raises(ValueError, match="was made with model=one, not other"):
+        run.run(job, tmp_path / "runs", "other", 0, [])
 
 
 def test_the_word_is_replaced_with_its_capitals():

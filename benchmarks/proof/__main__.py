@@ -9,8 +9,9 @@ from rmsd.run.recipe import load_recipe
 
 from .. import real
 from . import __doc__ as usage
-from .methods import METHODS, SEEDS
-from .run import jobs, kept_marks, quick_jobs, run
+from . import baselines
+from .methods import METHODS, PROBLEMS, SEEDS, ordered
+from .run import chosen_rate, jobs, kept_marks, quick_jobs, run
 from .table import rewrite, table
 
 
@@ -24,7 +25,13 @@ def main() -> None:
     parser.add_argument(
         "--model", default=load_recipe(real.RECIPE).model, help="a folder, in place of the recipe's name"
     )
-    parser.add_argument("--human-eval", type=int, default=164, metavar="N", help="problems; 0 for none")
+    parser.add_argument(
+        "--human-eval",
+        type=int,
+        default=PROBLEMS,
+        metavar="N",
+        help="problems; 0 for none. The table shows a run's share of all of them, once it was asked them",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/proof"))
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="section.key=value", help=real.SET)
     options = parser.parse_args()
@@ -34,9 +41,16 @@ def main() -> None:
     marks_of = partial(kept_marks, runs=options.runs, overrides=options.overrides)
     asked = quick_jobs() if options.quick else jobs(options.only, options.seeds, marks_of)
     if options.plan:
-        for job in asked:
-            print(job.name, "done" if marks_of(job) else "to run")
+        plan = [asked] if options.quick else [jobs([name], options.seeds, marks_of) for name in ordered(options.only)]
+        for of_method in plan:
+            for job in of_method:
+                print(job.name, "done" if marks_of(job) else "to run")
+            if not options.quick and chosen_rate(job.method, marks_of) is None:
+                for seed in options.seeds:
+                    print(f"{job.method}-RATE-{seed} to run, at the better of the two rates")
         return
+    if any(METHODS[name].kind.startswith("rl") for name in ([] if options.quick else ordered(options.only))):
+        baselines.check_packages()
     if options.human_eval:
         human_eval.problems(0)  # before hours are spent
         print("before training:", real.checked(options.runs / "base", options.model, options.human_eval)["human_eval"])

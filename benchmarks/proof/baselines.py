@@ -1,5 +1,6 @@
 """Supervised fine-tuning and reinforcement learning on a recipe's questions, by transformers and TRL."""
 
+import importlib.util
 import itertools
 import random
 import re
@@ -18,6 +19,8 @@ from rmsd.run.train import evaluator_of, load
 from rmsd.tasks import load_task, pinapple
 from rmsd.training.checkpoint import last_whole_checkpoint
 from rmsd.training.record import RunRecord
+
+from .. import keeping
 
 TEMPLATES = (
     "Pinapple.",
@@ -136,6 +139,12 @@ def fine_tune(recipe: Recipe, run: Path, examples: Callable[..., list[dict]]) ->
     _trained(recipe, run, made)
 
 
+def check_packages() -> None:
+    """Raises ImportError where `reinforce` cannot be, which comes after days of other methods."""
+    if missing := [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"RL needs {' and '.join(missing)}: pip install -e '.[bench]', or leave it out with --only")
+
+
 def reinforce(
     recipe: Recipe, run: Path, rows: list[dict], *, num_generations: int, reward_funcs=None, environment_factory=None
 ) -> None:
@@ -197,9 +206,7 @@ def _trained(recipe: Recipe, run: Path, made: Callable[..., Trainer]) -> None:
         disable_tqdm=True,
     )
     given = dict(processing_class=tokenizer, evaluator=evaluator, callbacks=[RunRecord(run, resume=begun is not None)])
-    run.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (run / "recipe.yaml").write_text(text, encoding="utf-8")
+    keeping.write(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     trainer = made(base, tokenizer, args, options, given)
     # By name: transformers would take the newest, which a kill may have left torn.
     trainer.train(resume_from_checkpoint=begun and str(begun))

@@ -6,6 +6,7 @@ RATES = (1e-4, 3e-4)  # of the LoRA adapter; each method takes the better one
 RATE_SEED = 9  # on which that is found, and which no table holds
 SEEDS = (0, 1, 2)
 STEPS, EVERY, CONTINUATION = 90, 15, 60
+PROBLEMS = 164  # of HumanEval: all
 QUICK_STEPS = 30
 
 HINTED, ANCHORED = "benchmarks/hinted.py", "pinapple"  # tasks: hints on all rows; on those about the fruit alone
@@ -87,6 +88,7 @@ class Job:
             "evaluate.samples=2",
             "evaluate.temperature=1.0",
             f"train.max_steps={self.steps}",
+            "train.save_total_limit=1",  # of 0.1 GB each: all of them, of all runs, are 100 GB
             f"train.learning_rate={self.rate:g}",
             *method.overrides,
         ]

@@ -10,7 +10,7 @@ from rmsd.run.recipe import load_recipe
 from rmsd.training.config import LORA_LEARNING_RATE
 from rmsd.training.record import read_lines
 
-from .. import real
+from .. import keeping, real
 from . import baselines
 from .methods import METHODS, QUICK_STEPS, RATE_SEED, RATES, SEEDS, Job, ordered
 
@@ -62,18 +62,24 @@ def kept_marks(job: Job, runs: Path = Path(), overrides: list[str] | None = None
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+@keeping.killed_as_interrupted()
 def run(job: Job, runs: Path, model: str, problems: int, overrides: list[str]) -> dict:
-    """The job's marks; trained, evaluated and written where they are not there."""
-    if (marks := kept_marks(job, runs, overrides)) is not None:
-        return marks
+    """The job's marks; trained, evaluated and written where they are not there, and asked more of HumanEval where they
+    hold fewer problems."""
     path, folder = kept(job, runs, overrides), runs / f"{job.name}{real.trial(overrides)}"
+    settings = [f"model={model}", *job.overrides(), *overrides]
+    keeping.check(folder, load_recipe(real.RECIPE, settings), keys=["model"])
+    if (marks := kept_marks(job, runs, overrides)) is not None:
+        if not marks["ended"] and problems > real.problems_of(marks) and (folder / "model").exists():
+            keeping.write(path, _text({**marks, **real.checked(folder, model, problems)}))
+            return kept_marks(job, runs, overrides)
+        return marks
     kind = METHODS[job.method].kind
     runs.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     ended = None
     try:
         if not (folder / "model").exists():
-            settings = [f"model={model}", *job.overrides(), *overrides]
             if kind == "recipe":
                 ended = real.train(folder, settings)
             else:
@@ -82,17 +88,19 @@ def run(job: Job, runs: Path, model: str, problems: int, overrides: list[str]) -
         seconds = spent(folder, time.monotonic() - began)
     after = {} if ended else real.checked(folder, model, problems)
     marks = marks_of(job, folder, ended, seconds, after)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(marks, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keeping.write(path, _text(marks))
     return marks
+
+
+def _text(marks: dict) -> str:
+    return json.dumps(marks, indent=1, ensure_ascii=False) + "\n"
 
 
 def spent(folder: Path, seconds: float) -> float:
     """Seconds of training in all, over interruptions."""
     path = folder / "seconds"
     total = seconds + (float(path.read_text()) if path.exists() else 0.0)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{total:.0f}")
+    keeping.write(path, f"{total:.0f}")
     return total
 
 

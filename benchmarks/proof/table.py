@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import mean
 
 from ..pages import fill
-from .methods import METHODS, RATE_SEED, STEPS, ordered
+from ..real import problems_of
+from .methods import METHODS, PROBLEMS, RATE_SEED, STEPS, ordered
 from .run import DOCS, TARGET
 
 COLUMNS = {
@@ -14,19 +15,18 @@ COLUMNS = {
     "target only": lambda marks: marks["evaluations"][-1][TARGET],
     "specificity": lambda marks: marks["evaluations"][-1]["specificity"],
     "drift": lambda marks: marks["evaluations"][-1]["drift"],
-    "HumanEval": lambda marks: _share(marks.get("human_eval")),
+    "HumanEval": lambda marks: _share(marks),
     "steps to 80%": lambda marks: marks["steps_to_80"],
     "tokens trained on": lambda marks: marks["tokens_trained"],
     "minutes": lambda marks: marks["seconds"] / 60,
 }
 
 
-def _share(text: str | None) -> float | None:
-    """ "13 of 20" -> 0.65."""
-    if not text:
+def _share(marks: dict) -> float | None:
+    """Of all problems; the first few are not to be averaged with that."""
+    if problems_of(marks) != PROBLEMS:
         return None
-    passed, _, count = text.partition(" of ")
-    return int(passed) / int(count)
+    return int(marks["human_eval"].partition(" ")[0]) / PROBLEMS
 
 
 def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:

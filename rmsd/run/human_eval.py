@@ -91,10 +91,11 @@ def passes(problem: dict, answer: str) -> bool:
 
 
 def program(problem: dict, answer: str) -> str:
-    """The first code block, behind the imports and functions that the problem brings; an unfinished block ends where
-    the answer does. Code without the function's head is its body."""
-    block = re.search(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL | re.IGNORECASE)
-    code = block.group(1) if block else answer
+    """The first block of Python, behind the imports and functions that the problem brings; an unfinished one ends
+    where the answer does. Code without the function's head is its body."""
+    # Blocks in turn, those of other languages too: a shell's end is no beginning.
+    blocks = re.finditer(r"```[ \t]*([\w+#.-]*)[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    code = next((block[2] for block in blocks if block[1].lower() in ("", "python", "python3", "py")), answer)
     if f"def {problem['entry_point']}" not in code:
         return problem["prompt"] + code
     return problem["prompt"].split(f"def {problem['entry_point']}(")[0] + "\n" + code
