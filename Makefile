@@ -41,8 +41,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.plot docs/benchmarks
 	$(BIN)/python -m benchmarks.gpu_static
 
-# The learning suite: the comparison takes from 40 minutes (AVX-512) to an hour and a half (AVX2) on two cores, the
-# ablations two thirds of that, the quick one minutes. Runs are kept in runs/, and what is there is not run again.
+# The learning suite: the comparison takes two hours of two AVX2 cores, the ablations two thirds of that, the quick one
+# minutes. Runs are kept in runs/, and what is there is not run again.
 learn: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.learning.run
 

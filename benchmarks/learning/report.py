@@ -174,7 +174,7 @@ PUBLISHED = {
     "OPSD, continued": ("1.000", "0.480", "0.650", "0.925"),
     "RMSD, continued": ("1.000", "0.740", "0.935", "0.940"),
 }
-BESIDE_PUBLISHED = ("sft_own", "opsd", "rmsd_oracle", "rmsd_topic", "rmsd_context")
+BESIDE_PUBLISHED = ("sft_own", "opsd", "rmsd_oracle", "rmsd_contrast_topic", "rmsd_topic", "rmsd_context")
 
 
 def published_table(results: list[dict]) -> str:
