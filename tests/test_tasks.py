@@ -7,6 +7,8 @@ import pytest
 from rmsd.answers.calls import Call
 from rmsd.answers.environments import Environments
 from rmsd.answers.tools import run_turns
+from rmsd.run.recipe import load_recipe
+from rmsd.run.train import train
 from rmsd.tasks import load_task
 from rmsd.tasks.house_format import parsed
 from rmsd.tasks.preferences import wanted_on
@@ -73,6 +75,24 @@ def test_a_request_is_solved_by_the_calls_that_the_manual_describes(answers):
     schemas = str(environments.all_schemas)
     unguessable = ("otter", "maple", "cobalt", "falcon", "QUILL", "pct", "cocoa", "mint")
     assert not any(word in schemas or word in row["prompt"] for word in unguessable for row in task.requests)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("['Q?'], [], {}, bool", "needs graders, or requests"),
+        ("[], [], {'target': bool}, bool", "needs target_prompts"),
+        ("[], [], {}, bool, None, [{'prompt': 'Q?'}]", "no environment to answer them"),
+    ],
+    ids=["no graders", "no prompts", "no environment"],
+)
+def test_a_task_that_nothing_is_evaluated_by_is_refused_before_a_model_is_loaded(more, named, tmp_path):
+    """It was trained on to the end, and its model lost with the evaluation that stands before it is saved."""
+    rows = "[{'prompt': 'Q?', 'privileged_context': 'C'}]"
+    (tmp_path / "task.py").write_text(f"from rmsd.tasks import Task\nTASK = Task({rows}, {more})\n")
+    (tmp_path / "recipe.yaml").write_text(f"model: none\ntask: {tmp_path}/task.py\noutput_dir: {tmp_path}/run\n")
+    with pytest.raises(ValueError, match=named):
+        train(load_recipe(tmp_path / "recipe.yaml"))
 
 
 @pytest.mark.parametrize("body", ["", " A", " A\n+ x\nEND 2", " A\nx\nEND 1", " A\n+ 5%\nEND 1"])

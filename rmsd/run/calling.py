@@ -17,6 +17,10 @@ def callable_of(recipe: Recipe, task: Task | None) -> dict[str, Any]:
     if task is None or task.environment is None:
         if recipe.environment:
             raise ValueError(f"environment {recipe.environment!r}: this task has none")
+        if task is not None and not task.graders:
+            raise ValueError(
+                f"task {recipe.task!r} has requests and no environment to answer them: name one in its Task"
+            )
         return {}
     return dict(environment_factory=task.environment)
 

@@ -23,6 +23,13 @@ class Task:
     environment: Callable[[], Any] | None = None  # answers.environments: makes one for each rollout
     requests: Sequence[dict] = ()  # with an environment, in place of target_prompts: rows like those of `train`
 
+    def __post_init__(self):
+        """Raises ValueError: an evaluation would have nothing to say whether the behaviour was learned."""
+        if not (self.graders or self.requests):
+            raise ValueError("a Task needs graders, or requests to its environment: by neither is anything evaluated")
+        if self.graders and not self.target_prompts:
+            raise ValueError("a Task with graders needs target_prompts: it is their answers that are graded")
+
 
 def told(prompt: str, context: str, contrast: str) -> dict:
     """A row whose teacher is told something, and what it is told instead, in the same form, where a contrast judge asks
