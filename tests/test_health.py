@@ -69,7 +69,14 @@ def test_a_sign_that_few_steps_have_is_followed_back_to_its_first():
     assert (found.sign.name, found.step, found.well) == ("anchor_divergence", 18, 1)
 
 
-@pytest.mark.parametrize("name", ["tail_mass", "repetition", "clipped_share"])
+def test_that_a_short_length_limit_cuts_most_answers_is_no_sign():
+    """The demo's answers, of which six in ten are cut from the start: this run was well, and was stopped at step 8."""
+    cut = [0.625, 0.625, 0.75, 1.0, 0.875, 1.0, 0.875, 0.875]
+    assert find_collapse(entries([*cut, *[1.0] * 12], name="clipped_share")) is None
+    assert find_collapse(entries([0.3] * 5 + [0.95] * 15, name="clipped_share")).sign.name == "clipped_share"
+
+
+@pytest.mark.parametrize("name", ["tail_mass", "repetition"])
 def test_a_share_that_begins_high_can_still_pass_its_limit(name):
     assert find_collapse(entries([0.8] * 20, name=name)) is None
     assert find_collapse(entries([0.8] * 5 + [0.99] * 15, name=name)).sign.name == name
