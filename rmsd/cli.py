@@ -97,7 +97,7 @@ def preflight(
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts are asked under each phrasing.")] = 8,
     debug: Debug = False,
 ) -> None:
-    """Say whether a recipe's run can teach anything, before it is started.
+    """Say before a run whether it can teach anything.
 
     It takes a minute or two for a small model, and writes nothing.
 
@@ -117,12 +117,12 @@ def preflight(
 
 @app.command()
 def check(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Check that a recipe's model, tokenizer and rows are what a step takes them for, in seconds and without a run.
+    """Check that model, tokenizer and rows are what a step needs.
 
     \b
-    On the first prompts: what is sampled is what is scored, padding changes nothing, the teacher under the student's
-    prompt is the student, logits follow from hidden states, a gradient reaches the weights. Every run begins with the
-    same checks, unless train.self_check=false.
+    It takes seconds, and trains nothing. On the first prompts: what is sampled is what is scored, padding changes
+    nothing, the teacher under the student's prompt is the student, logits follow from hidden states, a gradient reaches
+    the weights. Every run begins with the same checks, unless train.self_check=false.
 
     \b
     Example:
@@ -149,7 +149,7 @@ def judge(
     prompts: Annotated[int, typer.Option(min=1, help="How many answers are labelled, where questions are made.")] = 8,
     debug: Debug = False,
 ) -> None:
-    """Measure a recipe's judge on labelled questions, before it is trusted with a run.
+    """Measure a recipe's judge on labelled questions.
 
     \b
     Shown for it, and for the judges that need no model, are precision and recall, agreement with the labels and with
@@ -182,7 +182,7 @@ def report(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a page that shows what a run learned, and from which tokens.
+    """Write a page of what a run learned, and from which tokens.
 
     \b
     Examples:
@@ -201,7 +201,7 @@ def keys(
     part: Annotated[str, typer.Argument(metavar="[TEXT]", help="Only keys and descriptions that hold it.")] = "",
     debug: Debug = False,
 ) -> None:
-    """List what a recipe may hold: each key, its default and what it is."""
+    """List each key of a recipe, its default and what it is."""
     from .run.recipe import keys as known
 
     shown = [row for row in known() if part.casefold() in " ".join(row).casefold()]

@@ -92,7 +92,7 @@ def test_shares_are_of_all_answers_not_of_those_with_a_candidate(recipe):
 
 
 @pytest.mark.parametrize("overrides", [[], ["lora.r=2"]])
-def test_a_random_model_is_told_no_and_nothing_is_written(recipe, tmp_path, overrides):
+def test_a_random_model_is_told_no_and_nothing_is_written(recipe, tmp_path, overrides, capsys):
     kept = ["judge.kind=context", "judge.on_topic=true", f"judge.cache={tmp_path / 'cache'}"]
     said = preflight(load_recipe(recipe, [*overrides, *kept]), prompts=2)
     assert "verdict: no. The told teacher obeys in 0% of answers" in said
@@ -101,6 +101,7 @@ def test_a_random_model_is_told_no_and_nothing_is_written(recipe, tmp_path, over
         assert f"judge {name}: keeps" in said
     assert "minutes for the run's 20" in said and " -> " in said
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    assert not capsys.readouterr().out, "no log of a run before the page"
 
 
 @pytest.mark.parametrize("look", [lambda recipe: preflight(recipe, prompts=1), check])

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from rmsd import ContextJudge
 from rmsd.run.recipe import load_recipe
 
 README, USAGE = pages.page("README.md"), pages.page("docs/usage.md")
@@ -30,7 +31,6 @@ def test_before_and_after_run_in_one_loop_and_after_trains_fewer_tokens():
         "teacher": tiny.model(seed=1),
         "input_ids": input_ids,
         "teacher_input_ids": torch.cat([told, input_ids], 1),
-        "sampled_ids": input_ids[:, 1:],
         "completion_mask": torch.arange(12).expand(2, 12) >= 3,
     }
     gradients = {}
@@ -52,6 +52,24 @@ def test_before_and_after_run_in_one_loop_and_after_trains_fewer_tokens():
     names["my_judge"] = my_judge
     exec(snippet("judge"), names)
     assert names["loss"].isfinite() and names["loss"] > 0
+
+    exec(snippet("after").partition("loss.backward()")[0], names)
+    from_logits = names["loss"].item()
+    names["student"].zero_grad()
+    exec(snippet("linear"), names)
+    assert names["loss"].item() == pytest.approx(from_logits, rel=1e-4)
+    assert names["student"].lm_head.weight.grad.abs().sum() > 0
+
+
+def test_the_trainer_s_snippet_trains_on_both_kinds_of_rows(tmp_path, monkeypatch, recwarn):
+    monkeypatch.chdir(tmp_path)
+    names = {"model": tiny.model(initializer_range=0.2), "tokenizer": tiny.tokenizer()}
+    exec(snippet("trainer"), names)
+    logged = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert len(logged) == 3 and all(entry["candidates"] > 0 for entry in logged)
+    assert isinstance(names["trainer"].judge, ContextJudge)
+    assert (tmp_path / "runs" / "own" / "model.safetensors").is_file()
+    assert not [warning for warning in recwarn if "pin_memory" in str(warning.message)]
 
 
 def test_readme_names_the_test_command_that_ci_runs():

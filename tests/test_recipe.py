@@ -92,6 +92,9 @@ def test_without_an_interval_evaluation_waits_for_the_last_step_that_is_known(re
         ("train.batch_size=3", "unknown key 'train.batch_size'; did you mean 'train.per_device_train_batch_size'?"),
         ("train.use_lora=true", "unknown key 'train.use_lora'; did you mean 'lora'?"),
         ("zzz=1", "unknown key 'zzz'; `rmsd keys` lists them"),
+        ("train.zzz=1", "`rmsd keys` lists them; the rest of `train` is transformers.TrainingArguments'"),
+        ("train.warmup_ratio=0.1", "unknown key 'train.warmup_ratio'; did you mean 'train.warmup_steps'?"),
+        ("judge.kind=mine.py", "not 'mine.py'; a judge of your own is RMSDTrainer's argument `judge`"),
         ("judge=magnitude", "judge is a section of keys, not 'magnitude': write judge.kind=magnitude, or in the file"),
         ("lora=true", "lora is a section of keys, not True: write lora.r=16, or in the file `lora: {r: 16}`"),
         ("train.resume_from_checkpoint=x", "train.resume_from_checkpoint is not heeded: resume=true goes on from"),
@@ -464,3 +467,4 @@ def test_help_lists_every_command(rmsd):
     result = rmsd("--help")
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("train", "eval", "report", "env"))
+    assert not [line for line in result.stdout.splitlines() if line.endswith("...")], "no summary is cut"

@@ -61,7 +61,10 @@ def labelled_by_grader(probe: Probe, prompts: int) -> list[Labelled]:
     """
     if probe.task is None or not probe.task.graders:
         whose = "a recipe without a task" if probe.task is None else "a task whose environment says what is solved"
-        raise ValueError(f"{whose} has no grader to label questions by: name a file with --questions")
+        raise ValueError(
+            f"{whose} has no grader to label questions by: name a file that holds them with --questions, as a run's "
+            "report saves it"
+        )
     grader = next(iter(probe.task.graders.values()))
     rows = spread(probe.told, prompts)
     questions, _, _ = probe.step(rows)

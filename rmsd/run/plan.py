@@ -170,7 +170,7 @@ class Plan:
             limits = f"{args.max_tool_output:,} characters and {args.tool_seconds:g} s a call"
             yield "episodes", f"{args.max_turns} turns at most, {limits}; tools: {', '.join(self.environments.names)}"
         logits = "all logits" if args.vocab_topk is None else f"the top {args.vocab_topk} logits"
-        kept = f"{args.num_kept} kept of {args.num_candidates} candidates at most"
+        kept = f"{min(args.num_kept, args.num_candidates)} kept of {args.num_candidates} candidates at most"
         yield "loss", f"{args.divergence} over {logits}; {kept if args.method == 'rmsd' else 'every token'}"
         for step in sorted(step for step in args.continuation_steps if step <= steps):
             yield "continuation", f"after step {step} the student becomes the teacher; {steps - step} steps follow"

@@ -52,7 +52,8 @@ def verdict(found: Findings) -> list[str]:
     """In plain words, the answer first."""
     if not found.told:
         lines = [
-            f"verdict: no task, so nothing says whether the teacher obeys; the gap is {found.gap:.2f} nats a token."
+            f"verdict: no task, so nothing says whether the teacher obeys; the gap is {found.gap:.2f} nats a token.",
+            "  Read above whether what it would change is what you want, or give the recipe a task with a grader.",
         ]
     else:
         lines = _of_teacher(found)

@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 
+from transformers import PrinterCallback
+
 from ..answers.contrast import Contrasts, is_told
 from ..answers.episodes import Episodes
 from ..answers.prompts import Prompt, Prompts, encode, prompt_text, teacher_prompt
@@ -131,6 +133,7 @@ class Probe:
             for name, value in once.items():
                 setattr(args, name, value)
             trainer = RMSDTrainer(self.model, args, rows, self.tokenizer, judge=heard, **self.called)
+            trainer.remove_callback(PrinterCallback)  # no run's log: what it holds is told in words
             trainer.train()
         logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
         return heard.questions, logged, trainer.state.log_history[-1]["train_runtime"] / len(rows)

@@ -5,7 +5,13 @@ import json
 from collections.abc import Sequence
 
 # As other trainers and papers name them.
-_ALIASES = {"lr": "learning_rate", "epochs": "num_train_epochs", "steps": "max_steps", "rank": "r"}
+_ALIASES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "rank": "r",
+    "warmup_ratio": "warmup_steps",  # of which transformers takes a share too
+}
 # Arguments of transformers that no run here heeds, and what is used in their place.
 NOT_HEEDED = {
     "resume_from_checkpoint": "resume=true goes on from the last whole checkpoint in output_dir",
@@ -23,8 +29,10 @@ NOT_HEEDED = {
 def unknown(key: str, known: Sequence[str], own: Sequence[str]) -> str:
     """What is said of a key that no recipe has. `own` are the keys of `known` that are this project's, or that it gives
     another default: they are meant before transformers' many."""
-    near = nearest(key, known, own)
-    return f"unknown key {key!r}" + (f"; did you mean {near!r}?" if near else "; `rmsd keys` lists them")
+    if near := nearest(key, known, own):
+        return f"unknown key {key!r}; did you mean {near!r}?"
+    of_train = "; the rest of `train` is transformers.TrainingArguments'" if key.startswith("train.") else ""
+    return f"unknown key {key!r}; `rmsd keys` lists them{of_train}"
 
 
 def nearest(key: str, known: Sequence[str], own: Sequence[str]) -> str | None:

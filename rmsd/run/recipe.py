@@ -296,7 +296,8 @@ def _first_problem(error: Exception) -> str:
         return not_a_section(key, problem["input"], _SECTIONS[key].model_fields)
     if problem["type"] == "missing":
         return f"the recipe has no {key!r}"
-    return f"{key}: {problem['msg'].lower()}, not {problem['input']!r}"
+    own = "; a judge of your own is RMSDTrainer's argument `judge`" if key == "judge.kind" else ""
+    return f"{key}: {problem['msg'].lower()}, not {problem['input']!r}{own}"
 
 
 def _unknown(key: str) -> str:

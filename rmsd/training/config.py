@@ -193,6 +193,8 @@ class RMSDConfig(TrainingArguments):
     # Trainer takes a bool; its own annotation, str, would have a recipe's `fsdp: true` refused.
     fsdp: bool | None = field(default=None, metadata={"help": "Shards the model over the processes (FSDP2)."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows keep their columns."})
+    # torch warns of pinning on every machine without an accelerator.
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Rows are text: there is nothing to pin."})
 
     def __post_init__(self):
         # Without it accelerate sees no accelerator and makes of each process that was launched a run of its own.
