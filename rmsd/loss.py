@@ -119,7 +119,7 @@ class RMSDLoss(nn.Module):
         number in the whole batch when this is one of several micro-batches or ranks, and add the results. `weights` are
         factors on the tokens' divergences; nothing is divided by their sum."""
         shape = sampled_ids.shape
-        check_mask(completion_mask, shape, sampled_ids.device, "completion_mask")
+        _check_inputs(sampled_ids, completion_mask, student_logits)
         if keep is None:
             _, index = self._select(student_logits, teacher_logits, sampled_ids, completion_mask, self.num_kept)
             rows = _rows_at(index, shape[1])
@@ -130,7 +130,7 @@ class RMSDLoss(nn.Module):
         return self._mean(divergence, rows, shape, num_sequences, weights)
 
     def _select(self, student_logits, teacher_logits, sampled_ids, completion_mask, num_tokens):
-        check_mask(completion_mask, sampled_ids.shape, sampled_ids.device, "completion_mask")
+        _check_inputs(sampled_ids, completion_mask, student_logits)
         if self.criterion not in FUSED:
             ids = sampled_ids.where(completion_mask, 0)
             scores = token_scores(student_logits, teacher_logits, ids, **self.score_options)
@@ -240,7 +240,7 @@ class LinearRMSDLoss(RMSDLoss):
         """As RMSDLoss.forward; `head` may hold student_bias, teacher_bias, logit_scale, softcap, workspace_mb."""
         heads = (student_hidden, student_weight, teacher_hidden, teacher_weight)
         shape = sampled_ids.shape
-        check_mask(completion_mask, shape, sampled_ids.device, "completion_mask")
+        _check_inputs(sampled_ids, completion_mask, student_hidden)
         if keep is None:
             _, index = self._select_linear(heads, sampled_ids, completion_mask, self.num_kept, head)
             rows = _rows_at(index, shape[1])
@@ -253,7 +253,7 @@ class LinearRMSDLoss(RMSDLoss):
         return self._mean(divergence, rows, shape, num_sequences, weights)
 
     def _select_linear(self, heads, sampled_ids, completion_mask, num_tokens, head):
-        check_mask(completion_mask, sampled_ids.shape, sampled_ids.device, "completion_mask")
+        _check_inputs(sampled_ids, completion_mask, heads[0])
         scores = linear_token_scores(*heads, sampled_ids.where(completion_mask, 0), **head, **self.score_options)
         return self._selected(scores, completion_mask, num_tokens)
 
@@ -282,6 +282,16 @@ def _rows_where(keep: Tensor, completion_mask: Tensor) -> Tensor:
     else:
         rows = torch.where(keep.flatten(), torch.arange(keep.numel(), device=keep.device), -1)
     return torch.where(completion_mask.flatten()[rows.clamp_min(0)], rows, -1) if rows.numel() else rows
+
+
+def _check_inputs(sampled_ids: Tensor, completion_mask: Tensor, of: Tensor) -> None:
+    """`of`: logits or hidden states of (B, L, ...). Where they or the ids are not shifted, the mask is not to blame."""
+    if of.ndim == 3 and sampled_ids.shape != of.shape[:2]:
+        raise ValueError(
+            f"sampled_ids must be {tuple(of.shape[:2])}, one id a row, not {tuple(sampled_ids.shape)}: row i is the "
+            "distribution that id i was drawn from"
+        )
+    check_mask(completion_mask, sampled_ids.shape, sampled_ids.device, "completion_mask")
 
 
 def _check_kept_ids(sampled_ids: Tensor, of: Tensor, limit: int, keep: Tensor, completion_mask: Tensor) -> None:

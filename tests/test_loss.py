@@ -211,6 +211,15 @@ def test_bad_masks_are_refused_by_name(batch, loss_of):
                 loss_of(ids, bad, keep)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_ids_that_were_not_shifted_are_named_and_not_their_mask(batch, loss_of, kept):
+    _, _, ids, mask = batch
+    longer = torch.nn.functional.pad(ids, (1, 0))
+    for beside in (mask, torch.nn.functional.pad(mask, (1, 0))):
+        with pytest.raises(ValueError, match=r"sampled_ids must be \(3, 9\), one id a row, not \(3, 10\): row i is"):
+            loss_of(longer, beside, mask if kept else None)
+
+
 def test_an_id_where_a_kept_token_is_masked_may_be_anything(batch, loss_of):
     _, _, ids, mask = batch
     everywhere = torch.ones_like(mask)
