@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import pages
 import pytest
 import tiny
 from test_measure import ANSWERS
@@ -113,6 +114,17 @@ def test_nothing_is_pushed_to_the_hub_nor_told_to_a_tracker(recipe, monkeypatch,
     )
     look(load_recipe(recipe, ["train.push_to_hub=true", "train.hub_model_id=me/model", "train.report_to=tensorboard"]))
     assert [trainer.args.report_to for trainer in made] == [[]]
+
+
+def test_rows_whose_context_comes_after_the_rollout_are_not_called_anchors(recipe, tmp_path):
+    file, rows = tmp_path / "shop.py", tmp_path / "rows.jsonl"
+    file.write_text(pages.snippet("docs/extending.md", "an environment"), encoding="utf-8")
+    rows.write_text(json.dumps({"prompt": "Two teas.", "privileged_context": "", "wanted": ["tea", 2]}))
+    own = ["task=null", f"data={rows}"]
+    with pytest.raises(ValueError, match="all rows are anchors"):
+        preflight(load_recipe(recipe, own))
+    with pytest.raises(ValueError, match="what an environment tells the teacher afterwards is known in a run alone"):
+        preflight(load_recipe(recipe, [*own, f"environment={file}"]))
 
 
 def test_judges_are_measured_on_questions_that_are_kept(recipe, tmp_path):

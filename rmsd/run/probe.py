@@ -33,6 +33,11 @@ class Probe:
         self.called = callable_of(recipe, self.task)
         self.rows = task_rows(recipe, self.task)
         self.told = [row for row in self.rows if is_told(row)]
+        if not self.told and self.called:
+            raise ValueError(
+                "no row has a privileged_context, and what an environment tells the teacher afterwards is known in a "
+                "run alone: give rows one, or start the run"
+            )
         if not self.told:
             raise ValueError("all rows are anchors: no row has a privileged context")
         self.notes: list[str] = []
