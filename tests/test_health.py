@@ -116,8 +116,16 @@ def test_it_stops_in_one_line_that_says_what_to_do(tmp_path, from_step_5):
     line = str(error.value)
     assert "\n" not in line and "step 5: rollout_tokens is 24 (5 steps' mean), 1 at the start: it is a test" in line
     assert f"after step 4, {tmp_path / 'checkpoint-4'} is from before" in line and "set tail=bucket" in line
+    assert "remove" not in line, "it is the last"
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert not (tmp_path / "checkpoint-5").exists(), "the collapsed model is no checkpoint"
+
+
+def test_it_says_how_to_resume_from_before_where_later_checkpoints_stand_in_the_way(tmp_path, monkeypatch):
+    collapsed = health.Collapse(ALWAYS[0], 3, 24.0, 1.0, 1)
+    monkeypatch.setattr(health, "find_collapse", lambda history: collapsed if history[-1]["step"] == 3 else None)
+    with pytest.raises(Collapsed, match=r"; for resume=true to go on from checkpoint-1, remove those after it$"):
+        trainer(tmp_path, **OPTIONS).train()
 
 
 def test_it_says_so_and_goes_on(tmp_path, from_step_5, caplog):

@@ -167,8 +167,8 @@ class CollapseWatch(TrainerCallback):
             Collapsed: for every other.
         """
         line = describe(self.found, args)
+        checkpoint = last_whole_checkpoint(args.output_dir, self.found.well + 1)
         if args.on_collapse == "rollback":
-            checkpoint = last_whole_checkpoint(args.output_dir, self.found.well + 1)
             if any("rolled_back_from" in entry for entry in state.log_history):
                 line += "; it was rolled back before"
             elif checkpoint and self.teacher.changed and not (checkpoint / TEACHER_FILE).exists():
@@ -180,6 +180,8 @@ class CollapseWatch(TrainerCallback):
                         if step_of(later) > step_of(checkpoint):
                             shutil.rmtree(later)
                 return checkpoint
+        if checkpoint and checkpoint != last_whole_checkpoint(args.output_dir):  # which would be stopped again
+            line += f"; for resume=true to go on from {checkpoint.name}, remove those after it"
         raise Collapsed(line)
 
 
