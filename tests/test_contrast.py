@@ -126,6 +126,10 @@ def test_a_row_s_own_teacher_prompt_needs_a_contrast_prompt():
         ValueError, match=r"row 0: has a teacher_prompt; judge\.kind=contrast needs its contrast_prompt"
     ):
         Contrasts([row])
+    with pytest.raises(ValueError, match="needs its contrast_prompt"):  # around which nobody knows what to put
+        Contrasts([{**row, "contrast_context": "Say y."}])
+    with pytest.raises(ValueError, match="needs its contrast_prompt"):
+        Contrasts([row], "Say y.")
     assert (
         Contrasts([{**row, "contrast_prompt": "Say y. Which?"}]).prompt(row | {"contrast_prompt": "Say y."}) == "Say y."
     )

@@ -50,6 +50,10 @@ class Contrasts:
         for number, row in enumerate(rows):
             if not is_told(row):
                 continue
+            if row.get("teacher_prompt") and not row.get("contrast_prompt"):  # whose form no context could take
+                raise ValueError(
+                    f"row {number}: has a teacher_prompt; judge.kind=contrast needs its contrast_prompt too, as whole"
+                )
             if row.get("contrast_context") or row.get("contrast_prompt") or template:
                 try:
                     self.prompt(row)
@@ -57,10 +61,6 @@ class Contrasts:
                     raise ValueError(f"row {number}: judge.contrast_context {template!r}: {error}") from error
                 self.origins["template" if self._of_template(row) else "column"] += 1
                 continue
-            if row.get("teacher_prompt"):
-                raise ValueError(
-                    f"row {number}: has a teacher_prompt; judge.kind=contrast needs its contrast_prompt too"
-                )
             context = row["privileged_context"]
             if context not in self._made:
                 other = others.of_other_content(context)
