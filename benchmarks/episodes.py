@@ -17,6 +17,7 @@ from rmsd.run.recipe import load_recipe
 from rmsd.tasks import load_task
 from rmsd.training.record import read_lines
 
+from . import keeping
 from .pages import fill
 
 SPAN = 5  # steps a row
@@ -84,7 +85,10 @@ def main() -> None:
     found = [counted(options.run)] if options.run else [json.loads(path.read_text()) for path in options.page]
     print(table(found))
     if options.run and options.write:
-        options.write.write_text(json.dumps(found[0], indent=1) + "\n", encoding="utf-8")
+        before = json.loads(options.write.read_text(encoding="utf-8")) if options.write.exists() else {}
+        # Of the same run the file may hold what else benchmarks.tool measured.
+        more = before if before.get("steps") == found[0]["steps"] else {}
+        keeping.write(options.write, json.dumps(more | found[0], indent=1) + "\n")
     if options.page:
         fill(PAGE, {"episodes": table(found)})
 

@@ -341,10 +341,12 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.only:
             run = options.runs / f"{name}-{seed}{suffix}"
-            ended = None
-            if not (run / "model").exists():
+            said = run / "ended"  # a run that went wrong has no model, and is not to go wrong again
+            ended = said.read_text(encoding="utf-8") if said.exists() else None
+            if not ended and not (run / "model").exists():
                 overrides = [f"model={options.model}", f"task={TASK}", f"seed={seed}", *RUNS[name], *options.overrides]
-                ended = train(run, overrides)
+                if ended := train(run, overrides):
+                    keeping.write(said, ended)
             after = {} if ended else checked(run, options.model, options.human_eval)
             found.append(marks(run, name, seed, ended, after))
             print(table(found[-1:], base).splitlines()[-1], ended or "", flush=True)

@@ -168,6 +168,35 @@ def test_a_run_of_another_model_is_refused_before_anything_is_trained(tmp_path, 
         real.main()
 
 
+def test_a_run_that_went_wrong_is_read_and_not_run_again(tmp_path, monkeypatch, capsys):
+    ends = iter(["training has collapsed at step 9"])
+    monkeypatch.setattr(real, "checked", lambda *_: {})
+    monkeypatch.setattr(real, "train", lambda *_: next(ends))
+    steps = [dict(step=1)]
+    monkeypatch.setattr(
+        real,
+        "marks",
+        lambda run, name, seed, ended, _: dict(run=name, seed=seed, ended=ended, evaluations=[], steps=steps),
+    )
+    asked = ["--only", "rmsd", "--human-eval", "0", "--no-write"]
+    monkeypatch.setattr("sys.argv", ["real", *asked, "--runs", str(tmp_path)])
+    for _ in range(2):
+        real.main()
+        assert "| rmsd | 0 | 1, stopped |" in capsys.readouterr().out
+
+
+def test_counting_episodes_takes_back_no_other_mark_of_the_run(tmp_path, monkeypatch):
+    counts, file = dict(seed=1, steps=[dict(step=1, own=8)]), tmp_path / "legacy_api-1.json"
+    monkeypatch.setattr(episodes, "counted", lambda _: counts)
+    monkeypatch.setattr("sys.argv", ["episodes", str(tmp_path), "--write", str(file)])
+    keeping.write(file, json.dumps({**counts, "human_eval": "13 of 20"}))
+    episodes.main()
+    assert json.loads(file.read_text()) == {**counts, "human_eval": "13 of 20"}
+    counts["steps"] = [dict(step=1, own=7)]
+    episodes.main()
+    assert json.loads(file.read_text()) == counts, "another run's"
+
+
 def test_a_kill_ends_the_training_that_is_waited_for(tmp_path, monkeypatch):
     pid, trains = tmp_path / "pid", tmp_path / "trains"
     trains.write_text(f"#!/bin/sh\necho $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 60\n")

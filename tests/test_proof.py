@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
+from benchmarks import keeping
 from benchmarks.proof import __main__ as command
 from benchmarks.proof import baselines, run, table
 from benchmarks.proof.methods import METHODS, RATE_SEED, RATES, Job
@@ -179,6 +180,20 @@ def test_a_kept_run_is_asked_the_problems_that_it_was_not(docs, tmp_path, monkey
     assert run.run(job, runs, "m", 0, [])["human_eval"] == "9 of 20"
     assert run.run(job, runs, "m", 164, []) == {**marks(seed=0), "human_eval": "70 of 164"} == run.kept_marks(job)
     assert run.run(job, runs, "m", 20, [])["human_eval"] == "70 of 164"
+
+
+def test_runs_that_find_a_rate_are_asked_nothing_that_no_table_holds(docs, tmp_path, monkeypatch):
+    asked = []
+    line = dict(kind="eval", step=0, target_sampled=0.0, target_only_sampled=0.0, specificity=1.0, drift=0.0)
+
+    def train(folder, overrides):
+        keeping.write(folder / "metrics.jsonl", json.dumps(line) + "\n")
+
+    monkeypatch.setattr(run.real, "train", train)
+    monkeypatch.setattr(run.real, "checked", lambda folder, model, count: asked.append(count) or {})
+    for seed in (RATE_SEED, 0):
+        run.run(Job("opsd", 1e-4, seed), tmp_path / "runs", "m", 164, [])
+    assert asked == [0, 164]
 
 
 def test_a_run_of_another_model_does_not_pass_for_what_is_asked_for(docs, tmp_path):

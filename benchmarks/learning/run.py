@@ -179,7 +179,14 @@ def _path(job: dict) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four methods, two lessons, 60 steps; prints only")
-    parser.add_argument("--seeds", type=int, default=5, choices=range(2, MOST_SEEDS + 1), metavar="N")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=5,
+        choices=range(2, MOST_SEEDS + 1),
+        metavar="N",
+        help="how many, 5 where nothing is said; the ablations take 3 at most",
+    )
     parser.add_argument(
         "--ablations",
         nargs="*",
