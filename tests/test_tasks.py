@@ -1,11 +1,12 @@
 """Tasks with an environment: what is asked for is solved by the calls that its manual describes, and by no others."""
 
 import datetime
+import sys
 
 import pytest
 
 from rmsd.answers.calls import Call
-from rmsd.answers.environments import Environments
+from rmsd.answers.environments import Environments, load_environment
 from rmsd.answers.tools import run_turns
 from rmsd.run.recipe import load_recipe
 from rmsd.run.train import train
@@ -103,3 +104,23 @@ def test_what_the_house_format_is_not_does_not_parse(body):
 
 def test_a_document_without_entries_is_one():
     assert parsed("QUILL/2 A\nEND 0") == ("A", [])
+
+
+@pytest.mark.parametrize(
+    ("load", "kind", "beside"),
+    [
+        (load_task, "task", "from rmsd import Task\nIT = TASK = Task([], ['Why?'], [], {'a': bool}, bool)\n"),
+        (lambda path: load_environment(path)["tools"], "environment", "IT = TOOLS = [print]\n"),
+    ],
+)
+def test_a_file_of_one_s_own_finds_what_lies_beside_it_and_says_where_it_fails(
+    load, kind, beside, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / f"beside_{kind}.py").write_text(beside)
+    file = tmp_path / "mine.py"
+    file.write_text(f"from beside_{kind} import *\n")
+    assert load(str(file)) == sys.modules[f"beside_{kind}"].IT
+    file.write_text("licence = None\nlicence.read()\n")
+    with pytest.raises(ValueError, match=rf"{kind} file .*mine.py, line 2: AttributeError: 'NoneType' object has no"):
+        load(str(file))

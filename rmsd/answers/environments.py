@@ -1,6 +1,5 @@
 """Environments: of each rollout its own, with a state that the model's calls change and its feedback is about."""
 
-import runpy
 import threading
 import time
 from collections import Counter
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import defined_in
 from ..words import said_by
 from .prompts import SAID, tools_of
 from .tools import Loop, Tool, ToolLimits, text_of, toolbox
@@ -210,12 +210,9 @@ def load_environment(path: str | Path) -> dict[str, Any]:
     name, and its TOOLS, a list of functions, of which it may have only one; and `context_after`, if it defines it.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it defines neither.
+        FileNotFoundError, ValueError: there is no such file, or it fails, or it defines neither.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"environment file {path} does not exist")
-    defined = runpy.run_path(str(path))
+    defined = defined_in(path, "environment")
     tools, factory = defined.get("TOOLS", []), defined.get("ENVIRONMENT")
     if not tools and factory is None:
         raise ValueError(

@@ -3,11 +3,11 @@
 import difflib
 import importlib
 import pkgutil
-import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from ..files import defined_in
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,12 @@ def load_task(name: str) -> Task:
     """The TASK of a module of this package, or of the Python file that a name ending in .py is the path of.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such module or file, or it defines no TASK.
+        FileNotFoundError, ValueError: there is no such module or file, or it fails, or it defines no TASK.
     """
     if name.endswith(".py"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"task file {path} does not exist")
-        task = runpy.run_path(str(path)).get("TASK")
+        task = defined_in(name, "task").get("TASK")
         if not isinstance(task, Task):
-            raise ValueError(f"task file {path} must define TASK, a rmsd.tasks.Task, not {type(task).__name__}")
+            raise ValueError(f"task file {name} must define TASK, a rmsd.tasks.Task, not {type(task).__name__}")
         return task
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1)
