@@ -21,11 +21,22 @@ RIGHT = "def last(numbers: List[int]) -> int:\n    return numbers[-1]\n"
         f"```python3\n{RIGHT}```\nIt takes the last.",
         f"```py \n{RIGHT}```\nIt takes the last.",
         f"Run it:\n```bash\npython x.py\n```\nIt is:\n```python\n{RIGHT}```",
+        f'```python\n{RIGHT}\nif __name__ == "__main__":\n    print(last(input()))\n```',
         f"```python\n{RIGHT}",  # the answer ran into its limit
         RIGHT,
         "    return numbers[-1]\n",
     ],
-    ids=["fenced", "no language", "python3", "py", "behind a shell's", "unfinished", "bare", "body"],
+    ids=[
+        "fenced",
+        "no language",
+        "python3",
+        "py",
+        "behind a shell's",
+        "with a main block",
+        "unfinished",
+        "bare",
+        "body",
+    ],
 )
 def test_a_right_answer_passes_in_whatever_shape(answer):
     assert passes(PROBLEM, answer)
