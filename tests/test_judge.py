@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from rmsd.judge import CachedJudge, Candidate, ContextJudge, LLMJudge, MagnitudeJudge, Question
 from rmsd.judge.limits import Limits
@@ -124,6 +126,33 @@ def test_whatever_a_judge_answers_only_candidates_are_kept_once_and_at_most_max_
 def test_a_judge_that_answers_for_another_number_of_rollouts_is_an_error():
     with pytest.raises(ValueError, match="asked about 1 rollouts and answered 0"):
         ask(lambda questions: [], [question(["a"], {0: ("x", -1.0)})])
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        (lambda q: [True, False], r"positions of candidates \(c\.position\), not True"),  # a mask
+        (lambda q: torch.tensor([True, False]), r"not tensor\(True\)"),
+        (lambda q: list(q.candidates), r"positions of candidates \(c\.position\), not Candidate\("),
+        (lambda q: ["0"], "not '0'"),
+        (lambda q: [0.0], "not 0.0"),
+        (lambda q: 0, "a list of positions for each rollout, not 0"),
+        (lambda q: None, "a list of positions for each rollout, not None"),
+    ],
+)
+def test_an_answer_that_is_no_list_of_positions_is_refused(answer, named):
+    """A mask was read as positions 0 and 1, and of candidates none was kept."""
+    asked = question(["a", "b"], {0: ("x", -1.0), 1: ("y", -1.0)})
+    with pytest.raises(TypeError, match=named):
+        ask(lambda questions: list(map(answer, questions)), [asked])
+    with pytest.raises(TypeError, match="must answer with a list, not None"):
+        ask(lambda questions: None, [asked])
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+def test_positions_of_another_kind_of_integer_are_positions(kind):
+    asked = question(["a", "b"], {0: ("x", -1.0), 1: ("y", -1.0)})
+    assert ask(lambda questions: [[kind(1)]], [asked]) == [[1]]
 
 
 # ---- the cache -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Judge: from candidates to kept tokens. The judge is asked about rollouts whose teacher was told something."""
 
+import contextlib
+import operator
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -127,18 +129,38 @@ def ask(judge: Judge, questions: Sequence[Question]) -> list[list[int]]:
     asking. A rollout without candidates is not asked about either.
 
     Raises:
+        TypeError: the judge's answer is no list of positions for each rollout.
         ValueError: the judge answered another number of rollouts than it was asked about.
     """
     anchors = MagnitudeJudge()(questions)
     asked = [i for i, q in enumerate(questions) if q.privileged_context.strip() and q.candidates]
     answers = judge([questions[i] for i in asked]) if asked else []
+    if not hasattr(answers, "__len__"):
+        raise TypeError(f"the judge must answer with a list, not {answers!r:.80}")
     if len(answers) != len(asked):
         raise ValueError(f"the judge was asked about {len(asked)} rollouts and answered {len(answers)}")
     kept = [[] if q.privileged_context.strip() else anchors[i] for i, q in enumerate(questions)]
     for i, answer in zip(asked, answers, strict=True):
         allowed = {candidate.position for candidate in questions[i].candidates}
-        kept[i] = [position for position in dict.fromkeys(answer) if position in allowed][: questions[i].max_kept]
+        kept[i] = [position for position in _positions(answer) if position in allowed][: questions[i].max_kept]
     return kept
+
+
+def _positions(answer) -> list[int]:
+    """A judge's answer about one rollout, each position once. A mask would be read as positions 0 and 1, and what is no
+    number as no candidate's: a judge that answers so would train on other tokens than it means, or on none."""
+    try:
+        given = list(answer)
+    except TypeError:
+        raise TypeError(f"the judge must answer a list of positions for each rollout, not {answer!r:.80}") from None
+    return list(dict.fromkeys(map(_position, given)))
+
+
+def _position(given) -> int:
+    if not isinstance(given, bool) and not str(getattr(given, "dtype", "")).endswith("bool"):
+        with contextlib.suppress(TypeError):
+            return operator.index(given)
+    raise TypeError(f"the judge must answer with positions of candidates (c.position), not {given!r:.80}")
 
 
 def keep_mask(kept: Sequence[Sequence[int]], shape: torch.Size) -> Tensor:
