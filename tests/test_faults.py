@@ -202,6 +202,22 @@ def test_counts_of_the_whole_run_go_on_where_it_is_resumed(tmp_path):
         assert [entry["nonfinite_rows"] for entry in entries] == [7] * 4
 
 
+def test_a_step_that_was_interrupted_is_counted_once_where_the_same_trainer_goes_on(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):  # the step's answers are there
+            if state.global_step == 1 and not interrupted:
+                interrupted.append(True)
+                raise KeyboardInterrupt
+
+    interrupted = []
+    made = trainer(tmp_path, callbacks=[Interrupt()], save_strategy="steps", save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    written = [entry["rollout_tokens"] for entry in made.state.log_history if "loss" in entry]
+    assert written == [4 * 6, 4 * 6]
+
+
 def test_ranks_but_the_first_count_what_is_their_own(tmp_path, monkeypatch):
     made = trainer(tmp_path)
     made.state.log_history = [{"step": 3, "skipped_steps": 2, "nonfinite_rows": 7.0}, {"eval_drift": 0.0}]

@@ -161,6 +161,8 @@ def test_it_goes_on_from_before_at_half_the_rate_once(tmp_path, monkeypatch, tea
     assert same(weights(resumed.model), weights(made.model))
     # And at half of another rate, where the user asks for one.
     half = rates[True, 6]
+    made.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))  # the same trainer, after an interrupt
+    assert rates[True, 6] == pytest.approx(half)
     slower = trainer(tmp_path / "run", on_collapse="rollback", **options, learning_rate=1e-3)
     slower.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert rates[True, 6] == pytest.approx(half / 10)
@@ -171,6 +173,16 @@ def test_a_second_collapse_ends_the_run(tmp_path, from_step_5):
     with pytest.raises(Collapsed, match="it was rolled back before"):
         made.train()
     assert not list(tmp_path.glob("checkpoint-[5-9]")), "what is resumed is from before"
+
+
+def test_a_run_that_is_started_after_a_collapse_keeps_its_rate(tmp_path, from_step_5, monkeypatch):
+    made = trainer(tmp_path, **OPTIONS)
+    with pytest.raises(Collapsed):
+        made.train()
+    monkeypatch.setattr(health, "find_collapse", lambda history: None)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert {entry["learning_rate"] for entry in made.state.log_history if "loss" in entry} == {1e-2}
+    assert not any("rolled_back_from" in entry for entry in made.state.log_history)
 
 
 def test_the_checkpoint_that_a_run_goes_back_to_is_not_evaluated_anew(tmp_path, from_step_5):

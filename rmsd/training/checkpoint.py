@@ -47,14 +47,17 @@ def _problem(checkpoint: Path) -> str | None:
         return "it was not finished"
     except ValueError:
         return "trainer_state.json is torn"
-    for path in checkpoint.glob("*.safetensors"):
+    # PEFT gives an adapter that is not named "default" a folder of its own.
+    saved = [*checkpoint.glob("*.safetensors"), *checkpoint.glob("*/adapter_model.safetensors")]
+    for path in saved:
         try:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
             return f"{path.name} is damaged ({error})"
-    weights = [*checkpoint.glob("*.safetensors"), *checkpoint.glob("pytorch_model_fsdp*")]
-    if not any(path.name != "teacher.safetensors" for path in weights):
+    of_teacher = "teacher.safetensors", "teacher/adapter_model.safetensors"
+    weights = [path for path in saved if path.relative_to(checkpoint).as_posix() not in of_teacher]
+    if not (weights or any(any(checkpoint.glob(pattern)) for pattern in ("pytorch_model_fsdp*", "global_step*"))):
         return "it holds no weights"
     for path in (path for ending in ("pt", "pth", "bin") for path in checkpoint.glob(f"*.{ending}")):
         if not zipfile.is_zipfile(path):
@@ -80,10 +83,10 @@ def own_settings(optimizer, scheduler, checkpoint: str | Path):
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         if group.keys() - {"params"} != settings.keys():
             raise ValueError("the checkpoint's optimizer is of another kind than this run's: set optim back to its")
-        group.update({name: value for name, value in settings.items() if name not in ("lr", "initial_lr")})
+        group.update({name: value for name, value in settings.items() if name != "lr"})
     if isinstance(scheduler, LambdaLR):
         scheduler.base_lrs = rates
         now = [rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)]
         scheduler._last_lr = now
-        for group, base, rate in zip(optimizer.param_groups, rates, now, strict=True):
-            group["initial_lr"], group["lr"] = base, rate
+        for group, rate in zip(optimizer.param_groups, now, strict=True):
+            group["lr"] = rate  # initial_lr, which a schedule made anew begins with, is the one that was asked for

@@ -81,18 +81,17 @@ def check_metric(
 def has_plateaued(history: Sequence[dict], metric: str, patience: int, min_delta: float) -> bool:
     """Whether `metric`'s last `patience` entries since the last continuation brought no improvement of more than
     `min_delta`. Lower is better for losses, drift, errors and signs of bad health, higher for everything else. A step
-    counts once: evaluated again where a run is resumed, it has not waited any longer."""
-    last = max((i for i, entry in enumerate(history) if "continuation" in entry), default=-1)
+    counts once: evaluated again where a run is resumed, it has not waited any longer. The step of the continuation
+    itself was made with the teacher before, whose loss the next one's cannot be held against."""
+    begun = max((entry["step"] for entry in history if "continuation" in entry), default=-1)
     sign = -1 if lower_is_better(metric) else 1
-    first_of_step = {}
-    for i, entry in enumerate(history):
-        if metric in entry:
-            first_of_step.setdefault(entry["step"], i)
+    first_of_step: dict[int, float] = {}
+    for entry in history:
+        if metric in entry and entry["step"] > begun:
+            first_of_step.setdefault(entry["step"], sign * entry[metric])
     best, waited = -math.inf, 0  # which a first value improves on, unless it is NaN
-    for i in first_of_step.values():
-        if i > last:
-            value = sign * history[i][metric]
-            best, waited = (value, 0) if value > best + min_delta else (best, waited + 1)
+    for value in first_of_step.values():
+        best, waited = (value, 0) if value > best + min_delta else (best, waited + 1)
     return waited >= patience
 
 

@@ -22,7 +22,8 @@ log = logging.getLogger("rmsd")
 
 class NonfiniteGradients(TrainerCallback):
     """Skips an optimiser step whose gradient holds a NaN or an infinity; counts it as `skipped_steps` in the log. On a
-    resume this count, that of nonfinite_rows and that of skips in a row go on from the log's.
+    resume this count, that of nonfinite_rows and that of skips in a row go on from the log's; all else that an
+    interrupted run of the same trainer had counted since its last entry is dropped, for its steps are made again.
 
     Args:
         metrics: counts `skipped_steps`.
@@ -38,6 +39,7 @@ class NonfiniteGradients(TrainerCallback):
         self.in_a_row = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.metrics.begin()
         self.in_a_row = skipped_in_a_row(state.log_history, state.global_step)
         counted = next((entry for entry in reversed(state.log_history) if "skipped_steps" in entry), None)
         if counted is None:

@@ -132,7 +132,7 @@ class CollapseWatch(TrainerCallback):
             return
         # A checkpoint brings its rates; from here on those written hold the halves.
         for group in optimizer.param_groups:
-            group.update({name: group[name] / 2 for name in ("lr", "initial_lr") if name in group})
+            group["lr"] = group["lr"] / 2  # not initial_lr: where the same trainer resumes, it is halved once more
         scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
         for name in ("base_lrs", "_last_lr"):  # the second is what is logged
             if hasattr(scheduler, name):
@@ -166,8 +166,8 @@ class CollapseWatch(TrainerCallback):
         Raises:
             Collapsed: for every other.
         """
-        line = describe(self.found, args)
-        checkpoint = last_whole_checkpoint(args.output_dir, self.found.well + 1)
+        line, well = describe(self.found, args), self.found.well
+        checkpoint = last_whole_checkpoint(args.output_dir, well + 1)
         if args.on_collapse == "rollback":
             if any("rolled_back_from" in entry for entry in state.log_history):
                 line += "; it was rolled back before"
@@ -182,6 +182,7 @@ class CollapseWatch(TrainerCallback):
                 return checkpoint
         if checkpoint and checkpoint != last_whole_checkpoint(args.output_dir):  # which would be stopped again
             line += f"; for resume=true to go on from {checkpoint.name}, remove those after it"
+        self.found = None  # the run is over: another that is started with this trainer is not rolled back
         raise Collapsed(line)
 
 

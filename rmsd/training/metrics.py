@@ -116,6 +116,10 @@ class StepMetrics:
             self.own[name] = self.own.get(name, 0) + number - self._asked.get(name, 0)
         self._asked = asked
 
+    def begin(self) -> None:
+        """Counting starts anew."""
+        self._sums, self.own, self._gaps, self._unkept, self.steps = {}, {}, {}, None, 0
+
     def drain(self, accelerator, nonfinite_rows: Tensor) -> dict[str, float]:
         """The entry's numbers, the same on every rank but for its own; counting starts anew. All ranks call it.
         `nonfinite_rows` and skipped_steps go on counting."""
@@ -130,5 +134,5 @@ class StepMetrics:
         entry = {name: number for name, number in sums.items() if not name.startswith("_")}
         gaps = {name: total / count for name, (total, count) in self._gaps.items()}
         entry |= {**means, "skipped_steps": self.skipped_steps, **self.own, **gaps}
-        self._sums, self.own, self._gaps, self._unkept, self.steps = {}, {}, {}, None, 0
+        self.begin()
         return entry
