@@ -30,6 +30,10 @@ class Processor(ProcessorMixin):
         (lambda: dict(model=tiny.model().requires_grad_(False)), "no weight is trainable: every parameter is frozen"),
         (lambda: dict(processing_class=Processor(tiny.tokenizer())), "not a Processor: give its .tokenizer"),
         (lambda: dict(processing_class=None), "processing_class must be a tokenizer, not NoneType"),
+        (lambda: dict(eval_dataset=tiny.ROWS), "takes no eval_dataset: evaluator=, a function of the model"),
+        (lambda: dict(compute_metrics=len), "takes no compute_metrics: evaluator=, a function of the model"),
+        (lambda: dict(compute_loss_func=len), "takes no compute_loss_func: RMSDConfig says what the loss is"),
+        (lambda: dict(data_collator=list), "takes no data_collator: train_dataset's rows"),
         (lambda: dict(train_dataset=[]), "train_dataset holds no rows"),
         (lambda: dict(train_dataset="rows.jsonl"), "not a path: rmsd.answers.data.load_rows"),
         (lambda: dict(train_dataset={"train": tiny.ROWS, "test": []}), "one split, not a dict of train, test"),
@@ -52,6 +56,13 @@ def test_arguments_of_transformers_are_refused(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1)
     with pytest.raises(TypeError, match="args must be an RMSDConfig, not TrainingArguments"):
         RMSDTrainer(tiny.model(), args, tiny.ROWS, tiny.tokenizer())
+
+
+@pytest.mark.parametrize("options", [{"eval_strategy": "epoch"}, {"eval_on_start": True}])
+def test_an_evaluation_without_an_evaluator_is_refused_before_the_run(tmp_path, options):
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=f"{name}={str(value).lower()} needs an evaluator: RMSDTrainer"):
+        trainer(tmp_path, **options)
 
 
 class Endless(torch.utils.data.Dataset):

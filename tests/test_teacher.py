@@ -161,6 +161,28 @@ def test_continuation_makes_the_student_the_teacher_and_survives_a_resume(tmp_pa
     assert sum("continuation" in entry for entry in resumed.state.log_history) == 1
 
 
+def test_a_resume_under_deepspeed_brings_the_teacher_too(tmp_path, monkeypatch):
+    """Its engine loads the student's weights, and Trainer's own loading is left out."""
+    options = dict(continuation_steps=[1], save_strategy="steps", save_steps=2)
+    made, resumed = (trainer(tmp_path, **options) for _ in range(2))
+    made.train()
+    resumed.create_optimizer_and_scheduler(2)
+    monkeypatch.setattr(resumed, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: None)
+    resumed._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-2"))
+    assert same(weights(resumed.teacher.model), weights(made.teacher.model))
+
+
+@pytest.mark.parametrize("make_model", [tiny.model, peft_model])
+def test_a_trainer_whose_teacher_has_changed_cannot_go_back_to_before(tmp_path, make_model):
+    """As after an interrupt in a notebook."""
+    made = trainer(tmp_path, make_model(), continuation_steps=[2], save_strategy="steps", save_steps=1)
+    made.train()
+    with pytest.raises(ValueError, match=r"checkpoint-1 was written before the teacher changed.*make a new trainer"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_resumed_student_has_its_adapter_where_trainer_forgets_it(tmp_path, monkeypatch):
     """As before transformers 5.23: beside a second adapter's folder it loads that alone."""
     options = dict(max_steps=4, continuation_steps=[2], save_strategy="steps", save_steps=3)
@@ -173,6 +195,30 @@ def test_a_resumed_student_has_its_adapter_where_trainer_forgets_it(tmp_path, mo
     monkeypatch.setattr(Trainer, "_load_from_checkpoint", forgetful)
     resumed = trainer(tmp_path, peft_model(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize("kind", ["initial", "ema"])
+def test_what_is_frozen_of_an_adapter_stays_frozen(tmp_path, kind):
+    """PEFT makes all of an adapter trainable whenever it switches it on: the teacher does so at each reading."""
+
+    def frozen_a():
+        student = peft_model()
+        for name, value in student.named_parameters():
+            if "lora_A" in name:  # LoRA-FA
+                value.requires_grad_(False)
+        return student
+
+    options = dict(teacher=kind, save_strategy="steps", save_steps=1)
+    whole, resumed = (trainer(tmp_path, frozen_a(), **options) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    start = weights(peft_model())
+    for made in (whole, resumed):
+        own = {name: value for name, value in made.model.named_parameters() if "teacher" not in name.split(".")}
+        may_move = {name for name in own if "lora_B" in name}
+        assert {name for name, value in own.items() if value.requires_grad} == may_move
+        assert {name for name in own if not torch.equal(own[name], start[name])} <= may_move
     assert same(weights(whole.model), weights(resumed.model))
 
 
@@ -278,6 +324,14 @@ def test_plateau_is_patience_entries_without_improvement(values, plateau):
         assert has_plateaued(history, metric, patience=2, min_delta=0.2) is plateau
     continued = [*history, {"continuation": 1, "step": len(history) - 1}]
     assert not has_plateaued(continued, "loss", patience=2, min_delta=0.2), "counted anew"
+
+
+def test_a_loss_under_the_teacher_before_is_nothing_to_improve_on():
+    """Where a continuation is due by its step, that step's entry is logged after it."""
+    history = [{"continuation": 1, "step": 3}, *({"loss": loss, "step": 3 + i} for i, loss in enumerate((1, 4, 3, 2)))]
+    assert not has_plateaued(history, "loss", patience=3, min_delta=0.0)
+    history += [{"loss": 2, "step": step} for step in (7, 8, 9)]
+    assert has_plateaued(history, "loss", patience=3, min_delta=0.0)
 
 
 def test_a_step_evaluated_again_has_not_waited_any_longer():

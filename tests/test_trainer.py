@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 import threading
 import time
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tiny import same, trainer, weights
 
 from rmsd import MagnitudeJudge, RMSDConfig, RMSDTrainer
@@ -244,6 +247,21 @@ def test_evaluator_runs_when_asked_and_is_recorded(tmp_path):
     assert {"loss", "kept_tokens", "candidates", "rollout_tokens", "grad_norm"} <= set(lines[1])
 
 
+def test_an_evaluator_may_return_any_number_and_reads_the_model_as_it_answers(tmp_path):
+    seen = []
+
+    def evaluator(model):
+        seen.append((model.training, torch.is_grad_enabled()))
+        return {"float32": np.float32(0.5), "int64": np.int64(3), "tensor": torch.tensor(0.25)}
+
+    options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    trainer(tmp_path, callbacks=[RunRecord(tmp_path)], evaluator=evaluator, **options).train()
+    line = next(line for line in read_lines(tmp_path / "metrics.jsonl") if line["kind"] == "eval")
+    assert (line["float32"], line["int64"], line["tensor"]) == (0.5, 3, 0.25)
+    assert seen == [(False, False)] * 2
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+
+
 def test_rollouts_are_written_as_they_were_scored(tmp_path):
     made = trainer(tmp_path, callbacks=[RunRecord(tmp_path)], max_steps=1)
     made.train()
@@ -391,6 +409,22 @@ def test_torn_and_unfinished_checkpoints_are_passed_over(tmp_path):
     (first / "trainer_state.json").unlink()
     assert last_whole_checkpoint(tmp_path) is None
     assert last_whole_checkpoint(tmp_path / "none") is None
+
+
+def test_weights_may_lie_in_a_folder_of_their_own(tmp_path):
+    """An adapter of another name than "default", and what DeepSpeed has not gathered; the teacher's own are none."""
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    options = dict(save_strategy="steps", save_steps=1, continuation_steps=[1])
+    trainer(tmp_path, get_peft_model(tiny.model(), config, adapter_name="mine"), **options).train()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    adapter = tmp_path / "checkpoint-2" / "mine" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:50])
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    shutil.rmtree(adapter.parent)
+    shutil.rmtree(tmp_path / "checkpoint-1" / "mine")
+    assert last_whole_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-1" / "global_step1").mkdir()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 def test_the_default_judge_knows_the_data_s_prompts(tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.heads import OutputHead, frozen_copy
 from ..models.hidden import completion_hidden, row_lengths
+from ..models.parts import trained_as_before
 from ..models.sharding import whole
 from ..models.transfer import to_device
 from .rollout import Rollouts
@@ -161,13 +162,25 @@ class Teacher:
             state = self._state() | self._averages
             save_file({name: value.contiguous() for name, value in state.items()}, Path(directory) / FILE)
 
-    def load(self, directory: str | Path) -> None:
-        """Takes the teacher that a checkpoint holds, if it holds one. The student's adapter comes with it: beside a
-        second adapter's folder Trainer forgets the one at the checkpoint's root, before transformers 5.23."""
+    def load_student(self, directory: str | Path) -> None:
+        """Takes the student's adapter of a checkpoint: beside a second adapter's folder Trainer forgets the one at the
+        checkpoint's root, before transformers 5.23."""
         if self.has_adapter and (Path(directory) / "adapter_model.safetensors").exists():
             self.student.load_adapter(directory, "default", is_trainable=self.student.active_adapter == "default")
+
+    def load(self, directory: str | Path) -> None:
+        """Takes the teacher that a checkpoint holds, if it holds one.
+
+        Raises:
+            ValueError: it holds none, so its teacher was the initial weights, which are no longer here.
+        """
         path = Path(directory) / FILE
         if not path.exists():
+            if self.changed:
+                raise ValueError(
+                    f"{directory} was written before the teacher changed, and the initial teacher is gone: make a new "
+                    "trainer of the initial model, and resume with that"
+                )
             return
         if not self.is_copy and not self.has_snapshot:
             self._add_adapter()
@@ -181,15 +194,17 @@ class Teacher:
 
     # ---- adapters --------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
     def _adapter(self):
         if self.is_copy or not self.has_adapter or self.kind == "live":
-            return contextlib.nullcontext()
-        return self._own_adapter() if self.has_snapshot else self.model.disable_adapter()
+            yield
+            return
+        with trained_as_before(self.model), self._own_adapter() if self.has_snapshot else self.model.disable_adapter():
+            yield
 
     @contextlib.contextmanager
     def _own_adapter(self):
         student = self.student.active_adapter
-        # Switching an adapter on makes its weights trainable; this one is read under no_grad and frozen again after.
         self.student.set_adapter(_ADAPTER)
         try:
             yield
@@ -198,9 +213,10 @@ class Teacher:
 
     def _add_adapter(self) -> None:
         student = self.student.active_adapter
-        if _ADAPTER not in self.student.peft_config:  # Trainer has already made it when it loads a checkpoint
-            self.student.add_adapter(_ADAPTER, _plain(self.student.peft_config[student]))
-        self.student.set_adapter(student)
+        with trained_as_before(self.student):
+            if _ADAPTER not in self.student.peft_config:  # Trainer has already made it when it loads a checkpoint
+                self.student.add_adapter(_ADAPTER, _plain(self.student.peft_config[student]))
+            self.student.set_adapter(student)
         self.has_snapshot = True
         with torch.no_grad():
             for _, mine, theirs in self._pairs():
@@ -241,7 +257,10 @@ def _check_adapters(model) -> None:
             "model.set_adapter(name) chooses one, model.add_weighted_adapter makes one of several"
         )
     if _ADAPTER in model.peft_config:
-        raise ValueError(f"an adapter is named {_ADAPTER!r}, which is kept for the teacher's own: give it another name")
+        raise ValueError(
+            f"an adapter is named {_ADAPTER!r}, which is kept for the teacher's own: give it another name or, where "
+            f"another trainer has left it behind, model.delete_adapter({_ADAPTER!r})"
+        )
 
 
 def beside_adapter(model) -> str | None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.merging import adapter_is_off, merged_weights, save_adapter
-from ..models.parts import causal_lm
+from ..models.parts import causal_lm, trained_as_before
 from .rollout import Recorded, Rollouts
 from .sampling import seeds_of
 from .teacher import beside_adapter
@@ -74,7 +74,7 @@ class VLLMEngine:
             config.architectures = [type(base).__name__]
             config.save_pretrained(folder)
             if self._by_adapter:
-                with model.disable_adapter():
+                with trained_as_before(model), model.disable_adapter():
                     weights = {name: weight.cpu().contiguous() for name, weight in merged_weights(model)}
                 save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
                 del weights

@@ -85,6 +85,19 @@ def no_head(model: nn.Module):
 
 
 @contextlib.contextmanager
+def trained_as_before(model: nn.Module):
+    """Whatever happens inside, the same parameters are trained afterwards. PEFT makes all of an adapter trainable each
+    time that it switches it on, what the user has frozen too: LoRA-FA's A, or layers that are left alone."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trained in before:
+            if parameter.requires_grad != trained:
+                parameter.requires_grad_(trained)
+
+
+@contextlib.contextmanager
 def last_position_head(model: nn.Module):
     """Forwards inside project the last position alone, from contiguous memory: of a slice that is not contiguous, a
     CPU's product first copies the head's weight once a sequence."""

@@ -30,14 +30,30 @@ def read_model(trainer) -> None:
     trainer.teacher.read_head()
 
 
-def check_arguments(model, args, processing_class) -> None:
+# What Trainer takes and this one would not heed, and what stands in its place.
+_INSTEAD = {
+    **dict.fromkeys(
+        ("eval_dataset", "compute_metrics", "preprocess_logits_for_metrics"),
+        "evaluator=, a function of the model that returns metrics, is what evaluates",
+    ),
+    "data_collator": "train_dataset's rows become batches by themselves",
+    "compute_loss_func": "RMSDConfig says what the loss is; a subclass may override compute_loss",
+    "model_init": "give the model",
+}
+
+
+def check_arguments(model, args, processing_class, evaluator=None, others=()) -> None:
     """
     Raises:
-        TypeError: model, args or processing_class is another kind of thing; with what to give.
-        ValueError: the model is no causal LM, or no weight of it is trained.
+        TypeError: model, args or processing_class is another kind of thing, or one of the `others` is none that is
+            heeded; with what to give.
+        ValueError: the model is no causal LM, no weight of it is trained, or nothing evaluates it when it is to be.
     """
     from .config import RMSDConfig
 
+    for name in others:
+        if name in _INSTEAD:
+            raise TypeError(f"RMSDTrainer takes no {name}: {_INSTEAD[name]}")
     if not hasattr(model, "named_parameters"):
         raise TypeError(
             f"model must be a loaded model, not {model!r:.80}: AutoModelForCausalLM.from_pretrained(...), or "
@@ -50,6 +66,9 @@ def check_arguments(model, args, processing_class) -> None:
         raise TypeError(f"processing_class must be a tokenizer, not a {kind}: give its .tokenizer")
     if not (callable(processing_class) and hasattr(processing_class, "decode")):
         raise TypeError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}")
+    if evaluator is None and (args.eval_strategy != "no" or args.eval_on_start):
+        asked = "eval_on_start=true" if args.eval_strategy == "no" else f"eval_strategy={args.eval_strategy.value}"
+        raise ValueError(f"{asked} needs an evaluator: RMSDTrainer(..., evaluator=...)")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder: the method needs a causal LM")
     if not any(parameter.requires_grad for parameter in model.parameters()):

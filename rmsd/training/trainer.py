@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import denumpify_detensorize
 
 from ..answers.data import check_lengths, checked_dataset, context_of, rows_of
 from ..answers.engines import engine_for
@@ -24,6 +25,7 @@ from ..judge.llm import llm_of
 from ..loss import LinearRMSDLoss
 from ..models.heads import OutputHead, Reading, mixed_precision_dtype
 from ..models.hidden import completion_hidden
+from ..models.parts import trained_as_before
 from ..models.router import RouterLoss
 from ..models.sharding import as_rank_zero, check_sharded_teacher, check_sharding, whole
 from ..models.transfer import to_device
@@ -60,8 +62,10 @@ class RMSDTrainer(Trainer):
             there. Without it that is the row's own and, where the environment has a `feedback()`, what that says.
         judge: which candidates are relevant; by default a ContextJudge that knows the data's prompts. Not asked for
             method="opsd".
-        evaluator: model -> metrics; called by `evaluate()`, so whenever `eval_strategy` says, and logged as eval_*.
-        kwargs: as for Trainer (callbacks, optimizers, ...).
+        evaluator: model -> metrics; called by `evaluate()`, so whenever `eval_strategy` says, and logged as eval_*. It
+            is given the model in eval mode, without gradients.
+        kwargs: as for Trainer (callbacks, optimizers, ...), but for what a batch of its own or an evaluation would be
+            made by.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class RMSDTrainer(Trainer):
         context_after: ContextAfter | None = None,
         **kwargs: Any,
     ):
-        check_arguments(model, args, processing_class)
+        check_arguments(model, args, processing_class, evaluator, kwargs)
         train_dataset = checked_dataset(train_dataset)
         args = args.with_learning_rate(has_adapter=hasattr(model, "peft_config"))
         super().__init__(
@@ -334,21 +338,28 @@ class RMSDTrainer(Trainer):
             self.teacher.save(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.teacher.load(resume_from_checkpoint)
+        with trained_as_before(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self.teacher.load_student(resume_from_checkpoint)
+            self.teacher.load(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         own = own_settings(self.optimizer, self.lr_scheduler, checkpoint) if checkpoint else contextlib.nullcontext()
         with own:
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and self.is_deepspeed_enabled:  # whose engine loads weights in _load_from_checkpoint's place
+            self.teacher.load(checkpoint)
 
     # ---- evaluation and logs ---------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if self.evaluator is None:
             raise ValueError("evaluate() needs an evaluator: RMSDTrainer(..., evaluator=...)")
-        with whole(self.student):
-            metrics = self.evaluator(self.student)
+        was_training = self.student.training
+        self.student.eval()
+        with whole(self.student), torch.no_grad():
+            metrics = denumpify_detensorize(dict(self.evaluator(self.student)))  # numbers that JSON can hold
+        self.student.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in as_rank_zero(metrics).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
