@@ -274,6 +274,11 @@ def test_opsd_and_other_judges_ask_nothing(recipe):
     assert planned(recipe, *llm, "method=opsd").requests(100) == planned(recipe).requests(100) == 0
 
 
+def test_no_more_are_planned_to_be_kept_than_there_are_candidates(recipe):
+    for number, kept in ((7, 7), (30, 20)):
+        assert f"; {kept} kept of 20 candidates at most" in str(planned(recipe, f"train.num_kept={number}"))
+
+
 def test_rollouts_that_rows_bring_are_measured_and_not_sampled(recipe, tmp_path):
     rows = [{**tiny.ROWS[0], "completion": "It is zorblat."}, {**tiny.ROWS[1], "completion": "No."}]
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

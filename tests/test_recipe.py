@@ -206,6 +206,7 @@ ROW = json.dumps({"prompt": "Hi", "privileged_context": "Say zorblat."})
     ("line", "message"),
     [
         ('{"prompt": "Hi"', "line 3: not JSON"),
+        ("[", "line 3: not JSON (Expecting value); each line is a row"),
         ('{"prompt": ' + "[" * 100_000, "line 3: not JSON"),
         ('{"prompt": "Hi", "privileged_context": "", "id": ' + "1" * 5000 + "}", "line 3: not JSON"),
         ('{"prompt": "Hi"}', "line 3: has no 'privileged_context' (it has: 'prompt')"),

@@ -39,7 +39,7 @@ def load_rows(path: str | Path, completions: bool = False) -> list[dict]:
                     raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason})") from error
                 except (ValueError, RecursionError) as error:  # of numbers and lists without end no JSONDecodeError
                     reason = getattr(error, "msg", error)
-                    raise ValueError(f"{path}, line {number}: not JSON ({reason})") from error
+                    raise ValueError(f"{path}, line {number}: not JSON ({reason}); each line is a row") from error
                 check_row(rows[-1], f"{path}, line {number}")
                 if completions and rows[-1].get("completion") is None:
                     raise ValueError(f"{path}, line {number}: has no 'completion'")
