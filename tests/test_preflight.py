@@ -9,6 +9,7 @@ import tiny
 from test_measure import ANSWERS
 
 from rmsd.judge import Candidate, Question
+from rmsd.run import probe
 from rmsd.run.check import check
 from rmsd.run.judging import judge
 from rmsd.run.preflight import Findings, _gap, _obedience, preflight, verdict
@@ -114,6 +115,20 @@ def test_nothing_is_pushed_to_the_hub_nor_told_to_a_tracker(recipe, monkeypatch,
     )
     look(load_recipe(recipe, ["train.push_to_hub=true", "train.hub_model_id=me/model", "train.report_to=tensorboard"]))
     assert [trainer.args.report_to for trainer in made] == [[]]
+
+
+def test_what_a_rollout_costs_is_told_without_the_self_check(recipe, monkeypatch):
+    now, step = [0.0], RMSDTrainer.training_step
+
+    def passes(seconds: float) -> list:
+        now[0] += seconds
+        return []
+
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("rmsd.training.self_check.self_check", lambda _: passes(100.0))
+    monkeypatch.setattr(RMSDTrainer, "training_step", lambda *args, **more: passes(8.0) or step(*args, **more))
+    asked = probe.Probe(load_recipe(recipe))
+    assert asked.step(asked.told[:2])[2] == 4.0
 
 
 def test_rows_whose_context_comes_after_the_rollout_are_not_called_anchors(recipe, tmp_path):

@@ -3,10 +3,11 @@
 import contextlib
 import math
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import cached_property
 
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from ..answers.contrast import Contrasts, is_told
 from ..answers.episodes import Episodes
@@ -110,7 +111,7 @@ class Probe:
     def step(self, rows: list[dict]) -> tuple[list[Question], dict, float]:
         """A single step on these rows as the run would make it, but at a learning rate of 0: its questions for a judge,
         its log entry, and seconds a rollout."""
-        heard, recipe = _Heard(self.contrasts), self.recipe
+        heard, clock, recipe = _Heard(self.contrasts), _Clock(), self.recipe
         if recipe.lora and not hasattr(self.model, "peft_config"):
             self.model = with_lora(self.model, recipe.lora)
         with tempfile.TemporaryDirectory() as folder:
@@ -138,10 +139,11 @@ class Probe:
             for name, value in once.items():
                 setattr(args, name, value)
             trainer = RMSDTrainer(self.model, args, rows, self.tokenizer, judge=heard, **self.called)
+            trainer.add_callback(clock)
             trainer.remove_callback(PrinterCallback)  # no run's log: what it holds is told in words
             trainer.train()
         logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        return heard.questions, logged, trainer.state.log_history[-1]["train_runtime"] / len(rows)
+        return heard.questions, logged, clock.seconds / len(rows)
 
     def judges(self) -> dict[str, Judge]:
         """Those that need nothing, and the recipe's own where it is another."""
@@ -159,6 +161,16 @@ class Probe:
             except (ConnectionError, ImportError) as error:
                 self.notes.append(f"the recipe's judge: {error}")
         return judges
+
+
+class _Clock(TrainerCallback):
+    """Seconds of the last step alone: train_runtime counts what a run begins with, as its self-check, too."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds = time.perf_counter() - self.began
 
 
 class _Heard:
