@@ -1,6 +1,7 @@
 """What a trainer is given, looked at before anything is made of it and, where it may change, before the first step."""
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from ..models.heads import OutputHead
 from ..models.parts import causal_lm
@@ -67,7 +68,8 @@ def check_arguments(model, args, processing_class, evaluator=None, others=()) ->
     if not (callable(processing_class) and hasattr(processing_class, "decode")):
         raise TypeError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}")
     if evaluator is None and (args.eval_strategy != "no" or args.eval_on_start):
-        asked = "eval_on_start=true" if args.eval_strategy == "no" else f"eval_strategy={args.eval_strategy.value}"
+        strategy = IntervalStrategy(args.eval_strategy).value  # which may have been set to a plain string
+        asked = "eval_on_start=true" if args.eval_on_start else f"eval_strategy={strategy}"
         raise ValueError(f"{asked} needs an evaluator: RMSDTrainer(..., evaluator=...)")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder: the method needs a causal LM")
