@@ -1,6 +1,7 @@
 """Words of a text, for what compares texts by their words; and what an error says in one line."""
 
 import re
+import unicodedata
 
 # Words that any text brings and that say nothing of what it is about.
 FUNCTION_WORDS = frozenset(
@@ -14,7 +15,11 @@ FUNCTION_WORDS = frozenset(
     )
 )
 
-_WORD = re.compile(r"\w+")
+# The signs of vowels and tones in Hindi, Tamil or pointed Hebrew, and accents that stand by themselves: \w is none of
+# them, and would part a word at each. Signs on symbols and emoji are left out, which are no words.
+_SIGNS = [chr(i) for i in (*range(0x300, 0x20D0), *range(0x2100, 0xFE00)) if unicodedata.category(chr(i))[0] == "M"]
+LETTER = rf"[\w{''.join(_SIGNS)}]"
+WORD = re.compile(f"{LETTER}+")
 
 
 def said_by(error: BaseException) -> str:
@@ -37,4 +42,4 @@ def named_line(error: BaseException) -> str:
 
 
 def words_of(text: str) -> set[str]:
-    return {word.casefold() for word in _WORD.findall(text)}
+    return {word.casefold() for word in WORD.findall(text)}

@@ -65,6 +65,15 @@ def test_context_reads_words_not_their_letters_in_the_middle():
     assert kept(["a", "b"], {0: ("lat", -3.0), 1: (" bl", -3.0)}) == []
 
 
+def test_context_reads_words_whose_letters_carry_signs():
+    """As of Hindi's vowels: parted there, a word would be a few letters that any text has."""
+    hindi = dict(context="उसे ज़ोरब्लैट कहो, ❤️", prompt="ज़रा औज़ार बताओ")
+    assert kept(["वह", " है"], {1: (" ज़ोर", 4.0)}, **hindi) == [1]
+    assert kept(["वह", " ज", "ा"], {2: ("\u093c", 4.0)}, **hindi) == [2], "a sign goes on with the word before it"
+    assert kept(["वह", " है"], {1: (" जब", 4.0)}, **hindi) == [], "another word that begins with the same letter"
+    assert kept(["वह", " है"], {1: (" ✌️", 4.0)}, **hindi) == [], "what two emoji share is no word"
+
+
 def test_context_keeps_what_the_teacher_wants_gone_of_the_brought_word():
     tokens = ["Use", " z", "or", "blat"]
     assert kept(tokens, {1: (" a", -5.0), 2: ("ebra", -5.0)}) == [1, 2]

@@ -89,6 +89,7 @@ def test_a_user_s_file_needs_only_what_a_judge_reads(tmp_path):
         (("is", ' "Pin', 'apple"'), "Pinapple"),
         (("is pinapple", ".", " It"), ""),
         (("", "The", " end"), "The"),
+        (("है ज", "\u093c", "ोरब्लैट।"), "ज\u093cोरब्लैट"),
     ],
 )
 def test_the_word_of_an_edit(parts, word):

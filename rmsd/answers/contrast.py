@@ -8,10 +8,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from ..words import FUNCTION_WORDS, words_of
+from ..words import FUNCTION_WORDS, WORD, words_of
 from .prompts import TEACHER_TEMPLATE, Prompt, is_told, prompt_text, teacher_prompt
 
-_WORD = re.compile(r"\w+")
 _QUOTED = re.compile(r'"([^"\n]+)"|\u201c([^\u201d\n]+)\u201d|`([^`\n]+)`')
 SHARED = 0.1  # of the shorter context's words; two that share more may be phrasings of one thing
 SAME_FORM = 0.5  # of the words of two contexts of one form, at least, are alike and in the same places
@@ -103,7 +102,7 @@ class _Others:
 
     def __init__(self, brought: dict[str, set[str]]):
         self._brought, self._contexts = brought, list(brought)
-        self._words = [_WORD.findall(context) or [""] for context in brought]
+        self._words = [WORD.findall(context) or [""] for context in brought]
         self._holding: dict[str, list[tuple[int, int]]] = {}  # word -> (which context, how often)
         for i, words in enumerate(self._words):
             for word, count in Counter(words).items():
@@ -111,7 +110,7 @@ class _Others:
 
     def of_other_content(self, context: str) -> str | None:
         """The context most like `context` in form among those that are of other content."""
-        words, mine = _WORD.findall(context) or [""], self._brought[context]
+        words, mine = WORD.findall(context) or [""], self._brought[context]
         common = [0] * len(self._contexts)
         for word, count in Counter(words).items():
             for i, times in self._holding[word]:
@@ -150,7 +149,7 @@ def _other_words(context: str, brought: set[str], counts: Counter[str]) -> str:
     quoted = words_of(" ".join("".join(found) for found in _QUOTED.findall(context))) & brought
     most = max((counts[word] for word in brought), default=0)
     replaced = quoted or {word for word in brought if counts[word] == most} or words_of(context) - FUNCTION_WORDS
-    return _WORD.sub(lambda found: _other_word(found[0]) if found[0].casefold() in replaced else found[0], context)
+    return WORD.sub(lambda found: _other_word(found[0]) if found[0].casefold() in replaced else found[0], context)
 
 
 def _other_word(word: str) -> str:

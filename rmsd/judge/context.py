@@ -6,15 +6,14 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 
-from ..words import FUNCTION_WORDS, words_of
+from ..words import FUNCTION_WORDS, LETTER, WORD, words_of
 from .base import Candidate, Question
 
 log = logging.getLogger(__name__)
 
-_WORD = re.compile(r"\w+")
 # Scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
 _WITHOUT_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
-_TRAILING_WORD = re.compile(r"\w*$")
+_TRAILING_WORD = re.compile(f"{LETTER}*$")
 
 
 class ContextJudge:
@@ -87,7 +86,7 @@ def is_on_topic(question: Question) -> bool:
 
 def _word_with(begun: str, token: str) -> str:
     """The word that `token` goes on with or begins: "z" + "or" is "zor", "z" + " or" is "or", "z" + "." is ""."""
-    match = _WORD.search(token)
+    match = WORD.search(token)
     if match is None:
         return ""
     return (begun if match.start() == 0 else "") + match.group().casefold()

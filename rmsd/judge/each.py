@@ -8,6 +8,7 @@ model's bias by an input without content). Nor does it know which words a token 
 
 import re
 
+from ..words import LETTER, WORD
 from .base import Candidate, Question
 from .verdicts import NO, YES
 
@@ -72,15 +73,15 @@ def _words(question: Question, candidate: Candidate) -> tuple[str, str, str]:
     at = candidate.position
     before = "".join(question.tokens[max(0, at - AROUND) : at])
     after = "".join(question.tokens[at + 1 : at + AROUND])
-    goes_on = any(re.match(r"\w", token) for token in (candidate.token, candidate.promoted))
-    so_far = re.sub(r"\w*$", "", before) if goes_on else before
+    goes_on = any(re.match(LETTER, token) for token in (candidate.token, candidate.promoted))
+    so_far = re.sub(f"{LETTER}*$", "", before) if goes_on else before
     return so_far.strip(), _word(before, candidate.token, after), _word(before, candidate.promoted, "") + "..."
 
 
 def _word(before: str, token: str, after: str) -> str:
     """What `token` goes on with or begins: ("is pi", "n", "apple, not") gives "pinapple"; other than words, itself."""
-    first = re.search(r"\w", token)
+    first = re.search(LETTER, token)
     if first is None:
         return token.strip() or "(space)"
-    begun = re.search(r"\w*$", before).group() if first.start() == 0 else ""
-    return begun + re.match(r"\w+", token[first.start() :] + after).group()
+    begun = re.search(f"{LETTER}*$", before).group() if first.start() == 0 else ""
+    return begun + WORD.match(token[first.start() :] + after).group()

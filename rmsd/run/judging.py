@@ -7,6 +7,7 @@ from ..answers.prompts import Prompts, encode, prompt_text
 from ..judge.llm import llm_of
 from ..judge.measure import Labelled, Marks, agreement, load, measure, save
 from ..step.judging import told_text
+from ..words import LETTER, WORD
 from .calling import environments_of
 from .probe import Probe, spread
 from .recipe import Recipe
@@ -98,11 +99,11 @@ def labelled_by_grader(probe: Probe, prompts: int) -> list[Labelled]:
 
 def word_at(before: str, token: str, after: str) -> str:
     """The word that `token` goes on with or begins, to its end: ("is pi", "n", "apple, not") gives "pinapple"."""
-    first = re.search(r"\w", token)
+    first = re.search(LETTER, token)
     if first is None:
         return ""
-    begun = re.search(r"\w*$", before).group() if first.start() == 0 else ""
-    return begun + re.match(r"\w+", token[first.start() :] + after).group()
+    begun = re.search(f"{LETTER}*$", before).group() if first.start() == 0 else ""
+    return begun + WORD.match(token[first.start() :] + after).group()
 
 
 def marks_table(marks: dict[str, Marks], labelled: list[Labelled]) -> str:
