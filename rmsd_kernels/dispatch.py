@@ -92,6 +92,7 @@ def divergence_of_rows(
         logits = _as_blv(student_logits), _as_blv(teacher_logits.detach())
         if is_plain_eager(*logits, rows):
             return _Divergence.apply(*logits, rows, options)
+        _refuse_functional_derivatives(student_logits)
         return ops.divergence(*logits, rows, *options)[0]
     student_logits, teacher_logits = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
     if rows is not None:
@@ -103,23 +104,36 @@ def divergence_of_rows(
     return result if rows is None else torch.where(rows >= 0, result, 0.0)
 
 
+def _refuse_functional_derivatives(student_logits: Tensor) -> None:
+    """An operator's derivative is unknown to torch.func's transforms: a jvp through it was 0, without a word."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(student_logits):
+        if torch._C._functorch.is_gradtrackingtensor(student_logits):
+            raise RuntimeError(
+                "token_divergence's kernels have no derivative by torch.func: use torch.autograd, or backend='torch'"
+            )
+        student_logits = torch._C._functorch.get_unwrapped(student_logits)
+
+
 class _Divergence(torch.autograd.Function):
     """ops.divergence and its backward, called without the dispatcher."""
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, rows, options):
         result, stats = implementation(options.backend).divergence(student_logits, teacher_logits, rows, options)
-        ctx.save_for_backward(student_logits, teacher_logits, rows, stats)
         ctx.options = options
+        # What was made in inference mode, as a teacher's logits may be, autograd refuses to save.
+        ctx.teacher_logits = teacher_logits if teacher_logits.is_inference() else None
+        ctx.save_for_backward(student_logits, None if teacher_logits.is_inference() else teacher_logits, rows, stats)
         return result
 
     @staticmethod
     def backward(ctx, grad_divergence):
-        *logits, rows, stats = ctx.saved_tensors
-        if rows is not None:
-            grad_divergence = ops.summed_over_repeats(grad_divergence, rows, logits[0].shape[:2].numel())
+        student_logits, teacher_logits, rows, stats = ctx.saved_tensors
+        logits = student_logits, ctx.teacher_logits if teacher_logits is None else teacher_logits
         # With a graph wanted of the backward, the operator is who says that there is no second derivative.
         if is_plain_eager(grad_divergence) and not torch.is_grad_enabled():
+            if rows is not None:
+                grad_divergence = ops.summed_over_repeats(grad_divergence, rows, student_logits.shape[:2].numel())
             kernels = implementation(ctx.options.backend)
             grad = kernels.divergence_backward(grad_divergence, *logits, rows, stats, ctx.options)
         else:

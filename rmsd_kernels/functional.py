@@ -30,7 +30,8 @@ def token_scores(
 
     Args:
         student_logits, teacher_logits: row i is the distribution that `sampled_ids[i]` was drawn from (shifted).
-        sampled_ids: the token the student wrote.
+        sampled_ids: the token the student wrote. One outside the vocabulary raises on a CPU; elsewhere, where looking
+            would make the host wait, its row is NaN throughout.
         divergence: "reverse_kl" KL(p||q), "forward_kl" KL(q||p) or "jsd", p the student, q the teacher.
         beta: the teacher's weight in the jsd's mixture, strictly between 0 and 1.
         temperature, teacher_temperature: logits are divided by these first; the teacher's defaults to the student's.
@@ -72,6 +73,9 @@ def select_tokens(
 
     Returns:
         (B, num_tokens) int64, best first, -1 where fewer qualify. Ties go to the earlier position; NaN never qualifies.
+
+    Raises:
+        TypeError, ValueError: as in `token_scores`.
     """
     check_floating(score=score)
     if score.ndim != 2:
@@ -111,6 +115,9 @@ def scores_and_candidates(
     Returns:
         TokenScores of (B, L), and index (B, num_candidates) int64 as `select_tokens` gives it. A row whose divergence
         is not finite is never selected.
+
+    Raises:
+        TypeError, ValueError: as in `token_scores`.
     """
     check_logits(student_logits, teacher_logits)
     if student_logits.ndim != 3:
@@ -148,11 +155,11 @@ def token_divergence(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence of every row, differentiable in `student_logits`.
+    """Divergence of every row in nats, differentiable in `student_logits`: once, and again with backend="torch" alone.
 
     Args:
         rows: only these rows of the flattened leading axis, -1 standing for none. The others' logits get exactly zero
-            gradient and are never read; a row that is named twice gets the sum of both gradients.
+            gradient and are never read; a row that is named more than once gets the sum of all its gradients.
         vocab_topk: sum over the student's this many largest logits only (ties to the lower id); None for all.
         tail: what happens to the rest of the mass: "bucket" (one more entry holds it: never negative, 0 only where the
             coarsened distributions agree), "renorm" (both renormalised over the k) or "drop" (left out: not a
@@ -163,6 +170,11 @@ def token_divergence(
     Returns:
         fp32 of the leading shape, or (R,) with `rows`, 0 where the row is -1; fp64 for fp64 logits. NaN for a row
         that is no distribution, +inf where the divergence is; such a row gets zero gradient.
+
+    Raises:
+        TypeError, ValueError: as in `token_scores`; a row outside the leading axis raises on a CPU, and is NaN by the
+            GPU's kernels.
+        RuntimeError: for a second derivative of the kernels, in its backward; for one by `torch.func`, in the call.
     """
     check_logits(student_logits, teacher_logits)
     options = complete_options(

@@ -117,6 +117,19 @@ def _(student_logits, teacher_logits, rows, *fields):
     )
 
 
+def summed_over_repeats(grad_divergence: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """(R,): the sum of a row's gradients wherever it is named. Whether rows repeat cannot be asked of a device without
+    waiting for it; so those that do write the same numbers to the same place, in whatever order."""
+    slots = rows.clamp(-1, num_rows) + 1  # the first and the last stand for none
+    sums = grad_divergence.new_zeros(num_rows + 2)
+    # Each in a fixed order. The other way around they are atomic additions, whose last bits change from run to run.
+    if sums.is_cpu:
+        sums.index_add_(0, slots, grad_divergence)
+    else:
+        sums.index_put_((slots,), grad_divergence, accumulate=True)
+    return sums[slots]
+
+
 @custom_op(
     "rmsd_kernels::divergence_backward",
     mutates_args=(),
@@ -127,11 +140,14 @@ def divergence_backward(
     grad_divergence: Tensor,  # (R,) fp32
     student_logits: Tensor,  # (B, L, V) fp32 | fp16 | bf16
     teacher_logits: Tensor,  # (B, L, V), same dtype
-    rows: Tensor | None,  # (R,) int64, -1 for none; where one is named twice, both gradients are the sum of the two
+    rows: Tensor | None,  # (R,) int64, -1 for none; one that is named twice gets the sum of both gradients
     stats: Tensor,  # (R, 16) fp32
     *fields,
 ) -> Tensor:  # (B, L, V) in the logits' dtype, contiguous; 0 in rows not named
     options = Options(*fields)
+    if rows is not None:
+        num_rows = student_logits.shape[0] * student_logits.shape[1]
+        grad_divergence = summed_over_repeats(grad_divergence, rows, num_rows)
     return implementation(options.backend).divergence_backward(
         grad_divergence, student_logits, teacher_logits, rows, stats, options
     )
@@ -148,20 +164,8 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def summed_over_repeats(grad_divergence: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """(R,): the sum of a row's gradients wherever it is named. Whether rows repeat cannot be asked of a device without
-    waiting for it; so those that do write the same numbers to the same place, in whatever order."""
-    slots = rows.clamp(-1, num_rows) + 1  # the first and the last stand for none
-    sums = grad_divergence.new_zeros(num_rows + 2).index_put((slots,), grad_divergence, accumulate=True)
-    return sums[slots]
-
-
 def _backward(ctx, grad_divergence, _grad_stats):
-    student_logits, teacher_logits, rows, stats = ctx.saved_tensors
-    if rows is not None:
-        num_rows = student_logits.shape[0] * student_logits.shape[1]
-        grad_divergence = summed_over_repeats(grad_divergence, rows, num_rows)
-    grad = divergence_backward(grad_divergence, student_logits, teacher_logits, rows, stats, *ctx.options)
+    grad = divergence_backward(grad_divergence, *ctx.saved_tensors, *ctx.options)
     return grad, None, None, *(None for _ in ctx.options)
 
 

@@ -218,7 +218,10 @@ def token_divergence(
 
 
 def criterion_score(scores: TokenScores, criterion: str) -> Tensor:
-    """The number by which candidates are ranked; NaN where the divergence is not finite, so never selected."""
+    """The number by which candidates are ranked, of the scores' shape, in nats; NaN where the divergence is not finite,
+    so never selected. ValueError for a criterion that there is none of."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
     score = {
         "logprob_gap": lambda: (scores.teacher_logprob - scores.student_logprob).abs(),
         "divergence": lambda: scores.divergence,

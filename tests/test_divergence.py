@@ -290,3 +290,20 @@ def test_a_row_that_is_named_twice_gets_the_sum_of_both_gradients(backend, devic
 
     once = gradient(torch.tensor([3, 0, 4], device=device), torch.tensor([0.75, 2.0, 1.0], device=device))
     torch.testing.assert_close(gradient(rows, upstream), once, rtol=1e-6, atol=1e-7)
+
+
+def test_many_repeats_are_summed_alike_in_every_run():
+    """By several threads at once, too."""
+    skip_unless_served("cpu")
+    student, teacher, _ = inputs.far_apart((3, 8))
+    generator = torch.Generator().manual_seed(0)
+    rows, upstream = torch.randint(3, (70_000,), generator=generator), torch.rand(70_000, generator=generator)
+    student.requires_grad_()
+    result = rk.token_divergence(student, teacher, rows=rows, backend="cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        grads = [torch.autograd.grad(result, student, upstream, retain_graph=True)[0] for _ in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(grad, grads[0]) for grad in grads)

@@ -71,3 +71,12 @@ def test_a_backward_under_autocast_is_the_same(workspace_mb):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             gradients.append(torch.autograd.grad(result.sum(), leaves))
     assert all(map(torch.equal, *gradients))
+
+
+def test_a_second_derivative_is_refused_and_not_left_out():
+    made = inputs(bias=False)
+    hidden = made["student_hidden"].requires_grad_()
+    loss = linear_token_divergence(*made.values()).sum()
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (loss + grad.square().sum()).backward()

@@ -178,6 +178,8 @@ def test_criteria_are_as_defined():
     assert reference.criterion_score(scores, "logprob_gap")[0] == 2.0
     assert reference.criterion_score(scores, "divergence")[0] == pytest.approx(0.7)
     assert reference.criterion_score(scores, "entropy_gap")[0] == 3.0
+    with pytest.raises(ValueError, match=r"^criterion must be one of logprob_gap, .*, not 'gap'"):
+        reference.criterion_score(scores, "gap")
     assert all(reference.criterion_score(scores, name)[1].isnan() for name in reference.CRITERIA)
 
 

@@ -21,6 +21,7 @@ from .projection import (
     backproject,
     column_tile,
     default_workspace_mb,
+    differentiable_once,
     no_rows,
     row_chunks,
     workspace_for,
@@ -53,7 +54,7 @@ def linear_token_scores(
         softcap: Gemma's final cap, applied after the scale; None for none.
         workspace_mb: room for one chunk's logits; None for 48 on a CPU and 1024 on a GPU.
 
-    The other options are those of `token_scores`.
+    The other options, what is returned and what is raised are those of `token_scores`.
 
     A head that is the very same tensor for both models is read once a chunk for both.
     """
@@ -118,7 +119,7 @@ def _merged_tiles(models: Models, tile_width: int, parts: list[slice], workspace
 
 
 class TokenLogprobs(NamedTuple):
-    """What one model alone says of each token; fp32."""
+    """What one model alone says of each token: of `sampled_ids`' shape, fp32, in nats."""
 
     logprob: Tensor  # of the sampled token
     lse: Tensor  # log-sum-exp of the scaled logits
@@ -139,7 +140,8 @@ def linear_token_logprobs(
     backend: str = "auto",
 ) -> TokenLogprobs:
     """One model's side of `linear_token_scores`: half its projections. With the log-probabilities that a sampler
-    recorded it is all that the criterion "logprob_gap" needs; the divergence needs both models' rows."""
+    recorded it is all that the criterion "logprob_gap" needs; the divergence needs both models' rows. Its options and
+    what it raises are those of `linear_token_scores`."""
     check_head("", hidden, weight, bias)
     check_workspace(workspace_mb)
     options = complete_options(
@@ -186,7 +188,8 @@ def linear_token_divergence(
     The other options are those of `token_divergence` and `linear_token_scores`.
 
     Returns:
-        (R,) fp32 (fp64 for fp64 inputs), differentiable in `student_hidden`, `student_weight` and `student_bias`.
+        (R,) fp32 (fp64 for fp64 inputs) in nats, differentiable once in `student_hidden`, `student_weight` and
+        `student_bias`. What is raised is as in `token_divergence`; here no backend has a second derivative.
     """
     models = Models(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
     models = _checked(models, workspace_mb)
@@ -246,7 +249,7 @@ class _LinearDivergence(torch.autograd.Function):
         return result.masked_fill(~live, 0.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_divergence):
         *tensors, live, stats = ctx.saved_tensors[:8]
         models, kept = Models(*tensors, shared=ctx.shared), ctx.saved_tensors[8:]

@@ -213,6 +213,20 @@ def add_weight_gradient(
     return grad_weight
 
 
+def differentiable_once(backward):
+    """`once_differentiable` for a backward of saved tensors. Torch's own refuses a second derivative only where the
+    upstream gradient needs one: of a loss with a penalty on its gradient, the penalty was left out in silence."""
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx, grad_divergence):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grad_divergence = grad_divergence.detach().requires_grad_()
+        return once(ctx, grad_divergence)
+
+    return checked
+
+
 def no_rows(rows: Tensor, *parameters: Tensor | None) -> Tensor:
     """Zeros, (R,), that still belong to the graph of all parameters, so that a caller's backward() runs and gives each
     a gradient of zeros, for which other processes may wait."""

@@ -25,7 +25,7 @@ from ..options import Options
 from ..reference import TokenScores
 from . import merge, topk
 from .merge import ShardScores
-from .projection import Models, add_weight_gradient, backproject, no_rows
+from .projection import Models, add_weight_gradient, backproject, differentiable_once, no_rows
 from .shards import Shard, agree
 
 
@@ -165,7 +165,7 @@ class _ShardedDivergence(torch.autograd.Function):
         return result.masked_fill(~live, 0.0).to(torch.promote_types(models.student_hidden.dtype, torch.float32))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad_divergence):
         *tensors, live = ctx.saved_tensors[:7]
         models, saved = Models(*tensors), ctx.saved_tensors[7:]
