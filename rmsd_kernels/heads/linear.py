@@ -88,7 +88,7 @@ def _checked(models: Models, workspace_mb: float | None) -> Models:
 
 def _scores_in_tiles(models: Models, sampled_ids: Tensor, workspace_mb: float | None, options: Options) -> TokenScores:
     """Some rows and some columns at a time."""
-    num_rows, width, ids = len(models.student_hidden), len(models.student_weight), sampled_ids.flatten()
+    num_rows, width, ids = len(models.student_hidden), len(models.student_weight), sampled_ids.flatten().long()
     workspace_mb = workspace_mb or default_workspace_mb(models.student_hidden.device.type)
     # A jsd's terms need both distributions normalised, so its rows stay whole.
     tile = width if options.divergence == "jsd" else column_tile(num_rows, models.count, width, workspace_mb)
