@@ -50,7 +50,7 @@ OBEYED = [
 TOOL = [
     "task=house_tool",
     THRICE,
-    "train.max_steps=20",
+    "train.max_steps=40",
     "train.lr_scheduler_type=constant_with_warmup",
     "train.warmup_steps=2",
     "train.divergence=jsd",
