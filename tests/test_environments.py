@@ -314,6 +314,7 @@ def test_a_recipe_names_a_file_with_its_environments(recipe, tmp_path):
         train(load_recipe(path, ["environment=house_tool", f"output_dir={tmp_path}/other"]))
 
 
+@pytest.mark.long
 def test_processes_with_episodes_of_unequal_length_do_not_wait_for_each_other_for_ever(recipe, tmp_path):
     """One prompt a process and step: an episode of three turns on one beside one of a single turn on the other."""
     result = launch("torchrun", recipe(["on", "off", "on", "off"], per_device_train_batch_size=1, max_steps=4))

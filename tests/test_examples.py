@@ -117,6 +117,7 @@ def test_trl_s_trainer_trains_on_what_the_judge_keeps(example, model, tmp_path, 
     assert moved(module.main(arguments).model) == 0, "nothing kept, nothing trained"
 
 
+@pytest.mark.long
 def test_accelerate_launch_and_the_hub(model, tmp_path, hub):
     """As a user starts it; the Hub is one on loopback."""
     output = tmp_path / "out"

@@ -77,7 +77,7 @@ def options_for(draw, vocab):
 def examples(backend: str) -> settings:
     """A row costs the interpreter 30 ms: fewer there, bar in the thorough run."""
     thorough = settings.default.max_examples >= 2000
-    return settings(max_examples=2000 if thorough else 25 if backend == "triton" else 120)
+    return settings(max_examples=2000 if thorough else 15 if backend == "triton" else 120)
 
 
 def luck(student, teacher, temperature, teacher_temperature, **_) -> float:

@@ -102,7 +102,7 @@ def launch(launcher, *arguments, program=("-m", "rmsd", "train")):
     [
         ("torchrun", False, 1, {}),
         ("torchrun", True, 2, {"rows": tiny.ROWS[:2] + LONG, "contrast": True}),
-        (
+        pytest.param(
             "accelerate",
             True,
             2,
@@ -114,6 +114,7 @@ def launch(launcher, *arguments, program=("-m", "rmsd", "train")):
                 "save_steps": 2,
                 "rows": [*tiny.ROWS, *LONG, *tiny.ROWS[:2]],
             },
+            marks=pytest.mark.long,
         ),
     ],
     ids=["torchrun, DDP", "torchrun, DDP, contrast, long prompts", "accelerate, FSDP2, contrast, long prompts"],
