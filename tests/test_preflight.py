@@ -117,8 +117,8 @@ def test_nothing_is_pushed_to_the_hub_nor_told_to_a_tracker(recipe, monkeypatch,
     assert [trainer.args.report_to for trainer in made] == [[]]
 
 
-def test_what_a_rollout_costs_is_told_without_the_self_check(recipe, monkeypatch):
-    now, step = [0.0], RMSDTrainer.training_step
+def test_what_a_rollout_costs_is_told_with_its_sampling_and_without_the_self_check(recipe, monkeypatch):
+    now, step, sampled = [0.0], RMSDTrainer.training_step, RMSDTrainer.get_batch_samples
 
     def passes(seconds: float) -> list:
         now[0] += seconds
@@ -127,8 +127,9 @@ def test_what_a_rollout_costs_is_told_without_the_self_check(recipe, monkeypatch
     monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr("rmsd.training.self_check.self_check", lambda _: passes(100.0))
     monkeypatch.setattr(RMSDTrainer, "training_step", lambda *args, **more: passes(8.0) or step(*args, **more))
+    monkeypatch.setattr(RMSDTrainer, "get_batch_samples", lambda *args: passes(20.0) or sampled(*args))
     asked = probe.Probe(load_recipe(recipe))
-    assert asked.step(asked.told[:2])[2] == 4.0
+    assert asked.step(asked.told[:2])[2] == 14.0
 
 
 def test_rows_whose_context_comes_after_the_rollout_are_not_called_anchors(recipe, tmp_path):

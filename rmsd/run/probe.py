@@ -164,9 +164,10 @@ class Probe:
 
 
 class _Clock(TrainerCallback):
-    """Seconds of the last step alone: train_runtime counts what a run begins with, as its self-check, too."""
+    """Seconds of the one step: train_runtime counts what a run begins with, as its self-check, too. To Trainer a step
+    begins when its rollouts are there already, so the clock starts with the epoch."""
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
